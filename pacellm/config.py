@@ -1,0 +1,179 @@
+"""Frozen configurations. What the model decides is filled in by one ``resolve`` call."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from pacellm.errors import ConfigError
+
+Preset = Literal["reference", "paper"]
+Ties = Literal["index", "age"]
+
+_PRESETS: dict[str, dict[str, float]] = {
+    "reference": {"theta_high": 0.75, "theta_low": 0.25, "alpha": 0.2},
+    "paper": {"theta_high": 0.7, "theta_low": 0.3, "alpha": 1.0},
+}
+
+
+def _check(config: object, name: str, holds: bool, wanted: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} must be {wanted}, not {getattr(config, name)!r}", param=name)
+
+
+@dataclass(frozen=True)
+class PAConfig:
+    """Persistent Activity (PaceLLM, arXiv 2506.17310, section 3.2.1 and Algorithm 1).
+
+    ``preset`` chooses the authors' released code (``reference``) or Algorithm 1 (``paper``); fields left
+    at None take the preset's value. Unknown field names are a TypeError, impossible values a ConfigError.
+
+    Attributes:
+        preset: which reading of the method.
+        bank_size: slots M of one bank.
+        segment: prompt tokens per segment; all of a segment reads the bank as it stood at its start.
+        theta_high: similarity above which a read is a hit.
+        theta_low: similarity up to which a read is a miss.
+        top_k: most similar slots averaged by a read.
+        bottom_k: least similar slots averaged by a read.
+        negative_weight: weight λ of the least similar slots.
+        fuse_weight: weight of the most similar slots in a fuse.
+        alpha: how much of the output the memory replaces.
+        momentum: how much of a merged slot stays.
+        ties: which of equally used slots is replaced first: lowest ``index``, or longest untouched (``age``).
+    """
+
+    preset: Preset = "reference"
+    bank_size: int = 100
+    segment: int = 1024
+    theta_high: float | None = None
+    theta_low: float | None = None
+    top_k: int = 5
+    bottom_k: int = 2
+    negative_weight: float = 0.1
+    fuse_weight: float = 0.5
+    alpha: float | None = None
+    momentum: float = 0.5
+    ties: Ties = "index"
+
+    def __post_init__(self) -> None:
+        if self.preset not in _PRESETS:
+            raise ConfigError(f"preset must be one of {sorted(_PRESETS)}, not {self.preset!r}", param="preset")
+        if self.ties not in ("index", "age"):
+            raise ConfigError(f"ties must be 'index' or 'age', not {self.ties!r}", param="ties")
+        for name, value in _PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        for name in ("bank_size", "segment", "top_k"):
+            _check(self, name, getattr(self, name) >= 1, "at least 1")
+        _check(self, "bottom_k", self.bottom_k >= 0, "at least 0")
+        for name in ("alpha", "momentum", "fuse_weight"):
+            _check(self, name, 0.0 <= getattr(self, name) <= 1.0, "between 0 and 1")
+        _check(self, "negative_weight", abs(self.negative_weight) <= 1.0, "between -1 and 1")
+        _check(self, "theta_low", -1.0 <= self.low <= self.high <= 1.0, "in -1 <= theta_low <= theta_high <= 1")
+
+    @property
+    def high(self) -> float:
+        """``theta_high`` with the preset filled in."""
+        assert self.theta_high is not None
+        return self.theta_high
+
+    @property
+    def low(self) -> float:
+        """``theta_low`` with the preset filled in."""
+        assert self.theta_low is not None
+        return self.theta_low
+
+    @property
+    def mix(self) -> float:
+        """``alpha`` with the preset filled in."""
+        assert self.alpha is not None
+        return self.alpha
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What the engine may use. Fields left at None are filled in by :meth:`resolve`.
+
+    Attributes:
+        max_model_len: longest context in tokens, prompt and answer together.
+        max_num_batched_tokens: tokens of one step.
+        max_num_seqs: requests that run at once.
+        max_num_mixed_tokens: prefill tokens of a step that also decodes, so that streams keep flowing.
+        max_waiting: queued requests before new ones are refused with 429.
+        max_waiting_tokens: queued prompt tokens before new requests are refused with 429.
+        kv_cache_memory: bytes for KV blocks.
+        session_memory: bytes of idle sessions' KV and banks kept on the device.
+        session_log_memory: bytes of session logs kept in host memory.
+        pa_layers: patched layers, counted from 0.
+    """
+
+    max_model_len: int | None = None
+    max_num_batched_tokens: int = 2048
+    max_num_seqs: int = 16
+    max_num_mixed_tokens: int = 256
+    max_waiting: int = 256
+    max_waiting_tokens: int | None = None
+    kv_cache_memory: int | None = None
+    session_memory: int | None = None
+    session_log_memory: int = 256 * 2**20
+    pa: bool = True
+    pa_layers: tuple[int, ...] | None = None
+    bank: PAConfig = PAConfig()
+    check_integrity: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_batched_tokens", "max_num_seqs", "max_num_mixed_tokens", "max_waiting"):
+            _check(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("max_model_len", "max_waiting_tokens", "kv_cache_memory"):
+            value = getattr(self, name)
+            _check(self, name, value is None or value >= 1, "at least 1")
+        for name in ("session_memory", "session_log_memory"):
+            value = getattr(self, name)
+            _check(self, name, value is None or value >= 0, "at least 0")
+
+    def resolve(
+        self, *, context_length: int, num_layers: int, bytes_per_token: int, available_memory: int
+    ) -> EngineConfig:
+        """Fill in what the model and the machine decide.
+
+        Args:
+            context_length: the model's longest position + 1, in tokens.
+            num_layers: decoder layers L.
+            bytes_per_token: KV bytes of one token over all layers.
+            available_memory: bytes of device memory that may be used.
+
+        Raises:
+            ConfigError: a value that this model cannot serve, named in ``param``.
+        """
+        length = self.max_model_len or context_length
+        if length > context_length:
+            raise ConfigError(
+                f"max_model_len {length} is longer than the model's context of {context_length} tokens; "
+                f"serve at most {context_length}",
+                param="max_model_len",
+            )
+        layers = self.pa_layers if self.pa_layers is not None else default_pa_layers(num_layers)
+        for layer in layers:
+            if not 0 <= layer < num_layers:
+                raise ConfigError(
+                    f"pa_layers names layer {layer}; this model has layers 0 to {num_layers - 1}", param="pa_layers"
+                )
+        kv = self.kv_cache_memory
+        if kv is None:
+            kv = min(available_memory // 2, 4 * length * bytes_per_token)
+        return dataclasses.replace(
+            self,
+            max_model_len=length,
+            max_waiting_tokens=self.max_waiting_tokens or 8 * length,
+            pa_layers=tuple(sorted(set(layers))),
+            kv_cache_memory=kv,
+            session_memory=kv if self.session_memory is None else self.session_memory,
+        )
+
+
+def default_pa_layers(num_layers: int) -> tuple[int, ...]:
+    """The paper's layers 13 and 27 of 28 scaled to a model of L layers, counted from 0."""
+    picked = {max(0, round(part * num_layers / 28) - 1) for part in (13, 27)}
+    return tuple(sorted(picked))

@@ -1,0 +1,119 @@
+"""The exception tree.
+
+::
+
+    PaceError
+    ├── ConfigError              a flag or config field has a value that cannot work
+    ├── ModelError               a checkpoint that cannot be served correctly, refused at load
+    ├── RequestError             the client can put it right; names the field (``param``)
+    │   ├── UnsupportedParameter a parameter that would change the result and is not implemented
+    │   ├── ModelNotFound        an unknown model name
+    │   ├── ContextLengthExceeded  prompt (or prompt + max_tokens) longer than the model's context
+    │   └── BodyTooLarge         the request body is over the limit
+    ├── Overloaded               the queue is full: try again after ``retry_after`` seconds
+    ├── Draining                 the server is shutting down
+    ├── Aborted                  the request was cancelled
+    └── EngineError              a failure inside a step; fails one request
+        └── EngineDead           the engine loop has ended; nothing can be served any more
+
+Every class carries the HTTP ``status``, the OpenAI error ``type`` and ``code`` that API.md of the
+HTTP surface gives it, so that the server maps an exception without a table of its own.
+"""
+
+from __future__ import annotations
+
+
+class PaceError(Exception):
+    """Base of everything raised on purpose."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class ConfigError(PaceError, ValueError):
+    """A configuration value that cannot work."""
+
+
+class ModelError(PaceError):
+    """A checkpoint that this server would not serve correctly."""
+
+
+class RequestError(PaceError):
+    """A request that the client can put right; ``param`` names the field."""
+
+    status = 400
+    type = "invalid_request_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.code = code if code is not None else type(self).code
+
+
+class UnsupportedParameter(RequestError):
+    """A parameter that would change the result and is not implemented: never accepted and ignored."""
+
+    code = "unsupported_parameter"
+
+
+class ModelNotFound(RequestError):
+    """The request names a model that is not served here."""
+
+    status = 404
+    code = "model_not_found"
+
+
+class ContextLengthExceeded(RequestError):
+    """The prompt, or the prompt with ``max_tokens``, does not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class BodyTooLarge(RequestError):
+    """The request body is over the configured limit."""
+
+    status = 413
+
+
+class Overloaded(PaceError):
+    """The queue is full; ``retry_after`` is in seconds."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "queue_full"
+
+    def __init__(self, message: str, *, retry_after: int = 5) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Draining(PaceError):
+    """The server is shutting down and takes no new work."""
+
+    status = 503
+    type = "service_unavailable"
+    code = "draining"
+    retry_after = 10
+
+
+class Aborted(PaceError):
+    """The request was cancelled before it ended."""
+
+    status = 499
+    type = "request_cancelled"
+
+
+class EngineError(PaceError):
+    """A failure inside a step; it fails one request."""
+
+
+class EngineDead(EngineError):
+    """The engine loop has ended."""
+
+    status = 503
+    type = "service_unavailable"

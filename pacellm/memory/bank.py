@@ -1,0 +1,447 @@
+"""Reading and writing one bank: pure functions over tensors.
+
+Source: PaceLLM (arXiv 2506.17310), section 3.2.1 and Algorithm 1, and the authors' released code; where the
+two differ, ``PAConfig.preset`` chooses. Values are stored after the down-projection, which is exact because
+reads, merges and replacements are linear in them.
+
+Shapes: n tokens, F inner size, H hidden size, M slots, k = top_k.
+A *segment* reads the bank as it stood at the segment's start. While a segment is incomplete its effect is
+*staged* (:func:`stage`) and applied once at its end (:func:`write`), so that how a prompt is cut into engine
+steps cannot change a bit: on CPU every sum runs in token order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pacellm.config import PAConfig
+
+HITS, FUSES, MISSES, EMPTY, MERGES, REPLACEMENTS = range(6)
+COUNTERS = ("hits", "fuses", "misses", "empty", "merges", "replacements")
+_ROWS = 4  # matrix products of a multiple of 4 rows give each row the same bits on CPU
+
+
+class BankState(NamedTuple):
+    """One bank. The functions below change the tensors in place.
+
+    Attributes:
+        keys: [M, F] inner activations.
+        values: [M, H] bias-free FFN outputs.
+        usage: [M] int64 uses.
+        stamp: [M] int64, the write at which a slot was last merged or replaced.
+        filled: [] int64, slots in use; they fill in index order.
+        clock: [] int64, writes so far.
+        counters: [6] int64, in the order of ``COUNTERS``.
+    """
+
+    keys: Tensor
+    values: Tensor
+    usage: Tensor
+    stamp: Tensor
+    filled: Tensor
+    clock: Tensor
+    counters: Tensor
+
+    def clear(self) -> None:
+        """Empty the bank; every tensor is overwritten."""
+        for tensor in self:
+            tensor.zero_()
+
+    def copy_(self, other: BankState) -> None:
+        """Overwrite every tensor with ``other``'s."""
+        for mine, theirs in zip(self, other, strict=True):
+            mine.copy_(theirs)
+
+
+class Stage(NamedTuple):
+    """What an incomplete segment will write. S = 1 (``reference``) or M (``paper``); the last row is scratch.
+
+    Attributes:
+        touched: [M + 1] int64, uses by mid tokens of the segment.
+        raised: [M + 1] int64, uses by high tokens (``paper`` only).
+        count: [S + 1] int64, tokens in each sum.
+        sum_keys: [S + 1, F] and sum_values: [S + 1, H], sums over mid tokens.
+        low_keys: [M + 1, F] and low_values: [M + 1, H], the first M low tokens.
+        num_low: [] int64, low tokens seen, not capped.
+    """
+
+    touched: Tensor
+    raised: Tensor
+    count: Tensor
+    sum_keys: Tensor
+    sum_values: Tensor
+    low_keys: Tensor
+    low_values: Tensor
+    num_low: Tensor
+
+    def clear(self) -> None:
+        """Forget what was staged."""
+        for tensor in self:
+            tensor.zero_()
+
+
+@dataclass(frozen=True)
+class Read:
+    """One read of n tokens: ``output`` [n, H], and what :func:`stage` needs of it."""
+
+    output: Tensor
+    slots: Tensor  # [n, k] the most similar slots, best first
+    used: Tensor  # [k] bool, which of them exist
+    high: Tensor  # [n] bool
+    mid: Tensor  # [n] bool
+    low: Tensor  # [n] bool
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Similarities and sums run in at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def new_bank(
+    config: PAConfig, inner_size: int, hidden_size: int, dtype: torch.dtype, device: torch.device
+) -> BankState:
+    """An empty bank."""
+    slots = config.bank_size
+    integers = {"dtype": torch.int64, "device": device}
+    return BankState(
+        keys=torch.zeros(slots, inner_size, dtype=dtype, device=device),
+        values=torch.zeros(slots, hidden_size, dtype=dtype, device=device),
+        usage=torch.zeros(slots, **integers),
+        stamp=torch.zeros(slots, **integers),
+        filled=torch.zeros((), **integers),
+        clock=torch.zeros((), **integers),
+        counters=torch.zeros(len(COUNTERS), **integers),
+    )
+
+
+def new_stage(config: PAConfig, inner_size: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Stage:
+    """A stage with nothing in it; sums in ``compute_dtype(dtype)``."""
+    slots = config.bank_size
+    sums = 1 if config.preset == "reference" else slots
+    wide = compute_dtype(dtype)
+    integers = {"dtype": torch.int64, "device": device}
+    return Stage(
+        touched=torch.zeros(slots + 1, **integers),
+        raised=torch.zeros(slots + 1, **integers),
+        count=torch.zeros(sums + 1, **integers),
+        sum_keys=torch.zeros(sums + 1, inner_size, dtype=wide, device=device),
+        sum_values=torch.zeros(sums + 1, hidden_size, dtype=wide, device=device),
+        low_keys=torch.zeros(slots + 1, inner_size, dtype=dtype, device=device),
+        low_values=torch.zeros(slots + 1, hidden_size, dtype=dtype, device=device),
+        num_low=torch.zeros((), **integers),
+    )
+
+
+def read(bank: BankState, x: Tensor, y: Tensor, config: PAConfig) -> Read:
+    """Read n tokens against the bank and count the outcomes.
+
+    Args:
+        bank: the bank as it stood when the segment began.
+        x: [n, F] inner activations.
+        y: [n, H] bias-free FFN outputs of the same tokens.
+        config: thresholds and weights.
+    """
+    n, slots = x.shape[0], bank.keys.shape[0]
+    wide = compute_dtype(x.dtype)
+    similarity = _cosine(_pad_rows(x), bank.keys, wide)[:n]
+    exists = torch.arange(slots, device=x.device) < bank.filled
+    best, best_slots = similarity.masked_fill(~exists, -torch.inf).topk(min(config.top_k, slots), dim=1)
+    worst_k = min(config.bottom_k, slots)
+    worst_slots = similarity.masked_fill(~exists, torch.inf).topk(worst_k, dim=1, largest=False).indices
+    used = torch.arange(best.shape[1], device=x.device) < bank.filled
+    mean = _sequential_sum(best.masked_fill(~used, 0.0)) / used.sum().clamp(min=1)
+
+    empty = bank.filled == 0
+    sigma = best[:, 0]
+    hit = ~empty & (sigma > config.high)
+    fuse = ~empty & (sigma > config.low) & ~hit
+    recalled = _recall(bank, best_slots, used, worst_slots, hit, fuse, config, wide)
+    output = _mix(recalled, y.to(wide), hit, fuse, config).to(y.dtype)
+
+    low = empty | (mean <= config.low)
+    high = ~low & (mean > config.high)
+    missed = ~(hit | fuse | empty)
+    outcome = torch.stack([hit.sum(), fuse.sum(), missed.sum(), empty.expand(n).sum()])
+    bank.counters[:MERGES] += outcome
+    return Read(output, best_slots, used, high, ~high & ~low, low)
+
+
+def stage(staged: Stage, result: Read, x: Tensor, config: PAConfig) -> None:
+    """Add a read's effect to the segment's stage.
+
+    Args:
+        staged: the segment's stage, changed in place.
+        result: what :func:`read` returned for the tokens, in token order.
+        x: [n, F] their inner activations.
+        config: the same config.
+    """
+    _count_slots(staged.touched, result, result.mid)
+    mid = _selected(result.mid)
+    if config.preset == "paper":
+        _count_slots(staged.raised, result, result.high)
+        _add_per_slot(staged, result, x, mid)
+    else:
+        _add_all(staged, result, x, mid)
+    _keep_low(staged, result, x)
+
+
+def write(bank: BankState, staged: Stage, config: PAConfig) -> None:
+    """Apply a finished segment's stage to the bank and clear the stage."""
+    slots = bank.keys.shape[0]
+    bank.clock.add_(1)
+    bank.usage.add_(staged.raised[:slots])
+    _merge(bank, staged, config)
+    _replace(bank, staged, config)
+    staged.clear()
+
+
+def effective_rank(keys: Tensor) -> float:
+    """exp of the entropy of the normalised singular values (Roy & Vetterli 2007) of the row-normalised keys.
+
+    Args:
+        keys: [m, F] filled keys. Returns 0.0 for m = 0, 1.0 where all keys point the same way.
+    """
+    if keys.shape[0] == 0:
+        return 0.0
+    rows = torch.nn.functional.normalize(keys.to(torch.float64), dim=1)
+    values = torch.linalg.eigvalsh(rows @ rows.T).clamp(min=0).sqrt()
+    share = values / values.sum().clamp(min=1e-300)
+    share = share[share > 0]
+    return float(torch.exp(-(share * share.log()).sum()))
+
+
+class Bank:
+    """One bank as an object, for tests and tools; the engine calls the functions above on arena rows.
+
+    Example::
+
+        bank = Bank(PAConfig(bank_size=8), inner_size=64, hidden_size=16)
+        output = bank.step(x, y)
+    """
+
+    def __init__(
+        self,
+        config: PAConfig | None = None,
+        *,
+        inner_size: int,
+        hidden_size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config = config or PAConfig()
+        self.state = new_bank(self.config, inner_size, hidden_size, dtype, torch.device(device))
+        self._stage = new_stage(self.config, inner_size, hidden_size, dtype, torch.device(device))
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        """Read, then write, one segment.
+
+        Args:
+            x: [n, F] inner activations. y: [n, H] bias-free FFN outputs.
+
+        Returns:
+            [n, H], the outputs before the bias.
+
+        Raises:
+            ValueError: shapes that do not belong to this bank.
+        """
+        inner, hidden = self.state.keys.shape[1], self.state.values.shape[1]
+        if x.ndim != 2 or y.ndim != 2 or x.shape != (y.shape[0], inner) or y.shape[1] != hidden:
+            raise ValueError(f"expected x [n, {inner}] and y [n, {hidden}], got {list(x.shape)} and {list(y.shape)}")
+        if not x.shape[0]:
+            return y.clone()
+        result = read(self.state, x, y, self.config)
+        stage(self._stage, result, x, self.config)
+        write(self.state, self._stage, self.config)
+        return result.output
+
+    @property
+    def keys(self) -> Tensor:
+        """[M, F]"""
+        return self.state.keys
+
+    @property
+    def values(self) -> Tensor:
+        """[M, H]"""
+        return self.state.values
+
+    @property
+    def usage(self) -> Tensor:
+        """[M] int64"""
+        return self.state.usage
+
+    @property
+    def filled(self) -> int:
+        """Slots in use."""
+        return int(self.state.filled)
+
+    @property
+    def hits(self) -> int:
+        """Tokens read with a similarity above ``theta_high``."""
+        return int(self.state.counters[HITS])
+
+    @property
+    def fuses(self) -> int:
+        """Tokens read between the thresholds."""
+        return int(self.state.counters[FUSES])
+
+    @property
+    def misses(self) -> int:
+        """Tokens read at or below ``theta_low``."""
+        return int(self.state.counters[MISSES])
+
+    @property
+    def empty(self) -> int:
+        """Tokens that met an empty bank."""
+        return int(self.state.counters[EMPTY])
+
+
+# -- reading -----------------------------------------------------------------------------------------------
+
+
+def _pad_rows(x: Tensor) -> Tensor:
+    missing = -x.shape[0] % _ROWS
+    return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing and x.device.type == "cpu" else x
+
+
+def _cosine(x: Tensor, keys: Tensor, wide: torch.dtype) -> Tensor:
+    """[n, M] cosines; a zero vector is similar to nothing (0)."""
+    x, keys = x.to(wide), keys.to(wide)
+    lengths = torch.linalg.vector_norm(x, dim=1, keepdim=True) * torch.linalg.vector_norm(keys, dim=1)
+    return torch.nn.functional.linear(x, keys) / lengths.clamp(min=1e-12)
+
+
+def _sequential_sum(columns: Tensor) -> Tensor:
+    """Row sums of a narrow [n, k] tensor, added left to right whatever n is."""
+    total = columns[:, 0]
+    for column in range(1, columns.shape[1]):
+        total = total + columns[:, column]
+    return total
+
+
+def _recall(
+    bank: BankState,
+    best: Tensor,
+    used: Tensor,
+    worst: Tensor,
+    hit: Tensor,
+    fuse: Tensor,
+    config: PAConfig,
+    wide: torch.dtype,
+) -> Tensor:
+    """[n, H] weighted sum of slots: the mean of the best, and ``negative_weight`` of the mean of the worst."""
+    n, slots = best.shape[0], bank.keys.shape[0]
+    remembers = (hit | fuse).to(wide)
+    share = remembers * torch.where(fuse, config.fuse_weight, 1.0).to(wide)
+    weights = torch.zeros(n + (-n % _ROWS), slots, dtype=wide, device=best.device)
+    positive = share[:, None] * used.to(wide) / used.sum().clamp(min=1)
+    weights[:n].scatter_add_(1, best, positive)
+    if worst.shape[1]:
+        exists = (torch.arange(worst.shape[1], device=worst.device) < bank.filled).to(wide)
+        negative = config.negative_weight * remembers[:, None] * exists / exists.sum().clamp(min=1)
+        weights[:n].scatter_add_(1, worst, negative)
+    return (weights @ bank.values.to(wide))[:n]
+
+
+def _mix(recalled: Tensor, y: Tensor, hit: Tensor, fuse: Tensor, config: PAConfig) -> Tensor:
+    """[n, H] outputs; a miss and an empty bank give y to the bit."""
+    if config.preset == "paper":
+        recalled = torch.where(fuse[:, None], recalled + (1.0 - config.fuse_weight) * y, recalled)
+    mixed = recalled if config.mix == 1.0 else (1.0 - config.mix) * y + config.mix * recalled
+    return torch.where((hit | fuse)[:, None], mixed, y)
+
+
+# -- staging -----------------------------------------------------------------------------------------------
+
+
+def _selected(mask: Tensor) -> Tensor | None:
+    """Row numbers where the mask holds; None on a device where asking would wait for it."""
+    return mask.nonzero()[:, 0] if mask.device.type == "cpu" else None
+
+
+def _count_slots(counts: Tensor, result: Read, mask: Tensor) -> None:
+    scratch = counts.shape[0] - 1
+    target = torch.where(mask[:, None] & result.used, result.slots, scratch)
+    counts.scatter_add_(0, target.flatten(), torch.ones_like(target).flatten())
+
+
+def _add_all(staged: Stage, result: Read, x: Tensor, mid: Tensor | None) -> None:
+    """All mid tokens into one sum, in token order."""
+    staged.count[0] += result.mid.sum()
+    wide = staged.sum_keys.dtype
+    if mid is None:
+        mask = result.mid[:, None].to(wide)
+        staged.sum_keys[0] += (x.to(wide) * mask).sum(0)
+        staged.sum_values[0] += (result.output.to(wide) * mask).sum(0)
+        return
+    row = torch.zeros_like(mid)
+    staged.sum_keys.index_add_(0, row, x[mid].to(wide))
+    staged.sum_values.index_add_(0, row, result.output[mid].to(wide))
+
+
+def _add_per_slot(staged: Stage, result: Read, x: Tensor, mid: Tensor | None) -> None:
+    """Each mid token into the sums of its own slots, in token order; 64 tokens at a time bound the copies."""
+    rows = mid if mid is not None else torch.arange(x.shape[0], device=x.device)
+    scratch, wide = staged.count.shape[0] - 1, staged.sum_keys.dtype
+    for part in rows.split(64):
+        keep = result.mid[part][:, None] & result.used
+        target = torch.where(keep, result.slots[part], scratch).flatten()
+        repeated = part.repeat_interleave(result.slots.shape[1])
+        staged.count.scatter_add_(0, target, torch.ones_like(target))
+        staged.sum_keys.index_add_(0, target, x[repeated].to(wide))
+        staged.sum_values.index_add_(0, target, result.output[repeated].to(wide))
+
+
+def _keep_low(staged: Stage, result: Read, x: Tensor) -> None:
+    """The segment's first M low tokens, in token order."""
+    slots = staged.low_keys.shape[0] - 1
+    rank = staged.num_low + result.low.long().cumsum(0) - 1
+    staged.num_low.add_(result.low.sum())
+    keep = result.low & (rank < slots)
+    rows = _selected(keep)
+    if rows is None:
+        rows, rank = torch.arange(x.shape[0], device=x.device), torch.where(keep, rank, slots)
+    staged.low_keys.index_copy_(0, rank[rows], x[rows])
+    staged.low_values.index_copy_(0, rank[rows], result.output[rows])
+
+
+# -- writing -----------------------------------------------------------------------------------------------
+
+
+def _merge(bank: BankState, staged: Stage, config: PAConfig) -> None:
+    slots = bank.keys.shape[0]
+    touched = staged.touched[:slots] > 0
+    if touched.device.type == "cpu" and not touched.any():
+        return
+    # one sum for all slots broadcasts; per-slot sums line up with the slots
+    sums = slice(0, staged.count.shape[0] - 1)
+    count = staged.count[sums].clamp(min=1)[:, None]
+    for stored, total in ((bank.keys, staged.sum_keys), (bank.values, staged.sum_values)):
+        mean = total[sums] / count
+        merged = config.momentum * stored.to(mean.dtype) + (1.0 - config.momentum) * mean
+        stored.copy_(torch.where(touched[:, None], merged.to(stored.dtype), stored))
+    bank.usage.add_(touched)
+    bank.stamp.copy_(torch.where(touched, bank.clock, bank.stamp))
+    bank.counters[MERGES] += touched.sum()
+
+
+def _replace(bank: BankState, staged: Stage, config: PAConfig) -> None:
+    slots = bank.keys.shape[0]
+    if bank.keys.device.type == "cpu" and not staged.num_low:
+        return
+    index = torch.arange(slots, device=bank.keys.device)
+    order = torch.argsort(bank.stamp, stable=True) if config.ties == "age" else index
+    use = torch.where(index < bank.filled, bank.usage, -1 - slots + index)  # free slots first, by index
+    order = order[torch.argsort(use[order], stable=True)]
+    turn = torch.empty_like(order)
+    turn[order] = index
+    taken = turn < staged.num_low
+    for stored, low in ((bank.keys, staged.low_keys), (bank.values, staged.low_values)):
+        stored.copy_(torch.where(taken[:, None], low[turn], stored))
+    bank.usage.copy_(torch.where(taken, 1, bank.usage))
+    bank.stamp.copy_(torch.where(taken, bank.clock, bank.stamp))
+    bank.counters[REPLACEMENTS] += taken.sum()
+    bank.filled.copy_(torch.minimum(bank.filled + staged.num_low, torch.full_like(bank.filled, slots)))
