@@ -1,0 +1,192 @@
+"""What goes into the engine and what comes out of it. Plain values; no torch, no HTTP."""
+
+from __future__ import annotations
+
+import enum
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pacellm.errors import PaceError, RequestError
+
+PAMode = Literal["on", "off", "read_only"]
+SessionStatus = Literal["none", "new", "resident", "replayed", "folded", "lost"]
+
+
+def _require(name: str, holds: bool, wanted: str, value: object) -> None:
+    if not holds:
+        raise RequestError(f"{name} must be {wanted}, not {value!r}", param=name, code="invalid_value")
+
+
+class FinishReason(enum.StrEnum):
+    """Why a request ended, in OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. Ranges are vLLM's; a value outside raises RequestError naming the field.
+
+    Attributes:
+        max_tokens: tokens to generate at most; None: up to the model's context; 0: only feed the prompt.
+        temperature: 0 is greedy.
+        top_p, top_k, min_p: what is cut from the distribution; 1.0, 0 and 0.0 cut nothing.
+        seed: same seed, same text, whatever else runs.
+        presence_penalty, frequency_penalty: on generated tokens. repetition_penalty: also on the prompt's.
+        stop: strings that end the answer and are cut from it.
+        stop_token_ids: tokens that end the answer, beside the model's own end tokens.
+        ignore_eos: go on after the model's end tokens.
+        logprobs: how many alternatives to report per token; None reports nothing.
+        logit_bias: added to the logits of token ids.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("temperature", 0.0, 2.0),
+            ("min_p", 0.0, 1.0),
+            ("presence_penalty", -2.0, 2.0),
+            ("frequency_penalty", -2.0, 2.0),
+        ):
+            value = getattr(self, name)
+            _require(name, math.isfinite(value) and low <= value <= high, f"between {low:g} and {high:g}", value)
+        _require("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1", self.top_p)
+        _require("top_k", -1 <= self.top_k < 2**31, "-1 or 0 (off), or at least 1", self.top_k)
+        finite = math.isfinite(self.repetition_penalty)
+        _require("repetition_penalty", finite and 0.0 < self.repetition_penalty <= 100.0, "above 0 and at most 100",
+                 self.repetition_penalty)  # fmt: skip
+        if self.max_tokens is not None:
+            _require("max_tokens", 0 <= self.max_tokens < 2**31, "at least 0", self.max_tokens)
+        if self.seed is not None:
+            _require("seed", -(2**63) <= self.seed < 2**63, "a 64-bit integer", self.seed)
+        if self.logprobs is not None:
+            _require("top_logprobs", 0 <= self.logprobs <= 20, "between 0 and 20", self.logprobs)
+        _require("stop", len(self.stop) <= 16, "at most 16 strings", len(self.stop))
+        for stop in self.stop:
+            _require("stop", 0 < len(stop) <= 1024, "made of strings of 1 to 1,024 characters", len(stop))
+        _require("logit_bias", len(self.logit_bias) <= 1024, "at most 1,024 entries", len(self.logit_bias))
+        for token, bias in self.logit_bias:
+            _require("logit_bias", token >= 0, "keyed by token ids of at least 0", token)
+            _require("logit_bias", math.isfinite(bias) and -100 <= bias <= 100, "between -100 and 100", bias)
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One request to the engine.
+
+    Attributes:
+        request_id: unique among the requests that run.
+        prompt: token ids of the whole prompt.
+        sampling: how to generate.
+        session: (tenant, session id), or None for a request that leaves nothing behind.
+        pa: whether banks are read and written, only read, or left alone.
+        commit: whether the session keeps what this request did.
+        arrival: monotonic seconds.
+    """
+
+    request_id: str
+    prompt: list[int]
+    sampling: SamplingParams = SamplingParams()
+    session: tuple[str, str] | None = None
+    pa: PAMode = "on"
+    commit: bool = True
+    arrival: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A chosen token's log-probability (natural log) and its best alternatives, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class BankReads:
+    """What a request did to its banks, over all patched layers; keys' effective rank as the mean over layers."""
+
+    hits: int = 0
+    fuses: int = 0
+    misses: int = 0
+    empty: int = 0
+    merges: int = 0
+    replacements: int = 0
+    filled: int = 0
+    effective_rank: float = 0.0
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one request. ``computed_tokens`` were fed now, prompt and answer; ``replayed_tokens`` to rebuild."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    replayed_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """The request left the queue. ``cached_tokens`` of the prompt need not be computed again."""
+
+    session: SessionStatus
+    cached_tokens: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Prefill so far, in tokens of work (``total`` includes what is replayed)."""
+
+    total: int
+    processed: int
+
+
+@dataclass(frozen=True)
+class Delta:
+    """New text, maybe empty while a stop string or a split character is held back."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event of a request that went well."""
+
+    reason: FinishReason
+    usage: Usage
+    session: SessionStatus
+    bank: BankReads | None
+    queue_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    stop_reason: str | int | None = None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The last event of a request that did not."""
+
+    error: PaceError
+
+
+Event = Admitted | Progress | Delta | Finished | Failed
