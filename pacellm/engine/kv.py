@@ -1,0 +1,117 @@
+"""KV memory as refcounted blocks in runs. No torch: this decides *where*, the runner's slab holds *what*.
+
+A block is ``BLOCK`` tokens. A table's blocks need not be adjacent, but the allocator keeps them so where it can:
+it extends the last run while the next block is free, and starts a new run in the smallest hole that fits what
+is asked for, else in the largest.
+"""
+
+from __future__ import annotations
+
+from pacellm.model.context import Run
+
+BLOCK = 512
+
+
+class OutOfBlocks(Exception):
+    """There are not enough free blocks; nothing was allocated."""
+
+
+class BlockAllocator:
+    """Blocks 0 to ``num_blocks - 1`` and who holds them."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._references = [0] * num_blocks
+        self._num_free = num_blocks
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody holds."""
+        return self._num_free
+
+    def references(self, block: int) -> int:
+        """How many tables hold a block."""
+        return self._references[block]
+
+    def allocate(self, count: int, after: int | None = None) -> list[int]:
+        """Take ``count`` blocks, adjacent to block ``after`` and to each other where possible.
+
+        Raises:
+            OutOfBlocks: fewer are free; nothing is taken.
+        """
+        if count > self._num_free:
+            raise OutOfBlocks(f"{count} blocks wanted, {self._num_free} free")
+        taken: list[int] = []
+        following = -1 if after is None else after + 1
+        while len(taken) < count:
+            if not 0 <= following < self.num_blocks or self._references[following]:
+                following = self._hole(count - len(taken))
+            self._references[following] = 1
+            self._num_free -= 1
+            taken.append(following)
+            following += 1
+        return taken
+
+    def share(self, blocks: list[int]) -> None:
+        """One more holder for each block."""
+        for block in blocks:
+            self._references[block] += 1
+
+    def release(self, blocks: list[int]) -> None:
+        """One holder less for each block; a block that nobody holds is free."""
+        for block in blocks:
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                self._num_free += 1
+
+    def _hole(self, wanted: int) -> int:
+        """First block of the smallest free stretch of at least ``wanted`` blocks, else of the largest."""
+        best, best_size, size = -1, 0, 0
+        for block in range(self.num_blocks + 1):
+            if block < self.num_blocks and not self._references[block]:
+                size += 1
+                continue
+            fits, fitted = size >= wanted, best_size >= wanted
+            if size and (best < 0 or (fits and (not fitted or size < best_size)) or (not fitted and size > best_size)):
+                best, best_size = block - size, size
+            size = 0
+        return best
+
+
+class KVTable:
+    """Where one sequence's KV lies: its blocks in order of position."""
+
+    def __init__(self, blocks: list[int] | None = None) -> None:
+        self.blocks = blocks or []
+        self._runs: tuple[Run, ...] | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit."""
+        return len(self.blocks) * BLOCK
+
+    def extend(self, blocks: list[int]) -> None:
+        """Add blocks at the end."""
+        self.blocks.extend(blocks)
+        self._runs = None
+
+    def runs(self) -> tuple[Run, ...]:
+        """The table as runs of adjacent blocks, in tokens."""
+        if self._runs is None:
+            self._runs = _runs(self.blocks)
+        return self._runs
+
+
+def blocks_for(num_tokens: int) -> int:
+    """Blocks that hold ``num_tokens``."""
+    return -(-num_tokens // BLOCK)
+
+
+def _runs(blocks: list[int]) -> tuple[Run, ...]:
+    runs: list[Run] = []
+    first = 0
+    for number in range(1, len(blocks) + 1):
+        if number == len(blocks) or blocks[number] != blocks[number - 1] + 1:
+            runs.append(Run(first * BLOCK, blocks[first] * BLOCK, (number - first) * BLOCK))
+            first = number
+    return tuple(runs)

@@ -1,0 +1,150 @@
+"""The arena of banks: one row holds one session's banks for all patched layers, and rows are reused.
+
+Rows are handed out cleared or copied, never with a former owner's content. A working row also owns a
+stage per layer, for the segment that is not yet complete.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pacellm.config import PAConfig
+from pacellm.errors import EngineError
+from pacellm.memory.bank import COUNTERS, BankState, Stage, effective_rank, new_stage
+
+
+@dataclass(frozen=True)
+class BankShape:
+    """A patched layer's sizes: ``inner`` F and ``hidden`` H."""
+
+    layer: int
+    inner: int
+    hidden: int
+
+
+class BankPool:
+    """Preallocated bank rows.
+
+    Args:
+        config: the banks' config.
+        shapes: one per patched layer.
+        num_rows: rows in all; ``num_stages`` of them can be written at a time.
+        dtype, device: of keys and values.
+    """
+
+    def __init__(
+        self,
+        config: PAConfig,
+        shapes: list[BankShape],
+        *,
+        num_rows: int,
+        num_stages: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.config, self.shapes, self.num_rows = config, shapes, num_rows
+        self._arena = {shape.layer: _new_arena(config, shape, num_rows, dtype, device) for shape in shapes}
+        self._stages = [
+            {shape.layer: new_stage(config, shape.inner, shape.hidden, dtype, device) for shape in shapes}
+            for _ in range(num_stages)
+        ]
+        self._free = list(reversed(range(num_rows)))
+        self._free_stages = list(range(num_stages))
+        self._stage_of: dict[int, int] = {}
+        self._views = [
+            {layer: BankState(*(tensor[row] for tensor in arena)) for layer, arena in self._arena.items()}
+            for row in range(num_rows)
+        ]
+
+    @property
+    def num_free(self) -> int:
+        """Rows that nobody holds."""
+        return len(self._free)
+
+    @property
+    def num_stages_free(self) -> int:
+        """Stages that no running request holds."""
+        return len(self._free_stages)
+
+    def check_out(self, source: int | None = None) -> int:
+        """A working row with a stage: a copy of row ``source``, or empty banks."""
+        if not self._free or not self._free_stages:
+            raise EngineError("no free bank row; raise session_memory or lower max_num_seqs")
+        row, stage = self._free.pop(), self._free_stages.pop()
+        self._stage_of[row] = stage
+        for layer, bank in self._views[row].items():
+            self._stages[stage][layer].clear()
+            if source is None:
+                bank.clear()
+            else:
+                bank.copy_(self._views[source][layer])
+        return row
+
+    def settle(self, row: int) -> None:
+        """The row's work is done and becomes a session's: its stage is given back."""
+        self._free_stages.append(self._stage_of.pop(row))
+
+    def release(self, row: int) -> None:
+        """Give a row back, with its stage if it still has one."""
+        if row in self._stage_of:
+            self.settle(row)
+        self._free.append(row)
+
+    def banks(self, row: int) -> dict[int, BankState]:
+        """The row's bank of each patched layer; changing the tensors changes the row."""
+        return self._views[row]
+
+    def stages(self, row: int) -> dict[int, Stage]:
+        """The stages of a working row."""
+        return self._stages[self._stage_of[row]]
+
+    def counters(self, row: int) -> dict[int, list[int]]:
+        """Lifetime counters of a row by layer, in the order of ``COUNTERS``. Waits for the device."""
+        return {layer: bank.counters.tolist() for layer, bank in self._views[row].items()}
+
+    def filled(self, row: int) -> dict[int, int]:
+        """Slots in use by layer. Waits for the device."""
+        return {layer: int(bank.filled) for layer, bank in self._views[row].items()}
+
+    def effective_ranks(self, row: int) -> dict[int, float]:
+        """Effective rank of the filled keys by layer. Waits for the device."""
+        return {layer: effective_rank(bank.keys[: int(bank.filled)]) for layer, bank in self._views[row].items()}
+
+    def slot_ages(self, row: int) -> dict[int, float]:
+        """Mean number of writes since a filled slot was last changed, by layer. Waits for the device."""
+        ages = {}
+        for layer, bank in self._views[row].items():
+            filled = int(bank.filled)
+            ages[layer] = float((bank.clock - bank.stamp[:filled]).double().mean()) if filled else 0.0
+        return ages
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Bytes that one row of banks takes."""
+        return sum(tensor[0].nbytes for arena in self._arena.values() for tensor in arena)
+
+
+def bytes_per_row(config: PAConfig, shapes: list[BankShape], dtype: torch.dtype) -> int:
+    """Bytes of one row, before there is a pool."""
+    numbers = sum(config.bank_size * (shape.inner + shape.hidden) for shape in shapes) * dtype.itemsize
+    return numbers + len(shapes) * 8 * (2 * config.bank_size + 2 + len(COUNTERS))
+
+
+def _new_arena(config: PAConfig, shape: BankShape, rows: int, dtype: torch.dtype, device: torch.device) -> BankState:
+    slots = config.bank_size
+
+    def integers(*size: int) -> Tensor:
+        return torch.zeros(rows, *size, dtype=torch.int64, device=device)
+
+    return BankState(
+        keys=torch.zeros(rows, slots, shape.inner, dtype=dtype, device=device),
+        values=torch.zeros(rows, slots, shape.hidden, dtype=dtype, device=device),
+        usage=integers(slots),
+        stamp=integers(slots),
+        filled=integers(),
+        clock=integers(),
+        counters=integers(len(COUNTERS)),
+    )

@@ -1,0 +1,85 @@
+"""One attention function for every served architecture, registered with transformers.
+
+It stores the step's new keys and values in the KV slab and attends each sequence over its own runs. No mask
+function is registered under its name, so models build no masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from pacellm.model import attention_cpu, attention_cuda
+from pacellm.model.context import StepContext, current_step
+
+NAME = "pacellm"
+Backend = Callable[[StepContext, int, Tensor, float, int | None], Tensor]
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """Attention of one layer over the current step.
+
+    Args:
+        module: the attention module; its ``layer_idx`` names the layer's slab.
+        query: [1, H, T, D] packed queries. key: [1, Hkv, T, D]. value: [1, Hkv, T, D].
+        attention_mask: must be None; which tokens are seen follows from the step.
+        scaling: of the scores; None is D ** -0.5.
+        sliding_window: a query sees itself and ``sliding_window - 1`` tokens before it; None sees all.
+
+    Returns:
+        ([1, T, H, D], None)
+
+    Raises:
+        RuntimeError: no step is running, or the model asks for something that would be ignored.
+    """
+    step = current_step()
+    if step is None:
+        raise RuntimeError("this model only runs inside the engine's step; load it without PaceLLM for plain use")
+    ignored = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+    if attention_mask is not None or dropout or ignored:
+        raise RuntimeError(f"attention was given what it cannot honour: mask, dropout or {ignored}")
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if step.probe is not None:
+        step.probe[layer] = ((key.shape[1], key.shape[3]), (value.shape[1], value.shape[3]))
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+    store(step, layer, key[0], value[0])
+    backend: Backend = attention_cpu.attend if query.device.type == "cpu" else attention_cuda.attend
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return backend(step, layer, query[0], scale, sliding_window)[None], None
+
+
+def store(step: StepContext, layer: int, key: Tensor, value: Tensor) -> None:
+    """Put the step's keys and values [Hkv, T, D] into the slab, at each chunk's positions."""
+    for chunk in step.chunks:
+        end = chunk.position + chunk.stop - chunk.start
+        for run in chunk.runs:
+            first, last = max(run.start, chunk.position), min(run.start + run.length, end)
+            if first >= last:
+                continue
+            slots = slice(run.slot + first - run.start, run.slot + last - run.start)
+            rows = slice(chunk.start + first - chunk.position, chunk.start + last - chunk.position)
+            step.keys[layer][:, slots] = key[:, rows]
+            step.values[layer][:, slots] = value[:, rows]
+
+
+def register() -> None:
+    """Make the function known to transformers under ``NAME``."""
+    AttentionInterface.register(NAME, attend)
+
+
+def slab(shapes: list[tuple[int, int]], num_slots: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Zeroed KV memory, [kv heads, slots, head size] per layer; untouched CPU pages cost nothing."""
+    return [torch.zeros(heads, num_slots, size, dtype=dtype, device=device) for heads, size in shapes]

@@ -1,0 +1,149 @@
+"""Attention on CPU whose every row has the same bits however the work is cut.
+
+What a query's result is made of depends on its absolute position alone:
+
+* Queries are taken in tiles of ``TILE`` positions. Keys before the tile are the *past*, read in windows of
+  ``WINDOW`` positions from 0; keys of the tile itself are the *tail*, read under a causal mask. The parts are
+  merged by log-sum-exp, in order.
+* The kernel (``aten::_scaled_dot_product_flash_attention_for_cpu``) gives a row the same bits whatever rows stand
+  beside it if there is a multiple of ``ROWS`` of them, and if keys come in multiples of ``BLOCK``, its own
+  split. So rows are padded and the tail is read in whole blocks, which the KV allocator hands out whole.
+* A part that does not lie in one run is gathered first: where the allocator put it changes no bit.
+
+The heads of a KV group are packed as query rows, so grouped keys are never repeated.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pacellm.model.context import Chunk, Run, StepContext
+
+BLOCK = 512  # the kernel's split of the keys
+TILE = 1024
+WINDOW = 8192
+ROWS = 4
+_SMALL_WINDOW = 128  # sliding windows up to this wide use tiles of this many positions
+
+_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def attend(step: StepContext, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
+    """[H, T, D] packed queries -> [T, H, Dv], each chunk over its own runs."""
+    keys, values = step.keys[layer], step.values[layer]
+    output = query.new_zeros(query.shape[1], query.shape[0], values.shape[-1])
+    for chunk in step.chunks:
+        step.failing = chunk
+        if window is None:
+            _attend_full(chunk, query, keys, values, scale, output)
+        else:
+            _attend_window(chunk, query, keys, values, scale, window, output)
+    step.failing = None
+    return output
+
+
+def _attend_full(chunk: Chunk, query: Tensor, keys: Tensor, values: Tensor, scale: float, output: Tensor) -> None:
+    group = query.shape[0] // keys.shape[0]
+    for position, rows in _tiles(chunk, TILE):
+        tile = position - position % TILE
+        end = position + rows.stop - rows.start
+        packed, count = _pack(query[:, rows], group)
+        total, lse = None, None
+        for start in range(0, tile, WINDOW):
+            part = _read(chunk.runs, keys, values, start, min(start + WINDOW, tile))
+            total, lse = _merge(total, lse, *_kernel(packed, *part, scale=scale))
+        span = _round_up(end - tile, BLOCK)
+        part = _read(chunk.runs, keys, values, tile, tile + span)
+        if group == 1 and position == tile and end - tile == span:
+            tail = _kernel(packed, *part, is_causal=True, scale=scale)
+        else:
+            mask = _causal(position - tile, end - tile, span, group, packed.shape[2], packed.dtype)
+            tail = _kernel(packed, *part, attn_mask=mask, scale=scale)
+        total, lse = _merge(total, lse, *tail)
+        output[rows] = _unpack(total, count, group)
+
+
+def _attend_window(
+    chunk: Chunk, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int, output: Tensor
+) -> None:
+    group = query.shape[0] // keys.shape[0]
+    size = _SMALL_WINDOW if window <= _SMALL_WINDOW else BLOCK
+    for position, rows in _tiles(chunk, size):
+        tile = position - position % size
+        end = position + rows.stop - rows.start
+        first = max(0, tile - _round_up(window - 1, size))
+        packed, count = _pack(query[:, rows], group)
+        part = _read(chunk.runs, keys, values, first, tile + size)
+        mask = _banded(position - first, end - first, tile + size - first, window, group, packed.shape[2], packed.dtype)
+        result, _ = _kernel(packed, *part, attn_mask=mask, scale=scale)
+        output[rows] = _unpack(result, count, group)
+
+
+def _tiles(chunk: Chunk, size: int) -> list[tuple[int, slice]]:
+    """(position of the first query, its rows) for each part of the chunk within one tile of ``size`` positions."""
+    tiles, position, row = [], chunk.position, chunk.start
+    while row < chunk.stop:
+        count = min(chunk.stop - row, size - position % size)
+        tiles.append((position, slice(row, row + count)))
+        position, row = position + count, row + count
+    return tiles
+
+
+def _pack(query: Tensor, group: int) -> tuple[Tensor, int]:
+    """[H, n, D] -> [1, Hkv, n * group rounded up to ROWS, D], a token's group side by side; and n."""
+    heads, count, size = query.shape
+    packed = query.reshape(heads // group, group, count, size).transpose(1, 2).reshape(heads // group, -1, size)
+    missing = -packed.shape[1] % ROWS
+    return torch.nn.functional.pad(packed, (0, 0, 0, missing))[None], count
+
+
+def _unpack(packed: Tensor, count: int, group: int) -> Tensor:
+    """The inverse, to [n, H, D]."""
+    _, heads, _, size = packed.shape
+    rows = packed[0, :, : count * group].reshape(heads, count, group, size)
+    return rows.permute(1, 0, 2, 3).reshape(count, heads * group, size)
+
+
+def _read(runs: tuple[Run, ...], keys: Tensor, values: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [1, Hkv, stop - start, D] of positions start to stop; a view where they lie in one run."""
+    slices = []
+    for run in runs:
+        first, last = max(run.start, start), min(run.start + run.length, stop)
+        if first < last:
+            slices.append(slice(run.slot + first - run.start, run.slot + last - run.start))
+    if len(slices) == 1:
+        return keys[None, :, slices[0]], values[None, :, slices[0]]
+    gathered = (torch.cat([slab[:, part] for part in slices], dim=1)[None] for slab in (keys, values))
+    key, value = gathered
+    return key, value
+
+
+def _merge(total: Tensor | None, lse: Tensor | None, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Two attention results over disjoint keys, as one; lse is [1, H, n]."""
+    if total is None or lse is None:
+        return part, part_lse
+    both = torch.logaddexp(lse, part_lse)
+    old, new = (lse - both).exp()[..., None], (part_lse - both).exp()[..., None]
+    return total * old + part * new, both
+
+
+def _causal(first: int, last: int, span: int, group: int, num_rows: int, dtype: torch.dtype) -> Tensor:
+    """[rows, span] mask for the tile's queries first to last, each repeated for its group; padding sees all."""
+    return _expand(torch.arange(first, last)[:, None] < torch.arange(span), group, num_rows, dtype)
+
+
+def _banded(first: int, last: int, span: int, window: int, group: int, num_rows: int, dtype: torch.dtype) -> Tensor:
+    """The same for a sliding window."""
+    distance = torch.arange(first, last)[:, None] - torch.arange(span)
+    return _expand((distance < 0) | (distance >= window), group, num_rows, dtype)
+
+
+def _expand(hidden: Tensor, group: int, num_rows: int, dtype: torch.dtype) -> Tensor:
+    mask = torch.zeros(num_rows, hidden.shape[1], dtype=dtype)
+    mask[: hidden.shape[0] * group].masked_fill_(hidden.repeat_interleave(group, dim=0), -torch.inf)
+    return mask
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,154 @@
+"""Attention on CUDA: one variable-length flash call per run, reading the slab in place.
+
+``cu_seqlens_k`` gives where each sequence's run starts in the slab and ``seqused_k`` how long it is, so nothing is
+gathered; sequences with several runs take one more call per run, merged by log-sum-exp. Only the last call is
+causal (aligned to the lower right), so a chunk's own tokens must lie in its last run; where they do not, or with
+a sliding window over several runs, the sequence's KV is gathered into scratch first.
+
+Source: ``aten::_flash_attention_forward`` (FlashAttention 2, Dao 2023), present in torch >= 2.11 without flash-attn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pacellm.model.context import Chunk, Run, StepContext
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Where one call reads: the sequences with an i-th run, their rows, starts and lengths."""
+
+    rows: Tensor | None  # None: all rows, in order
+    cu_queries: Tensor
+    starts: Tensor
+    lengths: Tensor
+    max_queries: int
+    max_keys: int
+    causal: bool
+
+
+def attend(step: StepContext, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
+    """[H, T, D] packed queries -> [T, H, D]."""
+    keys, values = step.keys[layer].transpose(0, 1), step.values[layer].transpose(0, 1)
+    queries = query.transpose(0, 1)
+    simple = [chunk for chunk in step.chunks if _in_place(chunk, window)]
+    gathered = [chunk for chunk in step.chunks if not _in_place(chunk, window)]
+    output = queries.new_zeros(queries.shape)
+    if simple:
+        total, lse = None, None
+        for plan in _plans(step, simple, query.device):
+            part, part_lse = _call(queries, keys, values, plan, scale, window)
+            total, lse = _merge(total, lse, part, part_lse, plan.rows, queries)
+        output = _scatter(output, total, simple, len(simple) == len(step.chunks))
+    for chunk in gathered:
+        step.failing = chunk
+        _attend_gathered(chunk, queries, keys, values, scale, window, output)
+    step.failing = None
+    return output
+
+
+def _in_place(chunk: Chunk, window: int | None) -> bool:
+    used = _used_runs(chunk)
+    return len(used) == 1 or (window is None and used[-1].start <= chunk.position)
+
+
+def _used_runs(chunk: Chunk) -> list[Run]:
+    end = chunk.position + chunk.stop - chunk.start
+    return [Run(run.start, run.slot, min(run.length, end - run.start)) for run in chunk.runs if run.start < end]
+
+
+def _plans(step: StepContext, chunks: list[Chunk], device: torch.device) -> list[_Plan]:
+    """Built once a step, for the first layer, and kept in the step's scratch."""
+    kept = step.scratch.get("cuda_plans")
+    if kept is None:
+        kept = step.scratch["cuda_plans"] = _build_plans(chunks, device)
+    return kept  # type: ignore[return-value]
+
+
+def _build_plans(chunks: list[Chunk], device: torch.device) -> list[_Plan]:
+    used = [_used_runs(chunk) for chunk in chunks]
+    plans = []
+    for number in range(max(len(runs) for runs in used)):
+        for causal in (False, True):
+            members = [
+                (chunk, runs[number])
+                for chunk, runs in zip(chunks, used, strict=True)
+                if number < len(runs) and (number == len(runs) - 1) == causal
+            ]
+            if members:
+                plans.append(_plan(members, causal, device))
+    return plans
+
+
+def _plan(members: list[tuple[Chunk, Run]], causal: bool, device: torch.device) -> _Plan:
+    counts = [chunk.stop - chunk.start for chunk, _ in members]
+    rows = [row for chunk, _ in members for row in range(chunk.start, chunk.stop)]
+
+    def upload(numbers: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
+        host = torch.tensor(numbers, dtype=dtype)
+        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+    cumulative = [0]
+    for count in counts:
+        cumulative.append(cumulative[-1] + count)
+    starts = [run.slot for _, run in members]
+    return _Plan(
+        rows=upload(rows, torch.int64),
+        cu_queries=upload(cumulative),
+        starts=upload([*starts, starts[-1] + members[-1][1].length]),
+        lengths=upload([run.length for _, run in members]),
+        max_queries=max(counts),
+        max_keys=max(run.length for _, run in members),
+        causal=causal,
+    )
+
+
+def _call(
+    queries: Tensor, keys: Tensor, values: Tensor, plan: _Plan, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """([n, H, D], lse [n, H]) of the plan's rows over the plan's runs."""
+    mine = queries if plan.rows is None else queries[plan.rows]
+    result = torch.ops.aten._flash_attention_forward(
+        mine, keys, values, plan.cu_queries, plan.starts, plan.max_queries, plan.max_keys, 0.0, plan.causal, False,
+        scale=scale, window_size_left=window - 1 if window else -1, window_size_right=0 if plan.causal else -1,
+        seqused_k=plan.lengths,
+    )  # fmt: skip
+    return result[0], result[1].transpose(0, 1)
+
+
+def _merge(
+    total: Tensor | None, lse: Tensor | None, part: Tensor, part_lse: Tensor, rows: Tensor | None, queries: Tensor
+) -> tuple[Tensor, Tensor]:
+    if total is None or lse is None:
+        total = queries.new_zeros(queries.shape)
+        lse = torch.full(queries.shape[:2], -torch.inf, dtype=torch.float32, device=queries.device)
+    index = slice(None) if rows is None else rows
+    old = lse[index]
+    both = torch.logaddexp(old, part_lse)
+    mixed = total[index] * (old - both).exp()[..., None] + part * (part_lse - both).exp()[..., None]
+    total[index] = mixed.to(total.dtype)
+    lse[index] = both
+    return total, lse
+
+
+def _scatter(output: Tensor, total: Tensor | None, chunks: list[Chunk], everything: bool) -> Tensor:
+    assert total is not None
+    if everything:
+        return total
+    for chunk in chunks:
+        output[chunk.start : chunk.stop] = total[chunk.start : chunk.stop]
+    return output
+
+
+def _attend_gathered(
+    chunk: Chunk, queries: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None, output: Tensor
+) -> None:
+    runs = _used_runs(chunk)
+    key, value = (torch.cat([slab[run.slot : run.slot + run.length] for run in runs]) for slab in (keys, values))
+    whole = Run(0, 0, key.shape[0])
+    plan = _plan([(chunk, whole)], True, queries.device)
+    output[chunk.start : chunk.stop] = _call(queries, key, value, plan, scale, window)[0]

@@ -1,0 +1,110 @@
+"""What the current forward pass works on: the one ambient value of the system.
+
+A patched FFN is called as ``self.mlp(x)`` and gets no keyword, so the step's sequences, KV and banks reach
+it, and the attention function, through a context variable that is set around the forward and refuses nesting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from pacellm.config import PAConfig
+from pacellm.memory.bank import BankState, Stage
+from pacellm.types import PAMode
+
+KVShape = tuple[tuple[int, int], tuple[int, int]]
+"""(kv heads, key size), (kv heads, value size) of a layer."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """``length`` tokens of a sequence from ``start``, stored side by side in the slab from ``slot``."""
+
+    start: int
+    slot: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows ``start`` to ``stop`` of the packed step, all of one segment; ``ends`` where the segment ends there."""
+
+    start: int
+    stop: int
+    ends: bool
+
+
+@dataclass(frozen=True)
+class Banks:
+    """A sequence's working banks and stages by layer."""
+
+    banks: dict[int, BankState]
+    stages: dict[int, Stage]
+    mode: PAMode
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One sequence's part of a step.
+
+    Attributes:
+        start, stop: its rows in the packed step.
+        position: absolute position of its first token.
+        runs: where its KV lies, from position 0, with room for the chunk's own tokens.
+        pieces: its rows cut at segment ends.
+        banks: None where this request's FFNs are left alone.
+    """
+
+    start: int
+    stop: int
+    position: int
+    runs: tuple[Run, ...]
+    pieces: tuple[Piece, ...] = ()
+    banks: Banks | None = None
+
+
+@dataclass
+class StepContext:
+    """A step: its chunks in row order, the KV slab by layer, and the config of the banks.
+
+    ``keys`` and ``values`` are [kv heads, slots, head size] per layer. ``failing`` is the chunk being worked on,
+    so that an error can be laid at one request's door. ``scratch`` is the attention backend's. Where ``probe`` is set,
+    attention only records each layer's KV shapes in it.
+    """
+
+    chunks: list[Chunk]
+    keys: list[Tensor]
+    values: list[Tensor]
+    pa: PAConfig = field(default_factory=PAConfig)
+    failing: Chunk | None = None
+    scratch: dict[str, object] = field(default_factory=dict)
+    probe: dict[int, KVShape] | None = None
+
+
+_current: ContextVar[StepContext | None] = ContextVar("pacellm_step", default=None)
+
+
+def current_step() -> StepContext | None:
+    """The step around the running forward pass, or None."""
+    return _current.get()
+
+
+@contextmanager
+def step_context(step: StepContext) -> Iterator[StepContext]:
+    """Set the step for the forward pass inside.
+
+    Raises:
+        RuntimeError: a step is already running in this context.
+    """
+    if _current.get() is not None:
+        raise RuntimeError("a step is already running; forward passes of one model cannot nest")
+    token = _current.set(step)
+    try:
+        yield step
+    finally:
+        _current.reset(token)
