@@ -1,0 +1,86 @@
+"""Tensors through the model: the KV slab, the forward pass, the logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pacellm.config import PAConfig
+from pacellm.engine import batch
+from pacellm.engine.kv import BLOCK, KVTable
+from pacellm.engine.scheduler import Copy, Step
+from pacellm.engine.sequence import Sequence
+from pacellm.errors import EngineError
+from pacellm.memory.pool import BankPool
+from pacellm.model.attention import slab
+from pacellm.model.context import StepContext, step_context
+from pacellm.model.load import LoadedModel
+
+
+class StepFailed(EngineError):
+    """A forward pass failed; ``sequence`` is the one it failed on, or None where that is not known."""
+
+    def __init__(self, message: str, sequence: Sequence | None) -> None:
+        super().__init__(message)
+        self.sequence = sequence
+
+
+class Runner:
+    """Runs steps of one model.
+
+    Args:
+        model: loaded and, with PA, patched.
+        pool: the banks, or None without PA.
+        num_blocks: KV blocks of the slab.
+        pa: the banks' config.
+    """
+
+    def __init__(self, model: LoadedModel, pool: BankPool | None, num_blocks: int, pa: PAConfig) -> None:
+        self.model, self.pool, self.pa = model, pool, pa
+        slots = num_blocks * BLOCK
+        self._keys = slab([shape[0] for shape in model.kv_shapes], slots, model.dtype, model.device)
+        self._values = slab([shape[1] for shape in model.kv_shapes], slots, model.dtype, model.device)
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> tuple[Tensor, list[Sequence]]:
+        """One forward pass.
+
+        Returns:
+            (logits [S, V] in float32 or wider, the S sequences that get a token).
+
+        Raises:
+            StepFailed: names the sequence where it can.
+        """
+        packed = batch.build(step, self.pool, self.pa.segment, self.model.device)
+        context = StepContext(packed.chunks, self._keys, self._values, self.pa)
+        try:
+            self._copy(step.copies)
+            with step_context(context):
+                output = self.model.module(
+                    input_ids=packed.ids,
+                    position_ids=packed.positions,
+                    use_cache=False,
+                    logits_to_keep=packed.wanted,
+                )
+        except Exception as error:
+            raise StepFailed(f"{type(error).__name__}: {error}", _blame(step, packed, context)) from error
+        logits = output.logits[0, : len(packed.sampled)]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)), packed.sampled
+
+    def scrub(self, table: KVTable) -> None:
+        """Zero a failed sequence's KV, so that no non-finite number stays behind in a masked slot."""
+        for run in table.runs():
+            for slabs in (*self._keys, *self._values):
+                slabs[:, run.slot : run.slot + run.length] = 0
+
+    def _copy(self, copies: list[Copy]) -> None:
+        for copy in copies:
+            for slabs in (*self._keys, *self._values):
+                source = slabs[:, copy.source : copy.source + copy.length]
+                slabs[:, copy.target : copy.target + copy.length] = source
+
+
+def _blame(step: Step, packed: batch.Batch, context: StepContext) -> Sequence | None:
+    if context.failing is not None:
+        return step.work[packed.chunks.index(context.failing)].sequence
+    return step.work[0].sequence if len(step.work) == 1 else None

@@ -1,0 +1,159 @@
+"""One request's tokens and status, and the turns that its session's log is made of. No torch."""
+
+from __future__ import annotations
+
+import enum
+import time
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pacellm.engine.kv import KVTable
+from pacellm.model.context import Piece
+from pacellm.types import FinishReason, GenerationRequest, PAMode, SessionStatus
+
+
+@dataclass
+class Turn:
+    """Tokens fed in one go, with all that is needed to feed them again to the same bit.
+
+    Attributes:
+        start: absolute position of the first token (c); what stood there before is overwritten.
+        prompt_end: position at which the prompt ended; tokens from there on were decoded, each its own segment.
+        ids: the tokens from ``start`` on.
+        pa: how banks took part.
+    """
+
+    start: int
+    prompt_end: int
+    ids: array[int]
+    pa: PAMode
+
+    @property
+    def end(self) -> int:
+        """Position after the last token."""
+        return self.start + len(self.ids)
+
+    def pieces(self, cursor: int, count: int, row: int, segment: int) -> Iterator[Piece]:
+        """``count`` tokens from ``cursor``, cut at segment ends: multiples of ``segment``, the prompt's end, then
+        every token. Rows count from ``row``."""
+        position, stop = self.start + cursor, self.start + cursor + count
+        while position < stop:
+            if position < self.prompt_end:
+                boundary = min(position - position % segment + segment, self.prompt_end)
+            else:
+                boundary = position + 1
+            end = min(boundary, stop)
+            yield Piece(row, row + end - position, end == boundary)
+            row, position = row + end - position, end
+
+
+class Status(enum.Enum):
+    """Where a sequence is."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    ENDED = enum.auto()
+
+
+@dataclass
+class Sequence:
+    """A request on its way through the engine.
+
+    Attributes:
+        request: as it came.
+        prompt: its ids as an array.
+        generated: sampled ids, the last of which has not been fed.
+        work: turns still to feed: those of the log that must be replayed, then the request's own.
+        cursor: tokens of ``work[0]`` fed so far.
+        table, row: the working copy: KV blocks and bank row.
+        cached, replayed: prompt tokens not computed again; tokens of the log that are.
+    """
+
+    request: GenerationRequest
+    prompt: array[int]
+    max_tokens: int
+    seed: int
+    status: Status = Status.WAITING
+    generated: list[int] = field(default_factory=list)
+    work: list[Turn] = field(default_factory=list)
+    cursor: int = 0
+    table: KVTable = field(default_factory=KVTable)
+    row: int | None = None
+    session_status: SessionStatus = "none"
+    cached: int = 0
+    replayed: int = 0
+    total_work: int = 0
+    done_work: int = 0
+    counters_before: dict[int, list[int]] = field(default_factory=dict)
+    admitted_at: float | None = None
+    first_token_at: float | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+    @property
+    def id(self) -> str:
+        """The request's id."""
+        return self.request.request_id
+
+    @property
+    def turn(self) -> Turn:
+        """The turn being fed."""
+        return self.work[0]
+
+    @property
+    def position(self) -> int:
+        """Absolute position of the next token to feed."""
+        return self.turn.start + self.cursor
+
+    @property
+    def pending(self) -> int:
+        """Known tokens not yet fed."""
+        return self.total_work - self.done_work
+
+    @property
+    def is_decoding(self) -> bool:
+        """One known token is left, and it was sampled."""
+        return self.pending == 1 and bool(self.generated)
+
+    def begin(self, work: list[Turn], now: float) -> None:
+        """Start, or start again after a preemption, with ``work`` to feed."""
+        self.work, self.cursor = work, 0
+        self.total_work, self.done_work = sum(len(turn.ids) for turn in work), 0
+        self.status = Status.RUNNING
+        if self.admitted_at is None:
+            self.admitted_at = now
+
+    def advance(self, count: int) -> bool:
+        """``count`` tokens were fed. True where the request's last known token was among them."""
+        self.cursor += count
+        self.done_work += count
+        if self.cursor == len(self.turn.ids) and len(self.work) > 1:
+            self.work.pop(0)
+            self.cursor = 0
+        return self.pending == 0
+
+    def append(self, token: int) -> None:
+        """A token was sampled; it is the next to feed."""
+        if self.first_token_at is None:
+            self.first_token_at = time.monotonic()
+        self.generated.append(token)
+        self.turn.ids.append(token)
+        self.total_work += 1
+
+    def fed(self) -> Turn:
+        """The request's own turn as it enters the log: without the last sampled token, which was never fed."""
+        turn = self.turn
+        return Turn(turn.start, turn.prompt_end, turn.ids[: self.cursor], turn.pa)
+
+
+def common_prefix(first: array[int], second: array[int]) -> int:
+    """Length of the common prefix of two id arrays."""
+    length = min(len(first), len(second))
+    if not length:
+        return 0
+    a, b = np.frombuffer(first, dtype=np.int32)[:length], np.frombuffer(second, dtype=np.int32)[:length]
+    different = np.flatnonzero(a != b)
+    return int(different[0]) if len(different) else length

@@ -1,0 +1,54 @@
+"""What the engine counted. Plain numbers, written by the engine thread and read by whoever scrapes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from pacellm.engine.sequence import Sequence
+from pacellm.memory.bank import COUNTERS
+from pacellm.memory.pool import BankPool
+from pacellm.types import BankReads
+
+
+@dataclass
+class EngineStats:
+    """Totals since the start.
+
+    Attributes:
+        steps: forward passes.
+        prompt_tokens, generation_tokens, cached_tokens: fed from prompts (replays included), sampled, not computed
+            again.
+        aborted, failed: requests that did not finish. finished: the others, by reason.
+        bank: per layer and counter of ``COUNTERS``, from requests that finished.
+        effective_rank, slot_age, filled: by layer, of the bank that finished last.
+    """
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    cached_tokens: int = 0
+    aborted: int = 0
+    failed: int = 0
+    finished: Counter[str] = field(default_factory=Counter)
+    bank: dict[int, Counter[str]] = field(default_factory=dict)
+    effective_rank: dict[int, float] = field(default_factory=dict)
+    slot_age: dict[int, float] = field(default_factory=dict)
+    filled: dict[int, int] = field(default_factory=dict)
+
+
+def bank_reads(pool: BankPool | None, sequence: Sequence, stats: EngineStats) -> BankReads | None:
+    """What a finishing request did to its banks; also added to the totals. None without banks."""
+    if pool is None or sequence.row is None or sequence.turn.pa == "off":
+        return None
+    totals: Counter[str] = Counter()
+    for layer, counters in pool.counters(sequence.row).items():
+        before = sequence.counters_before[layer]
+        done = {name: now - then for name, now, then in zip(COUNTERS, counters, before, strict=True)}
+        stats.bank.setdefault(layer, Counter()).update(done)
+        totals.update(done)
+    stats.effective_rank = pool.effective_ranks(sequence.row)
+    stats.slot_age = pool.slot_ages(sequence.row)
+    stats.filled = pool.filled(sequence.row)
+    ranks = list(stats.effective_rank.values())
+    return BankReads(**totals, filled=sum(stats.filled.values()), effective_rank=sum(ranks) / len(ranks))

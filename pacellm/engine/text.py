@@ -1,0 +1,61 @@
+"""Ids to text as they come: split characters and possible stop strings are held back."""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+
+class TextStream:
+    """The text of one answer.
+
+    Args:
+        tokenizer: the fast tokenizer's backend.
+        stop: strings that end the answer and are cut from it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+        self._tokenizer, self._stop = tokenizer, stop
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._undecoded: list[int] = []
+        self._held = ""
+        self.stopped_by: str | None = None
+
+    def push(self, token: int) -> str:
+        """Text that is now certain. Sets ``stopped_by`` where a stop string is complete."""
+        self._undecoded.append(token)
+        text = self._stream.step(self._tokenizer, token)
+        if text is None:
+            return ""
+        self._undecoded.clear()
+        return self._release(text)
+
+    def finish(self) -> str:
+        """What was held back, once no more tokens come."""
+        if self.stopped_by is not None:
+            return ""
+        rest = self._tokenizer.decode(self._undecoded, skip_special_tokens=True) if self._undecoded else ""
+        text = self._release(rest)
+        if self.stopped_by is not None:
+            return text
+        text, self._held = text + self._held, ""
+        return text
+
+    def _release(self, text: str) -> str:
+        held = self._held + text
+        found = [(held.find(stop), stop) for stop in self._stop if stop in held]
+        if found:
+            at, self.stopped_by = min(found)
+            self._held = ""
+            return held[:at]
+        keep = max((_overlap(held, stop) for stop in self._stop), default=0)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that is a beginning of ``stop``."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

@@ -1,0 +1,169 @@
+"""The engine in a thread of its own: an inbox in, batches of events out.
+
+Whoever submits gets every event of its request through one callback, called from the engine thread with all events
+of a step at once. Exactly one terminal event (Finished or Failed) reaches every submitted request, also when it is
+aborted, when the server drains, and when the engine dies.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from pacellm.engine.engine import Engine
+from pacellm.errors import Aborted, Draining, EngineDead, Overloaded, PaceError
+from pacellm.types import Admitted, Event, Failed, Finished, GenerationRequest
+
+logger = logging.getLogger("pacellm.engine")
+Deliver = Callable[[list[tuple[str, Event]]], None]
+_IDLE_BEAT = 1.0  # seconds between heartbeats while idle
+
+
+class EngineThread:
+    """Owns an engine and the thread it runs in.
+
+    Args:
+        engine: used by this thread alone from :meth:`start` on, ``check`` and ``stats`` apart.
+        deliver: called in the engine thread with the events of a step.
+    """
+
+    def __init__(self, engine: Engine, deliver: Deliver) -> None:
+        self.engine, self._deliver = engine, deliver
+        self._inbox: deque[GenerationRequest | str] = deque()  # a string is the id of a request to abort
+        self._wake = threading.Condition()
+        self._queued: dict[str, int] = {}  # prompt tokens of requests that are not yet admitted
+        self._submitted: set[str] = set()
+        self._stopping = False
+        self._draining = False
+        self._error: BaseException | None = None
+        self.heartbeat = time.monotonic()
+        self._thread = threading.Thread(target=self._main, name="pacellm-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the loop."""
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """The loop runs."""
+        return self._thread.is_alive() and self._error is None
+
+    @property
+    def is_draining(self) -> bool:
+        """No new requests are taken."""
+        return self._draining
+
+    @property
+    def num_queued(self) -> int:
+        """Requests not yet admitted."""
+        return len(self._queued)
+
+    @property
+    def num_running(self) -> int:
+        """Requests admitted and not yet ended."""
+        return len(self._submitted) - len(self._queued)
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Hand a request over; its place in the queue is reserved before this returns.
+
+        Raises:
+            RequestError: it can never run.
+            Overloaded, Draining, EngineDead: not now.
+        """
+        self.engine.check(request)
+        config, tokens = self.engine.config, len(request.prompt)
+        with self._wake:
+            if not self.is_alive:
+                raise EngineDead("the engine has stopped; restart the server")
+            if self._draining:
+                raise Draining("the server is shutting down")
+            queued = sum(self._queued.values())
+            if len(self._queued) >= config.max_waiting:
+                raise Overloaded(f"{len(self._queued)} requests are waiting; try again later")
+            if queued and queued + tokens > (config.max_waiting_tokens or 0):
+                raise Overloaded(f"{queued:,} prompt tokens are waiting; try again later")
+            if request.request_id in self._submitted:
+                raise Overloaded(f"request id {request.request_id} is still running")
+            self._queued[request.request_id] = tokens
+            self._submitted.add(request.request_id)
+            self._inbox.append(request)
+            self._wake.notify()
+
+    def abort(self, request_id: str) -> None:
+        """Cancel a request; it ends with Failed(Aborted) unless it has ended already."""
+        with self._wake:
+            if request_id in self._submitted:
+                self._inbox.append(request_id)
+                self._wake.notify()
+
+    def drain(self) -> None:
+        """Take no new requests; those submitted run to their end."""
+        with self._wake:
+            self._draining = True
+            self._wake.notify()
+
+    def stop(self, timeout: float = 30.0) -> None:
+        """End the loop after its current step; whatever is unfinished fails with Draining."""
+        with self._wake:
+            self._draining = self._stopping = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    # -- the engine thread ---------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        error: PaceError = Draining("the server is shutting down")
+        try:
+            while not self._stopping:
+                self._take_inbox()
+                if self.engine.has_work:
+                    self._emit(self.engine.step())
+        except BaseException as failure:
+            logger.critical("the engine loop ended", exc_info=failure)
+            self._error, error = failure, EngineDead(f"the engine failed: {failure}")
+        finally:
+            self._end_all(error)
+
+    def _take_inbox(self) -> None:
+        with self._wake:
+            if not self._inbox and not self.engine.has_work and not self._stopping:
+                self._wake.wait(_IDLE_BEAT)
+            self.heartbeat = time.monotonic()
+            items = list(self._inbox)
+            self._inbox.clear()
+        for item in items:
+            if isinstance(item, str):
+                if self.engine.abort(item):
+                    self._emit([(item, Failed(Aborted("the request was cancelled")))])
+                continue
+            try:
+                self.engine.add(item)
+            except PaceError as error:
+                self._emit([(item.request_id, Failed(error))])
+
+    def _emit(self, events: list[tuple[str, Event]]) -> None:
+        if not events:
+            return
+        with self._wake:
+            for request_id, event in events:
+                if isinstance(event, Admitted | Finished | Failed):
+                    self._queued.pop(request_id, None)
+                if isinstance(event, Finished | Failed):
+                    self._submitted.discard(request_id)
+        try:
+            self._deliver(events)
+        except Exception:
+            logger.exception("events could not be delivered")
+
+    def _end_all(self, error: PaceError) -> None:
+        """Nobody is left waiting in silence."""
+        with self._wake:
+            left = list(self._submitted)
+            self._inbox.clear()
+        for request_id in left:
+            self.engine.abort(request_id)
+        self._emit([(request_id, Failed(error)) for request_id in left])
