@@ -1,0 +1,182 @@
+"""The command line: ``pacellm serve`` and ``pacellm demo``. The one place that puts all packages together."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from pacellm.config import EngineConfig, PAConfig
+from pacellm.errors import ConfigError, PaceError
+
+logger = logging.getLogger("pacellm")
+_UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except PaceError as error:
+        print(f"pacellm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Load a model and answer HTTP until told to stop."""
+    import uvicorn
+
+    from pacellm.demo import MODEL_PATH
+    from pacellm.engine.engine import Engine
+    from pacellm.model.load import load
+    from pacellm.tokenizer import ChatTokenizer
+    from server.app import create_app
+    from server.service import Service
+    from server.settings import Settings
+
+    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    config = engine_config(options)
+    path = options.model or MODEL_PATH
+    model = load(path, dtype=options.dtype, device=_device(options.device))
+    tokenizer = ChatTokenizer(path)
+    engine = Engine(model, config, tokenizer.backend)
+    _describe(engine, str(path))
+    if options.host not in _LOOPBACK:
+        logger.warning("listening on %s without API keys: anyone who reaches it can use it", options.host)
+    name = options.served_model_name or ("pacellm-demo" if options.model is None else options.model)
+    service = Service(engine, tokenizer, Settings(model_name=name, max_body_bytes=options.max_body_bytes))
+    uvicorn.run(
+        create_app(service),
+        host=options.host,
+        port=options.port,
+        log_level=options.log_level,
+        timeout_graceful_shutdown=options.shutdown_timeout,
+        h11_max_incomplete_event_size=64 * 1024,
+    )
+    return 0
+
+
+def demo(options: argparse.Namespace) -> int:
+    """Start a server on the bundled model and ask it about a long document."""
+    from pacellm.demo.show import show
+
+    return show(options.tokens, options.seed, options.serve_arguments)
+
+
+def engine_config(options: argparse.Namespace) -> EngineConfig:
+    """The engine's config from the flags.
+
+    Raises:
+        ConfigError: a value that cannot work.
+    """
+    return EngineConfig(
+        max_model_len=options.max_model_len,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_num_seqs=options.max_num_seqs,
+        kv_cache_memory=options.kv_cache_memory_bytes,
+        session_memory=options.session_memory,
+        pa=options.pa,
+        pa_layers=options.pa_layers,
+        bank=PAConfig(preset=options.pa_preset, bank_size=options.pa_bank_size, segment=options.pa_segment),
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pacellm", description="Long-context inference with working memory.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_serve(commands.add_parser("serve", help="serve a model over OpenAI's API"))
+    _add_demo(commands.add_parser("demo", help="ask the bundled model about a long document, over HTTP"))
+    return parser
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    defaults, bank = EngineConfig(), PAConfig()
+    add = parser.add_argument
+    add("model", nargs="?", help="checkpoint directory or hub name (default: the bundled model)")
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, default=8000)
+    add("--served-model-name", help="the name clients ask for (default: as MODEL is written, or pacellm-demo)")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    add("--device", default="auto", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+    add("--max-model-len", type=_size, help="longest context in tokens (default: the model's)")
+    add("--max-num-batched-tokens", type=int, default=defaults.max_num_batched_tokens, help="tokens of one step")
+    add("--max-num-seqs", type=int, default=defaults.max_num_seqs, help="requests that run at once")
+    add("--kv-cache-memory-bytes", type=_size, help="bytes of KV memory, as 8G (default: from what is free)")
+    add("--session-memory", type=_size, help="bytes of idle sessions' KV and banks kept (default: KV memory)")
+    add("--pa", action=argparse.BooleanOptionalAction, default=True, help="Persistent Activity")
+    add("--pa-layers", type=_layers, help="patched layers from 0, as 1,3 (default: the paper's, scaled)")
+    add("--pa-preset", default=bank.preset, choices=("reference", "paper"))
+    add("--pa-bank-size", type=int, default=bank.bank_size, help="slots of a bank")
+    add("--pa-segment", type=int, default=bank.segment, help="prompt tokens that read the bank as one")
+    add("--max-body-bytes", type=_size, default=64 * 2**20, help="larger request bodies are refused")
+    add("--shutdown-timeout", type=int, default=60, help="seconds that running requests get to end")
+    add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    parser.set_defaults(run=serve)
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokens", type=_size, default=200_000, help="length of the document")
+    parser.add_argument("--seed", type=int, default=0, help="of the document")
+    parser.add_argument("serve_arguments", nargs="*", help="flags for the server, after --")
+    parser.set_defaults(run=demo)
+
+
+def _size(text: str) -> int:
+    """An integer with an optional K, M, G or T (powers of 1,024)."""
+    unit = _UNITS.get(text[-1:].lower())
+    try:
+        return int(float(text[:-1]) * unit) if unit else int(text.replace(",", "").replace("_", ""))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it as 200000 or 8G") from None
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers; write it as 1,3") from None
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("this torch sees no CUDA device; use --device cpu", param="device")
+    return name
+
+
+def _describe(engine, path: str) -> None:  # type: ignore[no-untyped-def]
+    from pacellm.engine.kv import BLOCK
+
+    config, model = engine.config, engine.model
+    logger.info("model %s: %d layers, %s on %s", path, model.num_layers, model.dtype, model.device)
+    logger.info(
+        "context %s tokens; KV memory %.2f GiB for %s tokens, %d bytes each",
+        f"{config.max_model_len:,}",
+        engine.num_blocks * engine.block_bytes / 2**30,
+        f"{engine.num_blocks * BLOCK:,}",
+        model.bytes_per_token,
+    )
+    if engine.pool is None:
+        logger.info("Persistent Activity is off")
+        return
+    logger.info(
+        "Persistent Activity: preset %s in layers %s, %d slots, segments of %d; %.2f MiB a session, %d rows",
+        config.bank.preset,
+        ",".join(map(str, config.pa_layers)),
+        config.bank.bank_size,
+        config.bank.segment,
+        engine.pool.bytes_per_row / 2**20,
+        engine.pool.num_rows,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The HTTP surface: OpenAI's API over the engine. No model code."""

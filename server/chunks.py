@@ -1,0 +1,139 @@
+"""Events to OpenAI's chunks, and chunks folded to one answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from pacellm.tokenizer import ChatTokenizer
+from pacellm.types import Admitted, Delta, Failed, Finished, Progress, TokenLogprob
+from server.schema import ChatCompletionRequest
+from server.service import Generation
+
+Chunk = dict[str, Any]
+
+
+class Chunks:
+    """The chunks of one generation.
+
+    Args:
+        generation: submitted.
+        body: what the client asked for.
+        model: the name to show.
+        tokenizer: for the tokens of log-probabilities.
+    """
+
+    def __init__(
+        self, generation: Generation, body: ChatCompletionRequest, model: str, tokenizer: ChatTokenizer
+    ) -> None:
+        self._generation, self._body, self._tokenizer = generation, body, tokenizer
+        self._head = {
+            "id": generation.request.request_id,
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._started = time.monotonic()
+        self._cached = 0
+        self._has_role = False
+
+    async def __call__(self, timeout: float | None = None) -> AsyncIterator[Chunk | None]:
+        """Every chunk in order; None after ``timeout`` seconds of silence.
+
+        Raises:
+            PaceError: the request failed.
+        """
+        async for event in self._generation.events(timeout):
+            match event:
+                case None:
+                    yield None
+                case Admitted():
+                    self._cached = event.cached_tokens
+                case Progress() if self._body.return_progress:
+                    yield {**self._head, "choices": [], "prompt_progress": self._progress(event)}
+                case Delta():
+                    yield self._delta(event)
+                case Finished():
+                    for chunk in self._last(event):
+                        yield chunk
+                case Failed():
+                    raise event.error
+
+    def _progress(self, event: Progress) -> dict[str, int]:
+        return {
+            "total": event.total + self._cached,
+            "cached": self._cached,
+            "processed": event.processed + self._cached,
+            "time_ms": round(1000 * (time.monotonic() - self._started)),
+        }
+
+    def _delta(self, event: Delta) -> Chunk:
+        delta: dict[str, Any] = {"content": event.text}
+        if not self._has_role:
+            self._has_role, delta = True, {"role": "assistant", **delta}
+        return {**self._head, "choices": [self._choice(delta, None, event.logprobs)]}
+
+    def _last(self, event: Finished) -> list[Chunk]:
+        delta = {} if self._has_role else {"role": "assistant", "content": ""}
+        choice = self._choice(delta, event.reason.value, ())
+        if event.stop_reason is not None:
+            choice["stop_reason"] = event.stop_reason
+        session = self._generation.request.session
+        pace = {
+            "session_id": session[1] if session is not None else None,
+            "session": event.session,
+            "replayed_tokens": event.usage.replayed_tokens,
+            "bank": dataclasses.asdict(event.bank) if event.bank is not None else None,
+            "timings": {
+                "queue_ms": round(1000 * event.queue_seconds, 1),
+                "prefill_ms": round(1000 * event.prefill_seconds, 1),
+                "decode_ms": round(1000 * event.decode_seconds, 1),
+            },
+        }
+        usage = {
+            "prompt_tokens": event.usage.prompt_tokens,
+            "completion_tokens": event.usage.completion_tokens,
+            "total_tokens": event.usage.prompt_tokens + event.usage.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": event.usage.cached_tokens},
+        }
+        return [
+            {**self._head, "choices": [choice], "pacellm": pace},
+            {**self._head, "choices": [], "usage": usage},
+        ]
+
+    def _choice(self, delta: dict[str, Any], reason: str | None, logprobs: tuple[TokenLogprob, ...]) -> dict[str, Any]:
+        content = [self._logprob(item) for item in logprobs]
+        shown = {"content": content, "refusal": None} if content else None
+        return {"index": 0, "delta": delta, "logprobs": shown, "finish_reason": reason}
+
+    def _logprob(self, item: TokenLogprob) -> dict[str, Any]:
+        return {
+            **self._token(item.token_id, item.logprob),
+            "top_logprobs": [self._token(token, logprob) for token, logprob in item.top],
+        }
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._tokenizer.token_text(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+async def fold(chunks: AsyncIterator[Chunk | None]) -> Chunk:
+    """The non-streamed answer: the same chunks, added up."""
+    answer: Chunk = {}
+    text: list[str] = []
+    logprobs: list[Any] = []
+    async for chunk in chunks:
+        if chunk is None:
+            continue
+        answer = {**answer, **{name: value for name, value in chunk.items() if name not in ("choices", "object")}}
+        for choice in chunk["choices"]:
+            text.append(choice["delta"].get("content", ""))
+            logprobs += (choice["logprobs"] or {}).get("content", [])
+            final = choice
+    answer.pop("prompt_progress", None)
+    message = {"role": "assistant", "content": "".join(text), "refusal": None}
+    choice = {key: value for key, value in final.items() if key != "delta"}
+    choice["logprobs"] = {"content": logprobs, "refusal": None} if logprobs else None
+    return {**answer, "object": "chat.completion", "choices": [{**choice, "message": message}]}

@@ -1,0 +1,50 @@
+"""Exceptions to answers: always ``{"error": {"message", "type", "param", "code"}}``."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from pacellm.errors import Draining, Overloaded, PaceError
+
+logger = logging.getLogger("pacellm.server")
+
+
+def body_of(error: PaceError) -> dict[str, Any]:
+    """The error object."""
+    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+
+
+def response_of(error: PaceError) -> JSONResponse:
+    """The answer to a request that failed before its stream began."""
+    headers = {}
+    if isinstance(error, Overloaded | Draining):
+        headers["Retry-After"] = str(error.retry_after)
+    elif error.status >= 500:
+        headers["x-should-retry"] = "false"  # a prompt that made the engine fail once would do it again
+    return JSONResponse(body_of(error), status_code=error.status, headers=headers)
+
+
+def install(app: FastAPI) -> None:
+    """Make every failure of the app an OpenAI-shaped one."""
+
+    @app.exception_handler(PaceError)
+    async def pace_error(request: Request, error: PaceError) -> JSONResponse:
+        return response_of(error)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+        body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
+        return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def any_error(request: Request, error: Exception) -> JSONResponse:
+        logger.exception("%s %s failed", request.method, request.url.path, exc_info=error)
+        return response_of(PaceError("internal error; the server's log has the details"))

@@ -1,0 +1,134 @@
+"""Prometheus metrics, with vLLM's suffixes, and what no other server has: the banks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from time import monotonic
+
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from pacellm.engine.thread import EngineThread
+from pacellm.types import Delta, Event, Failed, Finished
+
+_SHORT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
+_LONG = (*_SHORT[6:], 160.0, 320.0, 640.0, 1280.0, 2560.0)
+_END_TO_END = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 480.0, 960.0, 1920.0, 7680.0)
+
+
+class Metrics:
+    """A registry of its own, filled from the engine's counters at each scrape and from events as they pass."""
+
+    def __init__(self, thread: EngineThread, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_EngineCollector(thread, model_name))
+        self._last_token: dict[str, float] = {}
+        self._labels = {"model_name": model_name}
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            metric = Histogram(f"pacellm_{name}", text, ["model_name"], buckets=buckets, registry=self.registry)
+            return metric.labels(model_name)
+
+        self._first = histogram("time_to_first_token_seconds", "Arrival to first token.", (*_SHORT[:6], *_LONG))
+        self._between = histogram("inter_token_latency_seconds", "Time between tokens of a request.", _SHORT)
+        self._queue = histogram("request_queue_time_seconds", "Time before admission.", _END_TO_END)
+        self._prefill = histogram("request_prefill_time_seconds", "Admission to first token.", _END_TO_END)
+        self._decode = histogram("request_decode_time_seconds", "First to last token.", _END_TO_END)
+        self._whole = histogram("e2e_request_latency_seconds", "Arrival to end.", _END_TO_END)
+
+    def observe(self, request_id: str, event: Event) -> None:
+        """Called with every event, on the event loop."""
+        if isinstance(event, Delta) and event.token_ids:
+            now = monotonic()
+            last = self._last_token.get(request_id)
+            if last is not None:
+                self._between.observe(now - last)
+            self._last_token[request_id] = now
+        elif isinstance(event, Finished | Failed):
+            self._last_token.pop(request_id, None)
+        if isinstance(event, Finished):
+            queue, prefill, decode = event.queue_seconds, event.prefill_seconds, event.decode_seconds
+            self._queue.observe(queue)
+            self._prefill.observe(prefill)
+            self._decode.observe(decode)
+            self._whole.observe(queue + prefill + decode)
+            if event.usage.completion_tokens:
+                self._first.observe(queue + prefill)
+
+    def render(self) -> bytes:
+        """The text format."""
+        return generate_latest(self.registry)
+
+
+class _EngineCollector(Collector):
+    """The engine's own counters, read when scraped."""
+
+    def __init__(self, thread: EngineThread, model_name: str) -> None:
+        self._thread, self._model = thread, model_name
+
+    def collect(self) -> Iterator[Metric]:
+        """Every family."""
+        engine, stats = self._thread.engine, self._thread.engine.stats
+        used = engine.num_blocks - engine.allocator.num_free
+        yield self._gauge("num_requests_running", "Requests in execution.", self._thread.num_running)
+        yield self._gauge("num_requests_waiting", "Requests in the queue.", self._thread.num_queued)
+        yield self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", used / engine.num_blocks)
+        yield self._gauge("sessions", "Sessions known.", len(engine.sessions))
+        yield self._gauge(
+            "sessions_resident", "Sessions whose KV and banks are on the device.", engine.sessions.num_resident
+        )
+        yield self._gauge("session_bytes", "Bytes of KV and banks that sessions hold.", engine.sessions.resident_bytes)
+        yield self._gauge("session_log_bytes", "Bytes of session logs.", engine.sessions.log_bytes)
+        yield self._counter("session_evictions", "Idle sessions dropped from the device.", engine.sessions.evictions)
+        yield self._counter("sessions_lost", "Sessions whose log was dropped.", engine.sessions.losses)
+        yield self._counter("prompt_tokens", "Prompt tokens computed, replays included.", stats.prompt_tokens)
+        yield self._counter("generation_tokens", "Tokens generated.", stats.generation_tokens)
+        yield self._counter("cached_prompt_tokens", "Prompt tokens not computed again.", stats.cached_tokens)
+        yield self._counter("num_preemptions", "Requests that had to start again.", engine.scheduler.preemptions)
+        yield self._counter("steps", "Forward passes.", stats.steps)
+        yield self._counter("request_failure", "Requests that failed.", stats.failed)
+        yield self._counter("request_aborted", "Requests that were cancelled.", stats.aborted)
+        success = CounterMetricFamily(
+            "pacellm_request_success", "Requests that finished.", labels=["model_name", "finished_reason"]
+        )
+        for reason in ("stop", "length"):
+            success.add_metric([self._model, reason], stats.finished[reason])
+        yield success
+        yield from self._banks()
+
+    def _banks(self) -> Iterator[Metric]:
+        stats, layers = self._thread.engine.stats, self._thread.engine.config.pa_layers or ()
+        reads = CounterMetricFamily(
+            "pacellm_bank_reads", "Tokens that read a bank, by outcome.", labels=["model_name", "layer", "outcome"]
+        )
+        writes = CounterMetricFamily(
+            "pacellm_bank_writes", "Bank slots changed, by how.", labels=["model_name", "layer", "kind"]
+        )
+        for layer in layers if self._thread.engine.config.pa else ():
+            counts = stats.bank.get(layer, {})
+            for name, outcome in (("hits", "hit"), ("fuses", "fuse"), ("misses", "miss"), ("empty", "empty")):
+                reads.add_metric([self._model, str(layer), outcome], counts.get(name, 0))
+            for name, kind in (("merges", "merge"), ("replacements", "replace")):
+                writes.add_metric([self._model, str(layer), kind], counts.get(name, 0))
+        yield reads
+        yield writes
+        for name, text, values in (
+            ("bank_effective_rank", "Effective rank of the keys of the bank that finished last.", stats.effective_rank),
+            ("bank_slot_age", "Mean writes since a slot was changed, same bank.", stats.slot_age),
+            ("bank_slots_filled", "Slots in use, same bank.", stats.filled),
+        ):
+            gauge = GaugeMetricFamily(f"pacellm_{name}", text, labels=["model_name", "layer"])
+            for layer, value in dict(values).items():
+                gauge.add_metric([self._model, str(layer)], value)
+            yield gauge
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        metric = GaugeMetricFamily(f"pacellm_{name}", text, labels=["model_name"])
+        metric.add_metric([self._model], value)
+        return metric
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        metric = CounterMetricFamily(f"pacellm_{name}", text, labels=["model_name"])
+        metric.add_metric([self._model], value)
+        return metric
