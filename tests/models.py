@@ -53,6 +53,7 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype = torch.float32):
     config_class, model_class, extra = FAMILIES[family]
     torch.manual_seed(seed)
     model = model_class(config_class(**{**COMMON, **extra})).to(dtype).eval()
+    model.requires_grad_(False)
     for parameter in model.parameters():
         if parameter.ndim == 2:
             parameter.data.normal_(0, 0.15)

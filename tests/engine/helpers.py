@@ -1,0 +1,74 @@
+"""Running engines on tiny models, and looking at what they leave."""
+
+import torch
+
+from pacellm import EngineConfig, PAConfig
+from pacellm.engine.engine import Engine, run_until_idle
+from pacellm.types import Delta, Finished, GenerationRequest, SamplingParams
+
+BANK = PAConfig(bank_size=12, segment=64, theta_high=0.9, theta_low=0.5)
+GREEDY = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True)
+
+
+def new_engine(model, **changes):
+    """An engine with small banks, that checks its bookkeeping after every step."""
+    settings = {"kv_cache_memory": 64 * 2**20, "check_integrity": True, "bank": BANK, **changes}
+    settings.setdefault("max_num_mixed_tokens", settings.get("max_num_batched_tokens", 2048))
+    return Engine(model, EngineConfig(**settings))
+
+
+def prompt(length, seed=0, vocabulary=97):
+    """Random ids, special tokens left out."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, vocabulary, (length,), generator=generator).tolist()
+
+
+def request(name, ids, sampling=GREEDY, session=None, **changes):
+    """A request, in the session of that name if one is given."""
+    key = None if session is None else ("tenant", session)
+    return GenerationRequest(name, ids, sampling, session=key, **changes)
+
+
+def tokens(events):
+    """The generated ids."""
+    return [token for event in events if isinstance(event, Delta) for token in event.token_ids]
+
+
+def finish(events):
+    """The terminal event, which must be a good one."""
+    assert isinstance(events[-1], Finished), events[-1]
+    return events[-1]
+
+
+def run(engine, *requests):
+    """All events by request id."""
+    for item in requests:
+        engine.add(item)
+    return run_until_idle(engine)
+
+
+def banks(engine, session):
+    """Copies of a session's bank tensors, by layer and field; counters left out (work done twice counts twice)."""
+    found = engine.sessions.get(("tenant", session))
+    return {
+        (layer, name): tensor.clone()
+        for layer, bank in engine.pool.banks(found.row).items()
+        for name, tensor in zip(bank._fields, bank, strict=True)
+    }
+
+
+def assert_same_banks(mine, theirs):
+    """Equal to the bit."""
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert torch.equal(mine[name], theirs[name]), name
+
+
+def assert_nothing_held(engine):
+    """No request holds anything, and what sessions hold adds up."""
+    engine.check_integrity()
+    assert not engine.has_work
+    assert not engine.scheduler.running
+    assert not engine.scheduler.waiting
+    if engine.pool is not None:
+        assert engine.pool.num_stages_free == engine.config.max_num_seqs

@@ -1,0 +1,69 @@
+"""The CPU attention: right against a plain one, and the same bits however the work is cut."""
+
+import math
+
+import pytest
+import torch
+
+from pacellm.model import attention_cpu
+from pacellm.model.context import Chunk, Run, StepContext
+
+
+def plain(query, key, value, scale, window):
+    """float64, all at once. [H, n, D] queries at the last n positions."""
+    group = query.shape[0] // key.shape[0]
+    key, value = (x.double().repeat_interleave(group, 0) for x in (key, value))
+    scores = query.double() @ key.transpose(1, 2) * scale
+    distance = torch.arange(key.shape[1] - query.shape[1], key.shape[1])[:, None] - torch.arange(key.shape[1])
+    hidden = (distance < 0) | (distance >= (window or math.inf))
+    return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value).transpose(0, 1)
+
+
+def attend(query, key, value, runs, start, window, scale=0.3):
+    """Attention of queries that stand at ``start`` on, with KV scattered over ``runs``."""
+    size = max(run.slot + run.length for run in runs)
+    slabs = [torch.full((key.shape[0], size, key.shape[2]), 9.0) for _ in range(2)]
+    for run in runs:
+        for slab, source in zip(slabs, (key, value), strict=True):
+            part = source[:, run.start : run.start + run.length]
+            slab[:, run.slot : run.slot + part.shape[1]] = part
+    chunk = Chunk(0, query.shape[1], start, runs)
+    step = StepContext([chunk], [slabs[0]], [slabs[1]])
+    return attention_cpu.attend(step, 0, query, scale, window)
+
+
+ONE_RUN = (Run(0, 0, 12288),)
+SCATTERED = tuple(Run(512 * n, 1024 * (23 - n), 512) for n in range(24))
+
+
+@pytest.mark.parametrize("window", [None, 4, 100, 700, 5000])
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
+def test_right_and_invariant(window, heads):
+    generator = torch.Generator().manual_seed(0)
+    length, size = 9300, 16
+    query = torch.randn(heads[0], 300, size, generator=generator)
+    key, value = (torch.randn(heads[1], length, size, generator=generator) for _ in range(2))
+    start = length - 300
+    whole = attend(query, key, value, ONE_RUN, start, window)
+    torch.testing.assert_close(whole.double(), plain(query, key, value, 0.3, window), rtol=1e-4, atol=1e-5)
+    assert torch.equal(attend(query, key, value, SCATTERED, start, window), whole)
+    at = 0
+    for count in (1, 2, 3, 5, 60, 29, 128, 72):
+        part = attend(query[:, at : at + count], key, value, ONE_RUN, start + at, window)
+        assert torch.equal(part, whole[at : at + count])
+        at += count
+    assert at == 300
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_prompt_in_one_go(window):
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(2, 2500, 8, generator=generator) for _ in range(3))
+    whole = attend(query, key, value, ONE_RUN, 0, window)
+    torch.testing.assert_close(whole.double(), plain(query, key, value, 0.3, window), rtol=1e-4, atol=1e-5)
+    for cut in (1, 511, 1024, 1300):
+        parts = [
+            attend(query[:, :cut], key, value, ONE_RUN, 0, window),
+            attend(query[:, cut:], key, value, ONE_RUN, cut, window),
+        ]
+        assert torch.equal(torch.cat(parts), whole)

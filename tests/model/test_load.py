@@ -1,0 +1,70 @@
+"""What is served, and what is refused with a reason."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from pacellm.errors import ModelError
+from pacellm.model.context import StepContext, current_step, step_context
+from pacellm.model.load import load, prepare
+from pacellm.model.patch import patch
+from tests.models import COMMON, FAMILIES, tiny
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kv_shapes_are_what_the_model_produces(family):
+    model = prepare(tiny(family))
+    size = 16 if family == "qwen3" else 8
+    assert model.kv_shapes == [((2, size), (2, size))] * 3
+    assert model.bytes_per_token == 3 * 2 * 2 * size * 4
+    assert model.context_length == 4096
+    assert model.eos_token_ids == {2}
+
+
+def test_other_architectures_are_refused():
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=20))
+    with pytest.raises(ModelError, match="'gpt2' is not served"):
+        prepare(model)
+
+
+def test_rope_that_depends_on_the_batch_is_refused():
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = LlamaForCausalLM(LlamaConfig(**COMMON, rope_parameters=rope))
+    with pytest.raises(ModelError, match="dynamic"):
+        prepare(model)
+
+
+def test_a_path_that_is_no_model(tmp_path):
+    with pytest.raises(ModelError, match="cannot load"):
+        load(tmp_path)
+
+
+def test_saved_and_loaded(tmp_path):
+    model = tiny("qwen2")
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    for (name, mine), (_, theirs) in zip(loaded.module.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+    assert load(tmp_path, dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_patching_twice_is_refused():
+    model = tiny("llama")
+    patch(model, [1])
+    with pytest.raises(ModelError, match="already patched"):
+        patch(model, [1])
+
+
+def test_a_served_model_does_not_run_outside_a_step():
+    model = prepare(tiny("llama")).module
+    with pytest.raises(RuntimeError, match="inside the engine's step"):
+        model(torch.tensor([[1, 2, 3]]))
+
+
+def test_steps_do_not_nest():
+    step = StepContext([], [], [])
+    with step_context(step):
+        assert current_step() is step
+        with pytest.raises(RuntimeError, match="cannot nest"), step_context(step):
+            pass
+    assert current_step() is None

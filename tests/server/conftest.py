@@ -1,0 +1,71 @@
+"""A live server on the bundled model, in a thread of this process, and a real client."""
+
+import threading
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from pacellm.config import EngineConfig
+from pacellm.demo import MODEL_PATH
+from pacellm.engine.engine import Engine
+from pacellm.model.load import load
+from pacellm.tokenizer import ChatTokenizer
+from server.app import create_app
+from server.service import Service
+from server.settings import Settings
+
+NAME = "pacellm-demo"
+
+
+class Live:
+    """A running server."""
+
+    def __init__(self, config, settings):
+        tokenizer = ChatTokenizer(MODEL_PATH)
+        self.engine = Engine(load(MODEL_PATH), config, tokenizer.backend)
+        self.service = Service(self.engine, tokenizer, settings)
+        self._server = uvicorn.Server(
+            uvicorn.Config(create_app(self.service), host="127.0.0.1", port=0, log_level="warning", ws="none")
+        )
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        waiting = threading.Event()
+        while not self._server.started:
+            assert self._thread.is_alive()
+            waiting.wait(0.01)
+        port = self._server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+        return self
+
+    def __exit__(self, *_):
+        self.http.close()
+        self.client.close()
+        self._server.should_exit = True
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+    def wait_until_idle(self, seconds=30):
+        """Until no request is in the engine."""
+        waiting = threading.Event()
+        for _ in range(int(seconds / 0.02)):
+            if not self.engine.has_work and not self.service.thread.num_running:
+                return
+            waiting.wait(0.02)
+        raise AssertionError("requests are still in the engine")
+
+
+def start(config=None, **settings):
+    """A server with small memory."""
+    return Live(config or EngineConfig(kv_cache_memory=2**29), Settings(model_name=NAME, **settings))
+
+
+@pytest.fixture(scope="session")
+def live():
+    with start(keep_alive_seconds=0.05, max_body_bytes=2**20) as server:
+        yield server

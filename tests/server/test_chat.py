@@ -1,0 +1,147 @@
+"""Chat completions through the real client."""
+
+import openai
+import pytest
+
+from pacellm.demo import MODEL_PATH
+from pacellm.demo.generator import make_document
+from pacellm.tokenizer import ChatTokenizer
+from tests.server.conftest import NAME
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+@pytest.fixture(scope="module")
+def document():
+    return make_document(num_tokens=1200, num_facts=6, seed=3, tokenizer=ChatTokenizer(MODEL_PATH)._tokenizer)
+
+
+def test_a_question_about_a_document_and_a_second_turn(live, document):
+    first, second = document.facts[1], document.facts[4]
+    history = user(f"{document.text}\n\n{first.question}")
+    one = live.client.chat.completions.create(
+        model=NAME, messages=history, temperature=0, extra_body={"session_id": "doc"}
+    )
+    assert first.answer in one.choices[0].message.content
+    assert one.choices[0].finish_reason == "stop"
+    assert one.usage.prompt_tokens_details.cached_tokens == 0
+    assert one.usage.total_tokens == one.usage.prompt_tokens + one.usage.completion_tokens
+    assert one.pacellm["session"] == "new"
+    assert sum(one.pacellm["bank"][name] for name in ("hits", "fuses", "misses", "empty")) > 1200
+    history += [{"role": "assistant", "content": one.choices[0].message.content}, *user(second.question)]
+    two = live.client.chat.completions.create(
+        model=NAME, messages=history, temperature=0, extra_headers={"X-Session-ID": "doc"}
+    )
+    assert second.answer in two.choices[0].message.content
+    assert two.pacellm["session"] == "resident"
+    # all but the end of the first answer and the second question was in place
+    assert two.usage.prompt_tokens - two.usage.prompt_tokens_details.cached_tokens < 40
+    assert two.usage.prompt_tokens_details.cached_tokens >= one.usage.prompt_tokens
+
+
+def test_the_stream_folds_to_the_whole_answer(live, document):
+    body = {"model": NAME, "messages": user(f"{document.text}\n\n{document.facts[0].question}"), "temperature": 0}
+    whole = live.client.chat.completions.create(**body, logprobs=True, top_logprobs=2)
+    chunks = list(
+        live.client.chat.completions.create(
+            **body, logprobs=True, top_logprobs=2, stream=True, stream_options={"include_usage": True},
+            extra_body={"return_progress": True},
+        )
+    )  # fmt: skip
+    choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    assert "".join(choice.delta.content or "" for choice in choices) == whole.choices[0].message.content
+    assert choices[0].delta.role == "assistant"
+    assert [choice.finish_reason for choice in choices if choice.finish_reason] == ["stop"]
+    assert chunks[-1].usage == whole.usage
+    assert not any(chunk.usage for chunk in chunks[:-1])
+    logprobs = [item for choice in choices if choice.logprobs for item in choice.logprobs.content]
+    assert logprobs == whole.choices[0].logprobs.content
+    assert len(logprobs) == whole.usage.completion_tokens
+    assert all(item.logprob <= 0 and len(item.top_logprobs) == 2 for item in logprobs)
+    progress = [chunk.prompt_progress for chunk in chunks if hasattr(chunk, "prompt_progress")]
+    assert progress[-1]["processed"] == progress[-1]["total"] == whole.usage.prompt_tokens
+
+
+def test_without_include_usage_the_stream_has_none(live):
+    chunks = list(live.client.chat.completions.create(model=NAME, messages=user("hello"), max_tokens=3, stream=True))
+    assert not any(chunk.usage for chunk in chunks)
+    assert chunks[-1].pacellm["session"] == "none"
+
+
+def test_same_seed_same_text(live):
+    def text(seed):
+        answer = live.client.chat.completions.create(
+            model=NAME, messages=user("Tell me a story."), seed=seed, temperature=1.5, max_tokens=20,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        return answer.choices[0].message.content
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+
+
+def test_stop_and_length(live, document):
+    messages = user(f"{document.text}\n\n{document.facts[0].question}")
+    whole = live.client.chat.completions.create(model=NAME, messages=messages, temperature=0)
+    text = whole.choices[0].message.content
+    stopped = live.client.chat.completions.create(model=NAME, messages=messages, temperature=0, stop=[text[2:4]])
+    assert stopped.choices[0].message.content == text[:2]
+    assert stopped.choices[0].finish_reason == "stop"
+    assert stopped.choices[0].stop_reason == text[2:4]
+    short = live.client.chat.completions.create(model=NAME, messages=messages, temperature=0, max_tokens=1)
+    assert short.choices[0].finish_reason == "length"
+    assert short.usage.completion_tokens == 1
+    warm = live.client.chat.completions.create(model=NAME, messages=messages, max_tokens=0)
+    assert warm.choices[0].message.content == ""
+    assert warm.usage.completion_tokens == 0
+
+
+def test_content_parts_system_and_developer(live):
+    for role in ("system", "developer"):
+        messages = [
+            {"role": role, "content": "Be brief."},
+            {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+        ]
+        answer = live.client.chat.completions.create(model=NAME, messages=messages, max_tokens=2)
+        assert answer.usage.completion_tokens >= 1
+
+
+def test_models(live):
+    (model,) = live.client.models.list().data
+    assert (model.id, model.max_model_len, model.context_length) == (NAME, 262144, 262144)
+    assert live.client.models.retrieve(NAME).id == NAME
+    with pytest.raises(openai.NotFoundError) as caught:
+        live.client.models.retrieve("gpt-9")
+    assert caught.value.code == "model_not_found"
+
+
+def test_health_ready_version_metrics(live):
+    assert live.http.get("/health").json()["status"] == "ok"
+    assert live.http.get("/ready").status_code == 200
+    assert live.http.get("/version").json()["version"]
+    live.client.chat.completions.create(model=NAME, messages=user("hello"), max_tokens=2)
+    text = live.http.get("/metrics").text
+    for name in (
+        "pacellm_num_requests_running",
+        "pacellm_kv_cache_usage_perc",
+        "pacellm_time_to_first_token_seconds_bucket",
+        'pacellm_bank_reads_total{layer="1",model_name="pacellm-demo",outcome="hit"}',
+        "pacellm_bank_effective_rank",
+        "pacellm_sessions_resident",
+    ):
+        assert name in text, name
+
+
+def test_off_and_read_only_and_commit_false(live):
+    off = live.client.chat.completions.create(
+        model=NAME, messages=user("hello"), max_tokens=2, extra_body={"pacellm": {"pa": "off"}}
+    )
+    assert off.pacellm["bank"] is None
+    read = live.client.chat.completions.create(
+        model=NAME, messages=user("hello"), max_tokens=2,
+        extra_body={"session_id": "peek", "pacellm": {"pa": "read_only", "commit": False}},
+    )  # fmt: skip
+    assert read.pacellm["bank"]["replacements"] == 0
+    assert live.engine.sessions.get(("default", "peek")) is None
