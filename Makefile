@@ -1,0 +1,35 @@
+# `make demo` runs the main job on the bundled model, `make test` passes the tests; both set up .venv first.
+PYTHON ?= python3
+TOKENS ?= 200000
+PORT ?= 8000
+BIN := .venv/bin
+
+.PHONY: venv demo serve test test-slow test-gpu lint
+
+venv: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 …" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: venv  ## a question about a document of TOKENS tokens, over HTTP
+	$(BIN)/pacellm demo --tokens $(TOKENS)
+
+serve: venv  ## a server on the bundled model
+	$(BIN)/pacellm serve --port $(PORT)
+
+test: venv lint  ## everything that runs in minutes on a CPU
+	$(BIN)/python -m pytest
+
+test-slow: venv  ## recall at length and other checks of minutes
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: venv  ## what needs a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
