@@ -152,7 +152,7 @@ def _device(name: str) -> str:
     return name
 
 
-def _describe(engine, path: str) -> None:  # type: ignore[no-untyped-def]
+def _describe(engine, path: str) -> None:
     from pacellm.engine.kv import BLOCK
 
     config, model = engine.config, engine.model

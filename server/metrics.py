@@ -106,7 +106,7 @@ class _EngineCollector(Collector):
             "pacellm_bank_writes", "Bank slots changed, by how.", labels=["model_name", "layer", "kind"]
         )
         for layer in layers if self._thread.engine.config.pa else ():
-            counts = stats.bank.get(layer, {})
+            counts: dict[str, int] = dict(stats.bank.get(layer, {}))
             for name, outcome in (("hits", "hit"), ("fuses", "fuse"), ("misses", "miss"), ("empty", "empty")):
                 reads.add_metric([self._model, str(layer), outcome], counts.get(name, 0))
             for name, kind in (("merges", "merge"), ("replacements", "replace")):

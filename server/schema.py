@@ -126,7 +126,7 @@ class ChatCompletionRequest(Strict):
             raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise RequestError("max_tokens and max_completion_tokens differ; send one of them", param="max_tokens")
-        given = {
+        given: dict[str, Any] = {
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
@@ -158,7 +158,7 @@ def parse_chat(body: bytes) -> ChatCompletionRequest:
         raise _request_error(error) from None
     for name, neutral in _NEUTRAL.items():
         value = getattr(request, name)
-        if value is not None and value not in neutral:
+        if value is not None and not any(type(value) is type(usual) and value == usual for usual in neutral):
             raise UnsupportedParameter(f"{name} is not supported here", param=name)
     return request
 
@@ -170,12 +170,20 @@ def _biases(given: dict[str, float]) -> tuple[tuple[int, float], ...]:
         raise RequestError("logit_bias is keyed by token ids", param="logit_bias", code="invalid_value") from None
 
 
+def _places(problem: Any) -> list[str]:
+    """The fields on the way to a problem; a union's branches are part of the location, but no fields."""
+    return [str(place) for place in problem["loc"] if "[" not in str(place) and place not in ("str", "TextPart")]
+
+
 def _request_error(error: ValidationError) -> RequestError:
     """The first problem, in OpenAI's form."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    # a union's branches are part of the location; they are no fields
-    places = [str(place) for place in first["loc"] if "[" not in str(place) and str(place) not in ("str", "TextPart")]
-    param = ".".join(places) or None
+    problems = error.errors(include_url=False, include_context=False)
+    field = problems[0]["loc"][:3] if problems[0]["loc"][:1] == ("messages",) else problems[0]["loc"][:1]
+    # where no branch of a union fits, the one that fits furthest tells most
+    first = max(
+        (problem for problem in problems if problem["loc"][: len(field)] == field), key=lambda p: len(_places(p))
+    )
+    param = ".".join(_places(first)) or None
     if first["type"] == "json_invalid":
         return RequestError(f"the body is not valid JSON: {first['msg']}", code="invalid_json")
     if first["type"] == "extra_forbidden":

@@ -91,7 +91,7 @@ class Service:
         await asyncio.to_thread(self.thread.stop)
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def off_loop(self, function, *arguments):  # type: ignore[no-untyped-def]
+    async def off_loop(self, function, *arguments):
         """Run slow work in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from pacellm.engine.scheduler import Step, Work
 from pacellm.engine.sequence import Sequence
 from pacellm.memory.pool import BankPool
-from pacellm.model.context import Banks, Chunk
+from pacellm.model.context import Banks, Chunk, Piece
 
-ROWS = 4  # a multiple of 4 rows gives each row of a CPU matrix product the same bits
+ROWS = 16  # a multiple of 16 rows gives each row of a CPU matrix product the same bits
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def build(step: Step, pool: BankPool | None, segment: int, device: torch.device)
 
 def _chunk(work: Work, row: int, pool: BankPool | None, segment: int) -> Chunk:
     sequence, turn = work.sequence, work.sequence.turn
-    banks, pieces = None, ()
+    banks: Banks | None = None
+    pieces: tuple[Piece, ...] = ()
     if pool is not None and sequence.row is not None and turn.pa != "off":
         banks = Banks(pool.banks(sequence.row), pool.stages(sequence.row), turn.pa)
         pieces = tuple(turn.pieces(sequence.cursor, work.count, row, segment))

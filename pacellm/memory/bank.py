@@ -13,7 +13,7 @@ steps cannot change a bit: on CPU every sum runs in token order.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ def new_bank(
 ) -> BankState:
     """An empty bank."""
     slots = config.bank_size
-    integers = {"dtype": torch.int64, "device": device}
+    integers: dict[str, Any] = {"dtype": torch.int64, "device": device}
     return BankState(
         keys=torch.zeros(slots, inner_size, dtype=dtype, device=device),
         values=torch.zeros(slots, hidden_size, dtype=dtype, device=device),
@@ -123,7 +123,7 @@ def new_stage(config: PAConfig, inner_size: int, hidden_size: int, dtype: torch.
     slots = config.bank_size
     sums = 1 if config.preset == "reference" else slots
     wide = compute_dtype(dtype)
-    integers = {"dtype": torch.int64, "device": device}
+    integers: dict[str, Any] = {"dtype": torch.int64, "device": device}
     return Stage(
         touched=torch.zeros(slots + 1, **integers),
         raised=torch.zeros(slots + 1, **integers),

@@ -6,6 +6,8 @@ request whose banks are off, it is the original FFN.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from pacellm.memory import bank
@@ -24,10 +26,10 @@ class PersistentFFN(nn.Module):
 
     def __init__(self, original: nn.Module, layer: int, layout: Layout) -> None:
         super().__init__()
-        self.original = original
+        self.original: Any = original
         self.layer = layer
         self.layout = layout
-        self.activation = activation_of(original)
+        self.activation: Any = activation_of(original)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[1, T, H] -> [1, T, H]."""

@@ -68,7 +68,8 @@ def load(path: str | Path, *, dtype: torch.dtype | str = "auto", device: str | t
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load {path}: {error}") from error
-    return prepare(module.to(device))
+    nn.Module.to(module, device)
+    return prepare(module)
 
 
 def prepare(module: nn.Module) -> LoadedModel:

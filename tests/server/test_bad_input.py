@@ -30,7 +30,7 @@ CASES = {
     "temperature negative": (body(temperature=-1), 400, "temperature", None),
     "temperature huge": (body(temperature=1e300), 400, "temperature", None),
     "temperature bool": (body(temperature=True), 400, "temperature", None),
-    "temperature nan": (b'{"messages":[{"role":"user","content":"x"}],"temperature":NaN}', 400, None, None),
+    "temperature nan": (b'{"messages":[{"role":"user","content":"x"}],"temperature":NaN}', 400, "temperature", None),
     "top_p zero": (body(top_p=0), 400, "top_p", None),
     "top_k": (body(top_k=-5), 400, "top_k", None),
     "max_tokens negative": (body(max_tokens=-1), 400, "max_tokens", None),
