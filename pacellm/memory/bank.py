@@ -22,7 +22,7 @@ from pacellm.config import PAConfig
 
 HITS, FUSES, MISSES, EMPTY, MERGES, REPLACEMENTS = range(6)
 COUNTERS = ("hits", "fuses", "misses", "empty", "merges", "replacements")
-_ROWS = 16  # matrix products of a multiple of 4 rows give each row the same bits on CPU
+_ROWS = 16  # matrix products of a multiple of 16 rows give each row the same bits on CPU
 
 
 class BankState(NamedTuple):

@@ -23,7 +23,7 @@ from pacellm.model.context import Chunk, Run, StepContext
 BLOCK = 512  # the kernel's split of the keys
 TILE = 1024
 WINDOW = 8192
-ROWS = 4
+ROWS = 16
 _SMALL_WINDOW = 128  # sliding windows up to this wide use tiles of this many positions
 
 _kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
