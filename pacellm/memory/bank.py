@@ -63,7 +63,7 @@ class Stage(NamedTuple):
     Attributes:
         touched: [M + 1] int64, uses by mid tokens of the segment.
         raised: [M + 1] int64, uses by high tokens (``paper`` only).
-        count: [S + 1] int64, tokens in each sum.
+        counts: [S + 1] int64, tokens in each sum.
         sum_keys: [S + 1, F] and sum_values: [S + 1, H], sums over mid tokens.
         low_keys: [M + 1, F] and low_values: [M + 1, H], the first M low tokens.
         num_low: [] int64, low tokens seen, not capped.
@@ -71,7 +71,7 @@ class Stage(NamedTuple):
 
     touched: Tensor
     raised: Tensor
-    count: Tensor
+    counts: Tensor
     sum_keys: Tensor
     sum_values: Tensor
     low_keys: Tensor
@@ -127,7 +127,7 @@ def new_stage(config: PAConfig, inner_size: int, hidden_size: int, dtype: torch.
     return Stage(
         touched=torch.zeros(slots + 1, **integers),
         raised=torch.zeros(slots + 1, **integers),
-        count=torch.zeros(sums + 1, **integers),
+        counts=torch.zeros(sums + 1, **integers),
         sum_keys=torch.zeros(sums + 1, inner_size, dtype=wide, device=device),
         sum_values=torch.zeros(sums + 1, hidden_size, dtype=wide, device=device),
         low_keys=torch.zeros(slots + 1, inner_size, dtype=dtype, device=device),
@@ -370,7 +370,7 @@ def _count_slots(counts: Tensor, result: Read, mask: Tensor) -> None:
 
 def _add_all(staged: Stage, result: Read, x: Tensor, mid: Tensor | None) -> None:
     """All mid tokens into one sum, in token order."""
-    staged.count[0] += result.mid.sum()
+    staged.counts[0] += result.mid.sum()
     wide = staged.sum_keys.dtype
     if mid is None:
         mask = result.mid[:, None].to(wide)
@@ -385,12 +385,12 @@ def _add_all(staged: Stage, result: Read, x: Tensor, mid: Tensor | None) -> None
 def _add_per_slot(staged: Stage, result: Read, x: Tensor, mid: Tensor | None) -> None:
     """Each mid token into the sums of its own slots, in token order; 64 tokens at a time bound the copies."""
     rows = mid if mid is not None else torch.arange(x.shape[0], device=x.device)
-    scratch, wide = staged.count.shape[0] - 1, staged.sum_keys.dtype
+    scratch, wide = staged.counts.shape[0] - 1, staged.sum_keys.dtype
     for part in rows.split(64):
         keep = result.mid[part][:, None] & result.used
         target = torch.where(keep, result.slots[part], scratch).flatten()
         repeated = part.repeat_interleave(result.slots.shape[1])
-        staged.count.scatter_add_(0, target, torch.ones_like(target))
+        staged.counts.scatter_add_(0, target, torch.ones_like(target))
         staged.sum_keys.index_add_(0, target, x[repeated].to(wide))
         staged.sum_values.index_add_(0, target, result.output[repeated].to(wide))
 
@@ -417,8 +417,8 @@ def _merge(bank: BankState, staged: Stage, config: PAConfig) -> None:
     if touched.device.type == "cpu" and not touched.any():
         return
     # one sum for all slots broadcasts; per-slot sums line up with the slots
-    sums = slice(0, staged.count.shape[0] - 1)
-    count = staged.count[sums].clamp(min=1)[:, None]
+    sums = slice(0, staged.counts.shape[0] - 1)
+    count = staged.counts[sums].clamp(min=1)[:, None]
     for stored, total in ((bank.keys, staged.sum_keys), (bank.values, staged.sum_values)):
         mean = total[sums] / count
         merged = config.momentum * stored.to(mean.dtype) + (1.0 - config.momentum) * mean

@@ -70,7 +70,7 @@ def test_full_queue_says_when_to_come_back():
         endless = SamplingParams(max_tokens=100_000, temperature=0, ignore_eos=True)
         thread = live.service.thread
         thread.submit(GenerationRequest("running", [10, 11], endless))
-        while not live.engine.scheduler.running:
+        while thread.num_queued:
             threading.Event().wait(0.01)
         thread.submit(GenerationRequest("waiting", [10, 11], endless))
         answer = live.http.post("/v1/chat/completions", json={"model": NAME, "messages": SHORT})
