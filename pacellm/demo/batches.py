@@ -32,10 +32,12 @@ class Batch(NamedTuple):
     weights: Tensor
 
 
-def conversation(length: int, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> list[dict[str, str]]:
+def conversation(
+    length: int, max_questions: int, tokenizer: PreTrainedTokenizerBase, rng: random.Random
+) -> list[dict[str, str]]:
     """A document of nearly ``length`` tokens with questions, some of them without an answer in the document."""
     messages = [{"role": "system", "content": rng.choice(SYSTEM_PROMPTS)}] if rng.random() < 0.1 else []
-    num_questions = rng.randint(1, 2 + min(14, length // 64))
+    num_questions = rng.randint(1, min(max_questions, 2 + length // 64))
     size = length - 25 * num_questions - 20 * len(messages) - 12
     if size < 24 or rng.random() < 0.02:
         asked = [Fact(question, NOT_STATED, 0.0) for question in _baseless(num_questions, rng)]
@@ -68,10 +70,10 @@ def _turns(preface: str, asked: list[Fact]) -> list[dict[str, str]]:
 
 
 def conversation_row(
-    length: int, tokenizer: PreTrainedTokenizerBase, rng: random.Random, lm_weight: float
+    length: int, max_questions: int, tokenizer: PreTrainedTokenizerBase, rng: random.Random, lm_weight: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """One conversation as tokens [T] and weights [T]: 1 for answers and their end, ``lm_weight`` for the rest."""
-    text = tokenizer.apply_chat_template(conversation(length, tokenizer, rng), tokenize=False)
+    text = tokenizer.apply_chat_template(conversation(length, max_questions, tokenizer, rng), tokenize=False)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"][:length]
     assistant, end = tokenizer.convert_tokens_to_ids("<|assistant|>"), tokenizer.eos_token_id
     weights, answering = [], False
@@ -104,15 +106,20 @@ def dictionary_row(length: int, vocab_size: int, rng: np.random.Generator) -> tu
 
 
 def make_batch(
-    step: int, length: int, num_tokens: int, dictionary_share: float, tokenizer: PreTrainedTokenizerBase
+    number: int,
+    length: int,
+    num_tokens: int,
+    dictionary_share: float,
+    max_questions: int,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Batch:
     """The batch of one training step; it depends on the arguments only, so that a resumed run sees the same data."""
-    rng = random.Random(f"batch {step}")
-    generator = np.random.default_rng(step)
+    rng = random.Random(f"batch {number}")
+    generator = np.random.default_rng(number)
     rows = [
         dictionary_row(length, len(tokenizer), generator)
         if rng.random() < dictionary_share
-        else conversation_row(length, tokenizer, rng, lm_weight=0.1)
+        else conversation_row(length, max_questions, tokenizer, rng, lm_weight=0.1)
         for _ in range(max(1, num_tokens // length))
     ]
     tokens, weights = (np.stack(part) for part in zip(*rows, strict=True))

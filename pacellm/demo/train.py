@@ -1,4 +1,4 @@
-"""Train the bundled model on two CPU cores: ``python -m pacellm.demo.train --out DIR --steps N --resume``.
+"""Train the bundled model on two CPU cores: ``python -m pacellm.demo.train --out DIR``.
 
 Three sliding-window layers with RoPE (window 4) give every position a bag of its last ten tokens; two
 full-attention layers without positions match and copy. The recipe and what failed are in weights/MODEL_CARD.md.
@@ -11,7 +11,7 @@ import json
 import math
 import random
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,17 +31,14 @@ from pacellm.demo.tokenizer_build import MAX_LENGTH, build_tokenizer
 
 SLIDING_LAYERS, FULL_LAYERS, WINDOW = 3, 2, 4
 
-#: (share of the steps after which it ends, sequence length)
-LENGTHS = ((0.16, 128), (0.32, 256), (0.48, 512), (0.68, 1024), (0.88, 2048), (1.0, 4096))
-#: (share of the steps after which it ends, share of dictionary rows)
-DICTIONARIES = ((0.08, 1.0), (0.3, 0.5), (1.0, 0.15))
+Stages = tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """What a run depends on."""
 
-    steps: int = 2800
+    steps: int = 2400
     tokens_per_step: int = 4096
     learning_rate: float = 2e-3
     warmup: int = 100
@@ -49,6 +46,29 @@ class TrainConfig:
     #: full layers are trained with their queries times a factor drawn from (this, 1), and so bear dilution
     hottest: float = 0.6
     hot_from: float = 0.4
+    #: (share of the steps after which it ends, sequence length)
+    lengths: Stages = ((0.16, 128), (0.32, 256), (0.48, 512), (0.68, 1024), (0.88, 2048), (1.0, 4096))
+    #: (share of the steps after which it ends, share of dictionary rows)
+    dictionaries: Stages = ((0.08, 1.0), (0.3, 0.5), (1.0, 0.15))
+    max_questions: int = 16
+    #: number of the first batch: phases see different data
+    first_batch: int = 0
+
+
+#: "learn" starts from nothing and finds matching and copying; "refine" makes both exact among many similar facts
+PHASES = {
+    "learn": TrainConfig(),
+    "refine": TrainConfig(
+        steps=3000,
+        tokens_per_step=8192,
+        learning_rate=1.2e-3,
+        hot_from=0.0,
+        lengths=((0.25, 1024), (0.6, 2048), (0.95, 4096), (1.0, 8192)),
+        dictionaries=((1.0, 0.05),),
+        max_questions=48,
+        first_batch=1_000_000,
+    ),
+}
 
 
 def model_config(tokenizer: PreTrainedTokenizerBase) -> SmolLM3Config:
@@ -73,7 +93,7 @@ def model_config(tokenizer: PreTrainedTokenizerBase) -> SmolLM3Config:
     )
 
 
-def schedule(fraction: float, stages: tuple[tuple[float, float], ...]) -> float:
+def schedule(fraction: float, stages: Stages) -> float:
     """The value of the first stage that ends after ``fraction``."""
     return next(value for end, value in stages if fraction < end or end == stages[-1][0])
 
@@ -108,14 +128,19 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
-def train(config: TrainConfig, out: Path, resume: bool, save_every: int = 100) -> SmolLM3ForCausalLM:
-    """Train, logging every 20 steps to ``log.jsonl`` and saving ``checkpoint.pt`` in ``out``."""
+def train(config: TrainConfig, out: Path, start: Path | None, resume: bool, save_every: int = 100) -> None:
+    """Train, logging every 20 steps to ``log.jsonl`` and saving ``checkpoint.pt`` in ``out``.
+
+    The weights begin as those of the checkpoint ``start``, or at random; with ``resume`` a run in ``out`` goes on.
+    """
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(out)
     attention = MasklessAttention()
     torch.manual_seed(0)
     model = SmolLM3ForCausalLM(model_config(tokenizer))
     model.set_attn_implementation(attention.name)
+    if start is not None:
+        model.load_state_dict(torch.load(start, weights_only=True)["model"])
     optimizer = make_optimizer(model, config)
     first, checkpoint = 0, out / "checkpoint.pt"
     if resume and checkpoint.exists():
@@ -126,8 +151,10 @@ def train(config: TrainConfig, out: Path, resume: bool, save_every: int = 100) -
     started = time.monotonic()
     for step in range(first, config.steps):
         fraction = step / config.steps
-        length, share = int(schedule(fraction, LENGTHS)), schedule(fraction, DICTIONARIES)
-        batch = make_batch(step, length, config.tokens_per_step, share, tokenizer)
+        length, share = int(schedule(fraction, config.lengths)), schedule(fraction, config.dictionaries)
+        batch = make_batch(
+            config.first_batch + step, length, config.tokens_per_step, share, config.max_questions, tokenizer
+        )
         hot = random.Random(f"hot {step}").uniform(config.hottest, 1.0)
         attention.sharpness = hot if fraction >= config.hot_from else 1.0
         for group in optimizer.param_groups:
@@ -149,7 +176,6 @@ def train(config: TrainConfig, out: Path, resume: bool, save_every: int = 100) -
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             torch.save({**state, "config": asdict(config)}, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
-    return model
 
 
 def _tokenizer(out: Path) -> PreTrainedTokenizerBase:
@@ -180,14 +206,19 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory of the log, the checkpoint and the export")
-    parser.add_argument("--steps", type=int, default=TrainConfig.steps)
+    parser.add_argument("--phase", choices=PHASES, default="learn")
+    parser.add_argument("--start", type=Path, metavar="CHECKPOINT", help="begin with the weights of this checkpoint")
+    parser.add_argument("--steps", type=int, help="default: the phase's own number")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     parser.add_argument("--sharpness", type=float, default=1.5, help="factor on the full layers' queries at export")
     parser.add_argument("--export-only", type=Path, metavar="DIR", help="only export --out's checkpoint to DIR")
     args = parser.parse_args()
     torch.set_num_threads(2)
     if args.export_only is None:
-        train(TrainConfig(steps=args.steps), args.out, args.resume)
+        config = PHASES[args.phase]
+        if args.steps is not None:
+            config = replace(config, steps=args.steps)
+        train(config, args.out, args.start, args.resume)
     export(args.out / "checkpoint.pt", _tokenizer(args.out), args.export_only or args.out / "weights", args.sharpness)
 
 
