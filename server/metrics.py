@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from time import monotonic
 
@@ -106,7 +107,7 @@ class _EngineCollector(Collector):
             "pacellm_bank_writes", "Bank slots changed, by how.", labels=["model_name", "layer", "kind"]
         )
         for layer in layers if self._thread.engine.config.pa else ():
-            counts: dict[str, int] = dict(stats.bank.get(layer, {}))
+            counts = stats.bank.get(layer, Counter())
             for name, outcome in (("hits", "hit"), ("fuses", "fuse"), ("misses", "miss"), ("empty", "empty")):
                 reads.add_metric([self._model, str(layer), outcome], counts.get(name, 0))
             for name, kind in (("merges", "merge"), ("replacements", "replace")):

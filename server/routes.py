@@ -34,7 +34,7 @@ async def chat_completions(request: Request) -> Response:
     chunks = Chunks(generation, body, service.settings.model_name, service.tokenizer)
     if body.stream:
         found = await generation.admitted(service.settings.header_wait)
-        headers: dict[str, str] = {"X-Session-Status": found.session if found is not None else "queued"}
+        headers = {"X-Session-Status": found.session if found is not None else "queued"}
         return sse.EventStream(stream(service, generation, chunks, body), headers)
     return await whole(request, generation, chunks)
 

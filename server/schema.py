@@ -175,14 +175,16 @@ def _places(problem: Any) -> list[str]:
     return [str(place) for place in problem["loc"] if "[" not in str(place) and place not in ("str", "TextPart")]
 
 
+def _most_telling(problems: list[Any]) -> Any:
+    """Of the first wrong field's problems, one for each branch of a union, the one of the branch that fits furthest."""
+    location = problems[0]["loc"]
+    field = location[: 3 if location[:1] == ("messages",) else 1]
+    return max((p for p in problems if p["loc"][: len(field)] == field), key=lambda p: len(_places(p)))
+
+
 def _request_error(error: ValidationError) -> RequestError:
     """The first problem, in OpenAI's form."""
-    problems = error.errors(include_url=False, include_context=False)
-    field = problems[0]["loc"][:3] if problems[0]["loc"][:1] == ("messages",) else problems[0]["loc"][:1]
-    # where no branch of a union fits, the one that fits furthest tells most
-    first = max(
-        (problem for problem in problems if problem["loc"][: len(field)] == field), key=lambda p: len(_places(p))
-    )
+    first = _most_telling(error.errors(include_url=False, include_context=False))
     param = ".".join(_places(first)) or None
     if first["type"] == "json_invalid":
         return RequestError(f"the body is not valid JSON: {first['msg']}", code="invalid_json")

@@ -13,8 +13,7 @@ from pacellm.engine.scheduler import Step, Work
 from pacellm.engine.sequence import Sequence
 from pacellm.memory.pool import BankPool
 from pacellm.model.context import Banks, Chunk, Piece
-
-ROWS = 16  # a multiple of 16 rows gives each row of a CPU matrix product the same bits
+from pacellm.rows import ROWS, missing_rows
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,10 @@ def build(step: Step, pool: BankPool | None, segment: int, device: torch.device)
         if work.count == sequence.pending:
             wanted.append(len(ids) - 1)
             sampled.append(sequence)
-    missing = -len(ids) % ROWS
+    missing = missing_rows(len(ids))
     ids.extend([0] * missing)
     positions.append(np.zeros(missing, dtype=np.int64))
-    wanted.extend([0] * (-len(wanted) % ROWS or (0 if wanted else ROWS)))
+    wanted.extend([0] * (missing_rows(len(wanted)) if wanted else ROWS))
     return Batch(
         ids=_upload(np.frombuffer(ids, dtype=np.int32).astype(np.int64), device)[None],
         positions=_upload(np.concatenate(positions), device)[None],

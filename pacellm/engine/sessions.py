@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 from pacellm.engine.kv import BlockAllocator, KVTable
 from pacellm.engine.sequence import Sequence, Turn
-from pacellm.memory.bank import BankState
 from pacellm.memory.pool import BankPool
+from pacellm.memory.state import BankState
 from pacellm.types import SessionStatus
 
 Key = tuple[str, str]

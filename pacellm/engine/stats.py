@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from pacellm.engine.sequence import Sequence
-from pacellm.memory.bank import COUNTERS
 from pacellm.memory.pool import BankPool
+from pacellm.memory.state import COUNTERS
 from pacellm.types import BankReads
 
 

@@ -1,8 +1,7 @@
 """Reading and writing one bank: pure functions over tensors.
 
 Source: PaceLLM (arXiv 2506.17310), section 3.2.1 and Algorithm 1, and the authors' released code; where the
-two differ, ``PAConfig.preset`` chooses. Values are stored after the down-projection, which is exact because
-reads, merges and replacements are linear in them.
+two differ, ``PAConfig.preset`` chooses.
 
 Shapes: n tokens, F inner size, H hidden size, M slots, k = top_k.
 A *segment* reads the bank as it stood at the segment's start. While a segment is incomplete its effect is
@@ -13,75 +12,25 @@ steps cannot change a bit: on CPU every sum runs in token order.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pacellm.config import PAConfig
-
-HITS, FUSES, MISSES, EMPTY, MERGES, REPLACEMENTS = range(6)
-COUNTERS = ("hits", "fuses", "misses", "empty", "merges", "replacements")
-_ROWS = 16  # matrix products of a multiple of 16 rows give each row the same bits on CPU
-
-
-class BankState(NamedTuple):
-    """One bank. The functions below change the tensors in place.
-
-    Attributes:
-        keys: [M, F] inner activations.
-        values: [M, H] bias-free FFN outputs.
-        usage: [M] int64 uses.
-        stamp: [M] int64, the write at which a slot was last merged or replaced.
-        filled: [] int64, slots in use; they fill in index order.
-        clock: [] int64, writes so far.
-        counters: [6] int64, in the order of ``COUNTERS``.
-    """
-
-    keys: Tensor
-    values: Tensor
-    usage: Tensor
-    stamp: Tensor
-    filled: Tensor
-    clock: Tensor
-    counters: Tensor
-
-    def clear(self) -> None:
-        """Empty the bank; every tensor is overwritten."""
-        for tensor in self:
-            tensor.zero_()
-
-    def copy_(self, other: BankState) -> None:
-        """Overwrite every tensor with ``other``'s."""
-        for mine, theirs in zip(self, other, strict=True):
-            mine.copy_(theirs)
-
-
-class Stage(NamedTuple):
-    """What an incomplete segment will write. S = 1 (``reference``) or M (``paper``); the last row is scratch.
-
-    Attributes:
-        touched: [M + 1] int64, uses by mid tokens of the segment.
-        raised: [M + 1] int64, uses by high tokens (``paper`` only).
-        counts: [S + 1] int64, tokens in each sum.
-        sum_keys: [S + 1, F] and sum_values: [S + 1, H], sums over mid tokens.
-        low_keys: [M + 1, F] and low_values: [M + 1, H], the first M low tokens.
-        num_low: [] int64, low tokens seen, not capped.
-    """
-
-    touched: Tensor
-    raised: Tensor
-    counts: Tensor
-    sum_keys: Tensor
-    sum_values: Tensor
-    low_keys: Tensor
-    low_values: Tensor
-    num_low: Tensor
-
-    def clear(self) -> None:
-        """Forget what was staged."""
-        for tensor in self:
-            tensor.zero_()
+from pacellm.memory.state import (
+    EMPTY,
+    FUSES,
+    HITS,
+    MERGES,
+    MISSES,
+    REPLACEMENTS,
+    BankState,
+    Stage,
+    compute_dtype,
+    new_bank,
+    new_stage,
+)
+from pacellm.rows import missing_rows, pad_rows
 
 
 @dataclass(frozen=True)
@@ -96,46 +45,6 @@ class Read:
     low: Tensor  # [n] bool
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Similarities and sums run in at least float32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def new_bank(
-    config: PAConfig, inner_size: int, hidden_size: int, dtype: torch.dtype, device: torch.device
-) -> BankState:
-    """An empty bank."""
-    slots = config.bank_size
-    integers: dict[str, Any] = {"dtype": torch.int64, "device": device}
-    return BankState(
-        keys=torch.zeros(slots, inner_size, dtype=dtype, device=device),
-        values=torch.zeros(slots, hidden_size, dtype=dtype, device=device),
-        usage=torch.zeros(slots, **integers),
-        stamp=torch.zeros(slots, **integers),
-        filled=torch.zeros((), **integers),
-        clock=torch.zeros((), **integers),
-        counters=torch.zeros(len(COUNTERS), **integers),
-    )
-
-
-def new_stage(config: PAConfig, inner_size: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Stage:
-    """A stage with nothing in it; sums in ``compute_dtype(dtype)``."""
-    slots = config.bank_size
-    sums = 1 if config.preset == "reference" else slots
-    wide = compute_dtype(dtype)
-    integers: dict[str, Any] = {"dtype": torch.int64, "device": device}
-    return Stage(
-        touched=torch.zeros(slots + 1, **integers),
-        raised=torch.zeros(slots + 1, **integers),
-        counts=torch.zeros(sums + 1, **integers),
-        sum_keys=torch.zeros(sums + 1, inner_size, dtype=wide, device=device),
-        sum_values=torch.zeros(sums + 1, hidden_size, dtype=wide, device=device),
-        low_keys=torch.zeros(slots + 1, inner_size, dtype=dtype, device=device),
-        low_values=torch.zeros(slots + 1, hidden_size, dtype=dtype, device=device),
-        num_low=torch.zeros((), **integers),
-    )
-
-
 def read(bank: BankState, x: Tensor, y: Tensor, config: PAConfig) -> Read:
     """Read n tokens against the bank and count the outcomes.
 
@@ -147,7 +56,7 @@ def read(bank: BankState, x: Tensor, y: Tensor, config: PAConfig) -> Read:
     """
     n, slots = x.shape[0], bank.keys.shape[0]
     wide = compute_dtype(x.dtype)
-    similarity = _cosine(_pad_rows(x), bank.keys, wide)[:n]
+    similarity = _cosine(pad_rows(x), bank.keys, wide)[:n]
     exists = torch.arange(slots, device=x.device) < bank.filled
     best, best_slots = similarity.masked_fill(~exists, -torch.inf).topk(min(config.top_k, slots), dim=1)
     worst_k = min(config.bottom_k, slots)
@@ -302,11 +211,6 @@ class Bank:
 # -- reading -----------------------------------------------------------------------------------------------
 
 
-def _pad_rows(x: Tensor) -> Tensor:
-    missing = -x.shape[0] % _ROWS
-    return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing and x.device.type == "cpu" else x
-
-
 def _cosine(x: Tensor, keys: Tensor, wide: torch.dtype) -> Tensor:
     """[n, M] cosines; a zero vector is similar to nothing (0)."""
     x, keys = x.to(wide), keys.to(wide)
@@ -336,7 +240,7 @@ def _recall(
     n, slots = best.shape[0], bank.keys.shape[0]
     remembers = (hit | fuse).to(wide)
     share = remembers * torch.where(fuse, config.fuse_weight, 1.0).to(wide)
-    weights = torch.zeros(n + (-n % _ROWS), slots, dtype=wide, device=best.device)
+    weights = torch.zeros(n + missing_rows(n), slots, dtype=wide, device=best.device)
     positive = share[:, None] * used.to(wide) / used.sum().clamp(min=1)
     weights[:n].scatter_add_(1, best, positive)
     if worst.shape[1]:

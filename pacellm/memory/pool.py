@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pacellm.config import PAConfig
 from pacellm.errors import EngineError
-from pacellm.memory.bank import COUNTERS, BankState, Stage, effective_rank, new_stage
+from pacellm.memory.bank import effective_rank
+from pacellm.memory.state import COUNTERS, BankState, Stage, new_stage
 
 
 @dataclass(frozen=True)

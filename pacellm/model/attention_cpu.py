@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from pacellm.model.context import Chunk, Run, StepContext
+from pacellm.rows import pad_rows
 
 BLOCK = 512  # the kernel's split of the keys
 TILE = 1024
 WINDOW = 8192
-ROWS = 16
 _SMALL_WINDOW = 128  # sliding windows up to this wide use tiles of this many positions
 
 _kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -94,8 +94,7 @@ def _pack(query: Tensor, group: int) -> tuple[Tensor, int]:
     """[H, n, D] -> [1, Hkv, n * group rounded up to ROWS, D], a token's group side by side; and n."""
     heads, count, size = query.shape
     packed = query.reshape(heads // group, group, count, size).transpose(1, 2).reshape(heads // group, -1, size)
-    missing = -packed.shape[1] % ROWS
-    return torch.nn.functional.pad(packed, (0, 0, 0, missing))[None], count
+    return pad_rows(packed)[None], count
 
 
 def _unpack(packed: Tensor, count: int, group: int) -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from pacellm.config import PAConfig
-from pacellm.memory.bank import BankState, Stage
+from pacellm.memory.state import BankState, Stage
 from pacellm.types import PAMode
 
 KVShape = tuple[tuple[int, int], tuple[int, int]]

@@ -8,7 +8,8 @@ from safetensors import safe_open
 
 from pacellm import Bank, PAConfig
 from pacellm.errors import ConfigError
-from pacellm.memory.bank import COUNTERS, effective_rank, new_bank, new_stage, read, stage, write
+from pacellm.memory.bank import effective_rank, read, stage, write
+from pacellm.memory.state import COUNTERS, new_bank, new_stage
 
 DATA = Path(__file__).parent.parent / "data"
 GOLDEN = sorted(DATA.glob("*.safetensors"))

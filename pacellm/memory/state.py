@@ -1,0 +1,114 @@
+"""The tensors of a bank and of a segment's stage.
+
+Shapes: F inner size, H hidden size, M slots. Values are stored after the down-projection, which is exact because
+reads, merges and replacements are linear in them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pacellm.config import PAConfig
+
+HITS, FUSES, MISSES, EMPTY, MERGES, REPLACEMENTS = range(6)
+COUNTERS = ("hits", "fuses", "misses", "empty", "merges", "replacements")
+
+
+class BankState(NamedTuple):
+    """One bank. The functions below change the tensors in place.
+
+    Attributes:
+        keys: [M, F] inner activations.
+        values: [M, H] bias-free FFN outputs.
+        usage: [M] int64 uses.
+        stamp: [M] int64, the write at which a slot was last merged or replaced.
+        filled: [] int64, slots in use; they fill in index order.
+        clock: [] int64, writes so far.
+        counters: [6] int64, in the order of ``COUNTERS``.
+    """
+
+    keys: Tensor
+    values: Tensor
+    usage: Tensor
+    stamp: Tensor
+    filled: Tensor
+    clock: Tensor
+    counters: Tensor
+
+    def clear(self) -> None:
+        """Empty the bank; every tensor is overwritten."""
+        for tensor in self:
+            tensor.zero_()
+
+    def copy_(self, other: BankState) -> None:
+        """Overwrite every tensor with ``other``'s."""
+        for mine, theirs in zip(self, other, strict=True):
+            mine.copy_(theirs)
+
+
+class Stage(NamedTuple):
+    """What an incomplete segment will write. S = 1 (``reference``) or M (``paper``); the last row is scratch.
+
+    Attributes:
+        touched: [M + 1] int64, uses by mid tokens of the segment.
+        raised: [M + 1] int64, uses by high tokens (``paper`` only).
+        counts: [S + 1] int64, tokens in each sum.
+        sum_keys: [S + 1, F] and sum_values: [S + 1, H], sums over mid tokens.
+        low_keys: [M + 1, F] and low_values: [M + 1, H], the first M low tokens.
+        num_low: [] int64, low tokens seen, not capped.
+    """
+
+    touched: Tensor
+    raised: Tensor
+    counts: Tensor
+    sum_keys: Tensor
+    sum_values: Tensor
+    low_keys: Tensor
+    low_values: Tensor
+    num_low: Tensor
+
+    def clear(self) -> None:
+        """Forget what was staged."""
+        for tensor in self:
+            tensor.zero_()
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Similarities and sums run in at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def new_bank(
+    config: PAConfig, inner_size: int, hidden_size: int, dtype: torch.dtype, device: torch.device
+) -> BankState:
+    """An empty bank."""
+    slots = config.bank_size
+    return BankState(
+        keys=torch.zeros(slots, inner_size, dtype=dtype, device=device),
+        values=torch.zeros(slots, hidden_size, dtype=dtype, device=device),
+        usage=torch.zeros(slots, dtype=torch.int64, device=device),
+        stamp=torch.zeros(slots, dtype=torch.int64, device=device),
+        filled=torch.zeros((), dtype=torch.int64, device=device),
+        clock=torch.zeros((), dtype=torch.int64, device=device),
+        counters=torch.zeros(len(COUNTERS), dtype=torch.int64, device=device),
+    )
+
+
+def new_stage(config: PAConfig, inner_size: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Stage:
+    """A stage with nothing in it; sums in ``compute_dtype(dtype)``."""
+    slots = config.bank_size
+    sums = 1 if config.preset == "reference" else slots
+    wide = compute_dtype(dtype)
+    return Stage(
+        touched=torch.zeros(slots + 1, dtype=torch.int64, device=device),
+        raised=torch.zeros(slots + 1, dtype=torch.int64, device=device),
+        counts=torch.zeros(sums + 1, dtype=torch.int64, device=device),
+        sum_keys=torch.zeros(sums + 1, inner_size, dtype=wide, device=device),
+        sum_values=torch.zeros(sums + 1, hidden_size, dtype=wide, device=device),
+        low_keys=torch.zeros(slots + 1, inner_size, dtype=dtype, device=device),
+        low_values=torch.zeros(slots + 1, hidden_size, dtype=dtype, device=device),
+        num_low=torch.zeros((), dtype=torch.int64, device=device),
+    )
