@@ -5,6 +5,9 @@ gathered; sequences with several runs take one more call per run, merged by log-
 causal (aligned to the lower right), so a chunk's own tokens must lie in its last run; where they do not, or with
 a sliding window over several runs, the sequence's KV is gathered into scratch first.
 
+The kernel takes float16 and bfloat16 only, heads of a multiple of 8 up to 256, and values as wide as keys
+(:func:`why_not` says so at load).
+
 Source: ``aten::_flash_attention_forward`` (FlashAttention 2, Dao 2023), present in torch >= 2.11 without flash-attn.
 """
 
@@ -17,18 +20,29 @@ from torch import Tensor
 
 from pacellm.model.context import Chunk, Run, StepContext
 
+_kernel = torch.ops.aten._flash_attention_forward
+
 
 @dataclass(frozen=True)
 class _Plan:
-    """Where one call reads: the sequences with an i-th run, their rows, starts and lengths."""
+    """Where one call reads: the packed rows of the sequences with an i-th run, and those runs."""
 
-    rows: Tensor | None  # None: all rows, in order
+    rows: Tensor
     cu_queries: Tensor
     starts: Tensor
     lengths: Tensor
     max_queries: int
     max_keys: int
     causal: bool
+
+
+def why_not(dtype: torch.dtype, key_size: int, value_size: int) -> str | None:
+    """Why the kernel cannot serve a model of this type and these head sizes; None where it can."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"attention on CUDA takes float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if key_size != value_size or key_size % 8 or key_size > 256:
+        return f"attention on CUDA takes heads of a multiple of 8 up to 256, not {key_size} and {value_size}"
+    return None
 
 
 def attend(step: StepContext, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
@@ -40,7 +54,7 @@ def attend(step: StepContext, layer: int, query: Tensor, scale: float, window: i
     output = queries.new_zeros(queries.shape)
     if simple:
         total, lse = None, None
-        for plan in _plans(step, simple, query.device):
+        for plan in _plans(step, simple, window, query.device):
             part, part_lse = _call(queries, keys, values, plan, scale, window)
             total, lse = _merge(total, lse, part, part_lse, plan.rows, queries)
         output = _scatter(output, total, simple, len(simple) == len(step.chunks))
@@ -61,11 +75,12 @@ def _used_runs(chunk: Chunk) -> list[Run]:
     return [Run(run.start, run.slot, min(run.length, end - run.start)) for run in chunk.runs if run.start < end]
 
 
-def _plans(step: StepContext, chunks: list[Chunk], device: torch.device) -> list[_Plan]:
-    """Built once a step, for the first layer, and kept in the step's scratch."""
-    kept = step.scratch.get("cuda_plans")
+def _plans(step: StepContext, chunks: list[Chunk], window: int | None, device: torch.device) -> list[_Plan]:
+    """Built once a step for each window, because that decides which chunks are read in place; kept in scratch."""
+    name = f"cuda plans, window {window}"
+    kept = step.scratch.get(name)
     if kept is None:
-        kept = step.scratch["cuda_plans"] = _build_plans(chunks, device)
+        kept = step.scratch[name] = _build_plans(chunks, device)
     return kept  # type: ignore[return-value]
 
 
@@ -111,27 +126,25 @@ def _call(
     queries: Tensor, keys: Tensor, values: Tensor, plan: _Plan, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """([n, H, D], lse [n, H]) of the plan's rows over the plan's runs."""
-    mine = queries if plan.rows is None else queries[plan.rows]
-    result = torch.ops.aten._flash_attention_forward(
-        mine, keys, values, plan.cu_queries, plan.starts, plan.max_queries, plan.max_keys, 0.0, plan.causal, False,
-        scale=scale, window_size_left=window - 1 if window else -1, window_size_right=0 if plan.causal else -1,
-        seqused_k=plan.lengths,
+    result = _kernel(
+        queries[plan.rows], keys, values, plan.cu_queries, plan.starts, plan.max_queries, plan.max_keys, 0.0,
+        plan.causal, False, scale=scale, window_size_left=window - 1 if window else -1,
+        window_size_right=0 if plan.causal else -1, seqused_k=plan.lengths,
     )  # fmt: skip
     return result[0], result[1].transpose(0, 1)
 
 
 def _merge(
-    total: Tensor | None, lse: Tensor | None, part: Tensor, part_lse: Tensor, rows: Tensor | None, queries: Tensor
+    total: Tensor | None, lse: Tensor | None, part: Tensor, part_lse: Tensor, rows: Tensor, queries: Tensor
 ) -> tuple[Tensor, Tensor]:
     if total is None or lse is None:
         total = queries.new_zeros(queries.shape)
         lse = torch.full(queries.shape[:2], -torch.inf, dtype=torch.float32, device=queries.device)
-    index = slice(None) if rows is None else rows
-    old = lse[index]
+    old = lse[rows]
     both = torch.logaddexp(old, part_lse)
-    mixed = total[index] * (old - both).exp()[..., None] + part * (part_lse - both).exp()[..., None]
-    total[index] = mixed.to(total.dtype)
-    lse[index] = both
+    mixed = total[rows] * (old - both).exp()[..., None] + part * (part_lse - both).exp()[..., None]
+    total[rows] = mixed.to(total.dtype)
+    lse[rows] = both
     return total, lse
 
 

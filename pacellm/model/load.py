@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from pacellm.errors import ModelError
-from pacellm.model import attention
+from pacellm.model import attention, attention_cuda
 from pacellm.model.context import KVShape, StepContext, step_context
 from pacellm.model.families import family_of
 from pacellm.model.patch import decoder_layers
@@ -56,6 +56,8 @@ class LoadedModel:
 def load(path: str | Path, *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu") -> LoadedModel:
     """Load a checkpoint from a directory or a hub name; safetensors only, no remote code.
 
+    ``dtype`` "auto" is the checkpoint's own, but bfloat16 for float32 on CUDA, where attention takes no float32.
+
     Raises:
         ModelError: it cannot be read, or not be served correctly; says why.
     """
@@ -63,13 +65,15 @@ def load(path: str | Path, *, dtype: torch.dtype | str = "auto", device: str | t
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         check_config(config)
         attention.register()
-        module = AutoModelForCausalLM.from_pretrained(
+        module: nn.Module = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=attention.NAME, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load {path}: {error}") from error
-    nn.Module.to(module, device)
-    return prepare(module)
+    target = torch.device(device)
+    if dtype == "auto" and target.type == "cuda" and next(module.parameters()).dtype == torch.float32:
+        module.to(torch.bfloat16)  # as the kernel needs; where float32 is asked for, `prepare` refuses
+    return prepare(module.to(target))
 
 
 def prepare(module: nn.Module) -> LoadedModel:
@@ -86,12 +90,17 @@ def prepare(module: nn.Module) -> LoadedModel:
         raise ModelError(f"{type(module).__name__} does not take attention functions")
     module.eval().requires_grad_(False)
     weight = next(module.parameters())
+    kv_shapes = _probe(module, weight.device)
+    if weight.device.type == "cuda":
+        for (_, key_size), (_, value_size) in kv_shapes:
+            if problem := attention_cuda.why_not(weight.dtype, key_size, value_size):
+                raise ModelError(f"{problem}; use --dtype bfloat16 or --device cpu")
     return LoadedModel(
         module=module,
         context_length=context_length(config),
         vocab_size=int(config.vocab_size),
         eos_token_ids=eos_token_ids(module),
-        kv_shapes=_probe(module, weight.device),
+        kv_shapes=kv_shapes,
         dtype=weight.dtype,
         device=weight.device,
     )

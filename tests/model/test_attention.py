@@ -1,34 +1,18 @@
 """The CPU attention: right against a plain one, and the same bits however the work is cut."""
 
-import math
-
 import pytest
 import torch
 
 from pacellm.model import attention_cpu
 from pacellm.model.context import Chunk, Run, StepContext
-
-
-def plain(query, key, value, scale, window):
-    """float64, all at once. [H, n, D] queries at the last n positions."""
-    group = query.shape[0] // key.shape[0]
-    key, value = (x.double().repeat_interleave(group, 0) for x in (key, value))
-    scores = query.double() @ key.transpose(1, 2) * scale
-    distance = torch.arange(key.shape[1] - query.shape[1], key.shape[1])[:, None] - torch.arange(key.shape[1])
-    hidden = (distance < 0) | (distance >= (window or math.inf))
-    return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value).transpose(0, 1)
+from tests.model.attention_reference import plain, scatter
 
 
 def attend(query, key, value, runs, start, window, scale=0.3):
     """Attention of queries that stand at ``start`` on, with KV scattered over ``runs``."""
     size = max(run.slot + run.length for run in runs)
-    slabs = [torch.full((key.shape[0], size, key.shape[2]), 9.0) for _ in range(2)]
-    for run in runs:
-        for slab, source in zip(slabs, (key, value), strict=True):
-            part = source[:, run.start : run.start + run.length]
-            slab[:, run.slot : run.slot + part.shape[1]] = part
     chunk = Chunk(0, query.shape[1], start, runs)
-    step = StepContext([chunk], [slabs[0]], [slabs[1]])
+    step = StepContext([chunk], [scatter(key, runs, size)], [scatter(value, runs, size)])
     return attention_cpu.attend(step, 0, query, scale, window)
 
 

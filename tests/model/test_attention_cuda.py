@@ -1,0 +1,59 @@
+"""The CUDA attention's planning and merging, with a plain stand-in for the kernel; tests/gpu has the kernel itself."""
+
+import pytest
+import torch
+
+from pacellm.model import attention_cuda
+from tests.model.cuda_steps import check
+
+
+def kernel(
+    query, key, value, cu_queries, starts, max_queries, max_keys, dropout, causal, debug,
+    *, scale, window_size_left, window_size_right, seqused_k,
+):  # fmt: skip
+    """What ``aten::_flash_attention_forward`` computes for packed sequences: ([n, H, D], lse [H, n])."""
+    assert not dropout
+    assert not debug
+    assert window_size_right == (0 if causal else -1)
+    outputs, totals = [], []
+    group = query.shape[1] // key.shape[1]
+    for number, (start, used) in enumerate(zip(starts[:-1].tolist(), seqused_k.tolist(), strict=True)):
+        rows = slice(int(cu_queries[number]), int(cu_queries[number + 1]))
+        count = rows.stop - rows.start
+        assert count <= max_queries
+        assert used <= max_keys
+        mine = query[rows].transpose(0, 1).double()
+        keys, values = (
+            slab[start : start + used].transpose(0, 1).double().repeat_interleave(group, 0) for slab in (key, value)
+        )
+        scores = mine @ keys.transpose(1, 2) * scale
+        distance = torch.arange(used - count, used)[:, None] - torch.arange(used)
+        if causal:
+            scores = scores.masked_fill(distance < 0, -torch.inf)
+        if window_size_left >= 0:
+            scores = scores.masked_fill(distance > window_size_left, -torch.inf)
+        outputs.append((scores.softmax(-1) @ values).transpose(0, 1).to(query.dtype))
+        totals.append(scores.logsumexp(-1).float())
+    return torch.cat(outputs), torch.cat(totals, dim=1)
+
+
+# the kernel aligns windows to the end of the keys that it sees, so the order of the layers must not matter
+@pytest.mark.parametrize("windows", [(None, 100), (100, None), (4, 700, None)])
+def test_every_sequence_gets_its_own_attention(monkeypatch, windows):
+    monkeypatch.setattr(attention_cuda, "_kernel", kernel)
+    check(torch.float32, "cpu", windows, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "key_size", "value_size", "says"),
+    [
+        (torch.bfloat16, 128, 128, None),
+        (torch.float32, 128, 128, "not float32"),
+        (torch.float16, 128, 64, "heads"),
+        (torch.float16, 20, 20, "heads"),
+        (torch.bfloat16, 512, 512, "heads"),
+    ],
+)
+def test_what_the_kernel_cannot_do_is_said(dtype, key_size, value_size, says):
+    reason = attention_cuda.why_not(dtype, key_size, value_size)
+    assert reason is None if says is None else says in reason
