@@ -145,10 +145,12 @@ def _layers(text: str) -> tuple[int, ...]:
 def _device(name: str) -> str:
     import torch
 
+    found = torch.cuda.device_count()
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("this torch sees no CUDA device; use --device cpu", param="device")
+        return "cuda" if found else "cpu"
+    known = {"cpu", *(["cuda"] if found else []), *(f"cuda:{number}" for number in range(found))}
+    if name not in known:
+        raise ConfigError(f"device {name!r} is not here; use one of {', '.join(sorted(known))}", param="device")
     return name
 
 
@@ -164,6 +166,8 @@ def _describe(engine, path: str) -> None:
         f"{engine.num_blocks * BLOCK:,}",
         model.bytes_per_token,
     )
+    if engine.num_blocks * BLOCK < config.max_model_len:
+        logger.warning("KV memory is smaller than the context: longer prompts are refused (--kv-cache-memory-bytes)")
     if engine.pool is None:
         logger.info("Persistent Activity is off")
         return

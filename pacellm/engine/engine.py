@@ -28,7 +28,7 @@ from pacellm.engine.sequence import Sequence
 from pacellm.engine.sessions import SessionStore
 from pacellm.engine.stats import EngineStats, bank_reads
 from pacellm.engine.text import TextStream
-from pacellm.errors import EngineError, PaceError, RequestError
+from pacellm.errors import ConfigError, EngineError, PaceError, RequestError
 from pacellm.memory.pool import BankPool, bytes_per_row
 from pacellm.model.load import LoadedModel
 from pacellm.model.patch import patch, unpatch
@@ -47,6 +47,7 @@ from pacellm.types import (
 
 logger = logging.getLogger("pacellm.engine")
 _MAX_SESSION_ROWS = 256
+_MIN_BLOCKS = 2  # one for the prompt and one to go on
 
 
 @dataclass
@@ -83,7 +84,13 @@ class Engine:
             available_memory=_available_memory(model.device),
         )
         self.block_bytes = BLOCK * model.bytes_per_token
-        self.num_blocks = max(1, (self.config.kv_cache_memory or 0) // self.block_bytes)
+        self.num_blocks = (self.config.kv_cache_memory or 0) // self.block_bytes
+        if self.num_blocks < _MIN_BLOCKS:
+            raise ConfigError(
+                f"kv_cache_memory of {self.config.kv_cache_memory:,} bytes holds no request; this model needs at least "
+                f"{_MIN_BLOCKS * self.block_bytes:,}",
+                param="kv_cache_memory",
+            )
         self.allocator = BlockAllocator(self.num_blocks)
         self.pool = self._new_pool() if self.config.pa else None
         self.sessions = SessionStore(

@@ -1,0 +1,81 @@
+"""The command line as a user meets it: in a process of its own."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import httpx
+import pytest
+
+from pacellm.cli import main
+
+PACELLM = (sys.executable, "-m", "pacellm.cli")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_demo_shows_what_the_readme_says():
+    done = subprocess.run([*PACELLM, "demo", "--tokens", "3000"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("(right)") == 2
+    for line in ("time to first token", "prefill", "tokens/s", "bank reads", "effective rank", "Peak memory"):
+        assert line in done.stdout
+    again, whole = re.search(r"computed again +([\d,]+) of ([\d,]+)", done.stdout).groups()
+    assert int(again.replace(",", "")) < 60 < int(whole.replace(",", ""))
+
+
+def test_serve_answers_and_ends_on_sigterm():
+    port = free_port()
+    command = [*PACELLM, "serve", "--port", str(port), "--served-model-name", "mine", "--max-model-len", "4K",
+               "--kv-cache-memory-bytes", "256M", "--pa-layers", "1,3", "--pa-preset", "paper"]  # fmt: skip
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        log = []
+        for line in server.stderr:
+            log.append(line)
+            if "running on" in line:
+                break
+        else:
+            pytest.fail("".join(log))
+        body = {"model": "mine", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            assert client.post("/v1/chat/completions", json=body).status_code == 200
+            (model,) = client.get("/v1/models").json()["data"]
+        server.send_signal(signal.SIGTERM)
+        rest = server.stderr.read()
+        assert server.wait(60) in (0, -signal.SIGTERM), rest
+    assert (model["id"], model["max_model_len"]) == ("mine", 4096)
+    assert "preset paper in layers 1,3" in "".join(log)
+    assert "Traceback" not in rest
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["no/such/model"], "cannot load no/such/model"),
+        (["--pa-layers", "99"], "99"),
+        (["--pa-bank-size", "0"], "bank_size"),
+        (["--max-model-len", "1000000"], "max_model_len"),
+        (["--max-num-batched-tokens", "0"], "max_num_batched_tokens"),
+        (["--kv-cache-memory-bytes", "1K"], "kv_cache_memory"),
+        (["--device", "cuda:99"], "'cuda:99' is not here; use one of cpu"),
+        (["--device", "typewriter"], "'typewriter' is not here"),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_line(arguments, says, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["serve", *arguments]) == 2
+    printed = capsys.readouterr().err.strip()
+    assert says in printed.splitlines()[-1]
+    assert "Traceback" not in printed
+
+
+def test_unreadable_values_name_the_flag(capsys):
+    with pytest.raises(SystemExit):
+        main(["serve", "--max-model-len", "long"])
+    assert "--max-model-len" in capsys.readouterr().err
