@@ -156,6 +156,7 @@ def _device(name: str) -> str:
 
 def _describe(engine, path: str) -> None:
     from pacellm.engine.kv import BLOCK
+    from pacellm.model.exactness import inexact_products
 
     config, model = engine.config, engine.model
     logger.info("model %s: %d layers, %s on %s", path, model.num_layers, model.dtype, model.device)
@@ -168,6 +169,12 @@ def _describe(engine, path: str) -> None:
     )
     if engine.num_blocks * BLOCK < config.max_model_len:
         logger.warning("KV memory is smaller than the context: longer prompts are refused (--kv-cache-memory-bytes)")
+    if inexact := inexact_products(model.module):
+        logger.warning(
+            "on this machine the last bits of products of sizes %s depend on batch mates and chunk sizes, so answers "
+            "may; OMP_NUM_THREADS=1 usually cures it",
+            ", ".join(f"{size[0]} x {size[1]}" for size in inexact),
+        )
     if engine.pool is None:
         logger.info("Persistent Activity is off")
         return
