@@ -1,0 +1,141 @@
+"""The engine beside transformers: ``python load_tests/engine_bench.py``.
+
+Eight requests with prompts of ``--prompt`` tokens and ``--new`` greedy tokens each, through the engine (PA off and on),
+through transformers' ``generate`` one by one and through its continuous batching, in turn and ``--rounds`` times. CPU
+seconds are those of the process. A decode step's cost is what ``--new`` tokens more cost, divided by their number.
+The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.generation import ContinuousBatchingConfig
+
+from pacellm.config import EngineConfig
+from pacellm.demo import MODEL_PATH
+from pacellm.engine.engine import Engine, run_until_idle
+from pacellm.model.load import load
+from pacellm.types import Delta, GenerationRequest, SamplingParams
+
+Answers = list[list[int]]
+Peer = Callable[[Answers, int], Answers]
+
+
+def engine_peer(path: Path, pa: bool) -> Peer:
+    """Our engine, everything at once."""
+    model = load(path)
+
+    def run(prompts: Answers, new: int) -> Answers:
+        engine = Engine(model, EngineConfig(kv_cache_memory=2**30, pa=pa))
+        sampling = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True)
+        for number, prompt in enumerate(prompts):
+            engine.add(GenerationRequest(str(number), prompt, sampling))
+        events = run_until_idle(engine)
+        return [
+            [token for event in events[str(number)] if isinstance(event, Delta) for token in event.token_ids]
+            for number in range(len(prompts))
+        ]
+
+    return run
+
+
+def generate_peer(path: Path) -> Peer:
+    """transformers' ``generate``, one request after another."""
+    model = AutoModelForCausalLM.from_pretrained(path)
+
+    def run(prompts: Answers, new: int) -> Answers:
+        answers = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            found = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=None
+            )
+            answers.append(found[0, len(prompt) :].tolist())
+        return answers
+
+    return run
+
+
+def continuous_peer(path: Path) -> Peer:
+    """transformers' continuous batching, everything at once."""
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa")
+
+    def run(prompts: Answers, new: int) -> Answers:
+        found = model.generate_batch(
+            inputs=prompts,
+            generation_config=GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0),
+            continuous_batching_config=ContinuousBatchingConfig(num_blocks=1024, max_batch_tokens=2048),
+        )
+        # results come in the order in which they ended
+        ordered = sorted(found.values(), key=lambda output: prompts.index(list(output.prompt_ids)))
+        return [list(output.generated_tokens) for output in ordered]
+
+    return run
+
+
+def measure(peer: Peer, prompts: Answers, new: int) -> tuple[float, float, Answers]:
+    """(wall seconds, CPU seconds, answers)."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    answers = peer(prompts, new)
+    return time.perf_counter() - wall, time.process_time() - cpu, answers
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=MODEL_PATH)
+    parser.add_argument("--requests", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=4096)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(6, 2000, (args.requests, args.prompt), generator=generator).tolist()
+    peers = {
+        "engine, PA off": engine_peer(args.model, pa=False),
+        "engine, PA on": engine_peer(args.model, pa=True),
+        "generate": generate_peer(args.model),
+        "continuous batching": continuous_peer(args.model),
+    }
+    rows: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": [], "step": []} for name in peers}
+    answers: dict[str, Answers] = {}
+    for _ in range(args.rounds):
+        for name, peer in peers.items():
+            short_wall, _, _ = measure(peer, prompts, 1)
+            wall, cpu, answers[name] = measure(peer, prompts, 1 + args.new)
+            rows[name]["wall"].append(wall)
+            rows[name]["cpu"].append(cpu)
+            rows[name]["step"].append((wall - short_wall) / args.new)
+    tokens = args.requests * (args.prompt + args.new + 1)
+    table = {
+        name: {
+            "tokens_per_cpu_second": round(tokens / statistics.median(found["cpu"]), 1),
+            "wall_seconds": round(statistics.median(found["wall"]), 3),
+            "decode_step_ms": round(1e3 * statistics.median(found["step"]), 2),
+            "same_answers_as_generate": sum(
+                mine == theirs for mine, theirs in zip(answers[name], answers["generate"], strict=True)
+            ),
+        }
+        for name, found in rows.items()
+    }
+    for name, row in table.items():
+        print(f"{name:20}", *(f"{key} {value}" for key, value in row.items()), sep="  ")
+    print(json.dumps({
+        "bench": "engine", "requests": args.requests, "prompt": args.prompt, "new": args.new, "rounds": args.rounds,
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "peers": table,
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
