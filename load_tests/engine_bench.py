@@ -32,10 +32,9 @@ Peer = Callable[[Answers, int], Answers]
 
 def engine_peer(path: Path, pa: bool) -> Peer:
     """Our engine, everything at once."""
-    model = load(path)
+    engine = Engine(load(path), EngineConfig(kv_cache_memory=2**30, pa=pa))
 
     def run(prompts: Answers, new: int) -> Answers:
-        engine = Engine(model, EngineConfig(kv_cache_memory=2**30, pa=pa))
         sampling = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True)
         for number, prompt in enumerate(prompts):
             engine.add(GenerationRequest(str(number), prompt, sampling))
@@ -73,7 +72,9 @@ def continuous_peer(path: Path) -> Peer:
         found = model.generate_batch(
             inputs=prompts,
             generation_config=GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0),
-            continuous_batching_config=ContinuousBatchingConfig(num_blocks=1024, max_batch_tokens=2048),
+            continuous_batching_config=ContinuousBatchingConfig(
+                num_blocks=sum(len(prompt) + new for prompt in prompts) // 256 + 2 * len(prompts), max_batch_tokens=1024
+            ),
         )
         # results come in the order in which they ended
         ordered = sorted(found.values(), key=lambda output: prompts.index(list(output.prompt_ids)))
@@ -109,6 +110,8 @@ def main() -> None:
     }
     rows: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": [], "step": []} for name in peers}
     answers: dict[str, Answers] = {}
+    for peer in peers.values():
+        peer(prompts, 2)  # warm up
     for _ in range(args.rounds):
         for name, peer in peers.items():
             short_wall, _, _ = measure(peer, prompts, 1)
