@@ -191,7 +191,11 @@ class Scheduler:
         if not self._make_room(needed + len(self.running)) or not self._make_row(sequence):
             if session is not None:
                 session.busy = False
-            return False
+            if session is None or not resident or self.running:
+                return False
+            # nobody else holds anything: its own old state is in the way, and its log brings that back
+            self.sessions.evict(session)
+            return self._try_admit(sequence, session)
         if sequence.request.session is not None and session is None:
             session = self.sessions.open(sequence.request.session)
             session.busy = True

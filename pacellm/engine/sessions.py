@@ -169,10 +169,14 @@ class SessionStore:
         """Drop the KV and banks of the idle session used longest ago. False where there is none."""
         for session in self._sessions.values():
             if session.is_resident and not session.busy and (session.row is not None or not needs_row):
-                self._drop_state(session)
-                self.evictions += 1
+                self.evict(session)
                 return True
         return False
+
+    def evict(self, session: Session) -> None:
+        """Drop a session's KV and banks; its log stays."""
+        self._drop_state(session)
+        self.evictions += 1
 
     def idle_blocks(self) -> int:
         """Blocks that evicting every idle session would free."""

@@ -114,6 +114,21 @@ def test_logits_that_are_not_finite_fail_one_request_and_stay_behind_nowhere(mod
     assert tokens(run(engine, request("good", SHORT))["good"]) == wanted
 
 
+def test_a_new_document_in_a_session_may_need_the_room_of_the_old_one(model):
+    memory = 6 * 512 * model.bytes_per_token
+    old, new = prompt(1800, 8), prompt(1700, 9)
+    wide = new_engine(model)
+    run(wide, request("old", old, session="s"))
+    wanted = tokens(run(wide, request("new", new, session="s"))["new"])
+    engine = new_engine(model, kv_cache_memory=memory, session_memory=memory)
+    run(engine, request("old", old, session="s"))
+    events = run(engine, request("new", new, session="s"))["new"]
+    assert finish(events).session == "replayed"
+    assert tokens(events) == wanted
+    assert_same_banks(banks(engine, "s"), banks(wide, "s"))
+    assert_nothing_held(engine)
+
+
 def test_sessions_continue_and_say_so(model):
     engine = new_engine(model)
     first = run(engine, request("1", LONG, session="s"))["1"]
