@@ -45,7 +45,7 @@ def serve(options: argparse.Namespace) -> int:
     model = load(path, dtype=options.dtype, device=_device(options.device))
     tokenizer = ChatTokenizer(path)
     engine = Engine(model, config, tokenizer.backend)
-    _describe(engine, str(path))
+    _describe(engine, str(path), config.max_model_len or model.context_length)
     if options.host not in _LOOPBACK:
         logger.warning("listening on %s without API keys: anyone who reaches it can use it", options.host)
     name = options.served_model_name or ("pacellm-demo" if options.model is None else options.model)
@@ -154,7 +154,7 @@ def _device(name: str) -> str:
     return name
 
 
-def _describe(engine, path: str) -> None:
+def _describe(engine, path: str, wanted_context: int) -> None:
     from pacellm.engine.kv import BLOCK
     from pacellm.model.exactness import inexact_products
 
@@ -167,8 +167,12 @@ def _describe(engine, path: str) -> None:
         f"{engine.num_blocks * BLOCK:,}",
         model.bytes_per_token,
     )
-    if engine.num_blocks * BLOCK < config.max_model_len:
-        logger.warning("KV memory is smaller than the context: longer prompts are refused (--kv-cache-memory-bytes)")
+    if config.max_model_len < wanted_context:
+        logger.warning(
+            "KV memory holds %s of the wanted %s tokens of context; raise --kv-cache-memory-bytes",
+            f"{config.max_model_len:,}",
+            f"{wanted_context:,}",
+        )
     if inexact := inexact_products(model.module):
         logger.warning(
             "on this machine the last bits of products of sizes %s depend on batch mates and chunk sizes, so answers "

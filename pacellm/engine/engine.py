@@ -6,6 +6,7 @@ again from their sessions' states, with the same result.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 import os
@@ -91,6 +92,9 @@ class Engine:
                 f"{_MIN_BLOCKS * self.block_bytes:,}",
                 param="kv_cache_memory",
             )
+        # a context that KV memory cannot hold would fail in the middle of an answer
+        context = min(self.config.max_model_len or 0, self.num_blocks * BLOCK)
+        self.config = dataclasses.replace(self.config, max_model_len=context)
         self.allocator = BlockAllocator(self.num_blocks)
         self.pool = self._new_pool() if self.config.pa else None
         self.sessions = SessionStore(

@@ -78,7 +78,7 @@ class Scheduler:
         """Refuse what can never run.
 
         Raises:
-            RequestError: no prompt, a prompt (with max_tokens) longer than the context or than KV memory.
+            RequestError: no prompt, a prompt (with max_tokens) longer than the context.
         """
         limit = self.config.max_model_len or 0
         if prompt_tokens < 1:
@@ -95,12 +95,6 @@ class Scheduler:
                 f"max_tokens {max_tokens:,} with a prompt of {prompt_tokens:,} tokens is over this model's context "
                 f"of {limit:,} tokens; at most {room:,} are left",
                 param="max_tokens",
-            )
-        if blocks_for(prompt_tokens) + 1 > self.allocator.num_blocks:
-            raise ContextLengthExceeded(
-                f"the prompt has {prompt_tokens:,} tokens; KV memory holds {self.allocator.num_blocks * BLOCK:,}. "
-                "Raise --kv-cache-memory",
-                param="messages",
             )
 
     def add(self, sequence: Sequence) -> None:

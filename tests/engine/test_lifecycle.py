@@ -114,6 +114,24 @@ def test_logits_that_are_not_finite_fail_one_request_and_stay_behind_nowhere(mod
     assert tokens(run(engine, request("good", SHORT))["good"]) == wanted
 
 
+def test_the_context_is_what_memory_holds_and_can_be_used_to_the_last_token(model):
+    memory = 3 * 512 * model.bytes_per_token
+    engine = new_engine(model, kv_cache_memory=memory, session_memory=memory)
+    assert engine.config.max_model_len == 1536
+    endless = SamplingParams(temperature=0, ignore_eos=True)
+    first = prompt(1000, 8)
+    one = run(engine, request("1", first, SamplingParams(max_tokens=200, temperature=0, ignore_eos=True), session="s"))
+    history = first + tokens(one["1"]) + prompt(20, 3)
+    two = run(engine, request("2", history, endless, session="s"))["2"]
+    assert finish(two).reason is FinishReason.LENGTH
+    assert len(history) + len(tokens(two)) == 1536
+    wide = new_engine(model)
+    run(wide, request("1", first, SamplingParams(max_tokens=200, temperature=0, ignore_eos=True), session="s"))
+    limited = SamplingParams(max_tokens=1536 - len(history), temperature=0, ignore_eos=True)
+    assert tokens(two) == tokens(run(wide, request("2", history, limited, session="s"))["2"])
+    assert_nothing_held(engine)
+
+
 def test_a_new_document_in_a_session_may_need_the_room_of_the_old_one(model):
     memory = 6 * 512 * model.bytes_per_token
     old, new = prompt(1800, 8), prompt(1700, 9)
