@@ -61,8 +61,8 @@ class Live:
 
 
 def start(config=None, **settings):
-    """A server with small memory."""
-    return Live(config or EngineConfig(kv_cache_memory=2**29), Settings(model_name=NAME, **settings))
+    """A server whose KV memory holds the whole context; pages that are not touched cost nothing."""
+    return Live(config or EngineConfig(kv_cache_memory=2**31), Settings(model_name=NAME, **settings))
 
 
 @pytest.fixture(scope="session")

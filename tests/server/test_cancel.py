@@ -67,7 +67,7 @@ def test_the_event_loop_is_free_during_prefill(live):
 def test_full_queue_says_when_to_come_back():
     config = EngineConfig(kv_cache_memory=2**28, max_num_seqs=1, max_waiting=1)
     with start(config) as live:
-        endless = SamplingParams(max_tokens=100_000, temperature=0, ignore_eos=True)
+        endless = SamplingParams(max_tokens=30_000, temperature=0, ignore_eos=True)
         thread = live.service.thread
         thread.submit(GenerationRequest("running", [10, 11], endless))
         while thread.num_queued:
