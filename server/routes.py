@@ -33,9 +33,13 @@ async def chat_completions(request: Request) -> Response:
     generation = await service.submit(body, session_of(request, body))
     chunks = Chunks(generation, body, service.settings.model_name, service.tokenizer)
     if body.stream:
-        found = await generation.admitted(service.settings.header_wait)
+        try:
+            found = await generation.admitted(service.settings.header_wait)
+        except BaseException:
+            generation.close()
+            raise
         headers = {"X-Session-Status": found.session if found is not None else "queued"}
-        return sse.EventStream(stream(service, generation, chunks, body), headers)
+        return sse.EventStream(stream(service, chunks, body), generation.close, headers)
     return await whole(request, generation, chunks)
 
 
@@ -85,9 +89,7 @@ async def metrics(request: Request) -> Response:
     return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
-async def stream(
-    service: Service, generation: Generation, chunks: Chunks, body: ChatCompletionRequest
-) -> AsyncIterator[bytes]:
+async def stream(service: Service, chunks: Chunks, body: ChatCompletionRequest) -> AsyncIterator[bytes]:
     """The answer as server-sent events; a failure after the head is an event too."""
     wants_usage = body.stream_options is not None and body.stream_options.include_usage
     try:
@@ -99,8 +101,6 @@ async def stream(
         yield sse.DONE
     except PaceError as error:
         yield sse.event(body_of(error))
-    finally:
-        generation.close()
 
 
 async def whole(request: Request, generation: Generation, chunks: Chunks) -> Response:

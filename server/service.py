@@ -37,24 +37,32 @@ class Generation:
         self._events.put_nowait(event)
 
     async def admitted(self, timeout: float) -> Admitted | None:
-        """What admission found, or None where the request is still queued after ``timeout`` seconds."""
+        """What admission found, or None where the request is still queued after ``timeout`` seconds.
+
+        Raises:
+            PaceError: the request failed before it was admitted.
+        """
+        self._first = await self._next(timeout)
+        if isinstance(self._first, Failed):
+            raise self._first.error
+        return self._first if isinstance(self._first, Admitted) else None
+
+    async def _next(self, timeout: float | None) -> Event | None:
+        # not asyncio.wait_for: where an event and a cancellation come together, Python 3.11's drops the cancellation
         try:
-            self._first = await asyncio.wait_for(self._events.get(), timeout)
+            async with asyncio.timeout(timeout):
+                return await self._events.get()
         except TimeoutError:
             return None
-        return self._first if isinstance(self._first, Admitted) else None
 
     async def events(self, timeout: float | None = None) -> AsyncIterator[Event | None]:
         """Every event; None after ``timeout`` seconds of silence."""
         while not self._ended:
             if self._first is not None:
-                event, self._first = self._first, None
+                event: Event | None = self._first
+                self._first = None
             else:
-                try:
-                    event = await asyncio.wait_for(self._events.get(), timeout)
-                except TimeoutError:
-                    yield None
-                    continue
+                event = await self._next(timeout)
             self._ended = isinstance(event, Finished | Failed)
             yield event
 
@@ -117,14 +125,9 @@ class Service:
             pa=body.pacellm.pa or "on",
             commit=body.pacellm.commit,
         )
-        generation = Generation(self, request)
-        self._generations[request.request_id] = generation
-        try:
-            # the vocabulary check walks the prompt: not on the loop
-            await self.off_loop(self.thread.submit, request)
-        except BaseException:
-            self.forget(generation, abort=True)
-            raise
+        await self.off_loop(self.engine.check, request)  # it walks the prompt
+        self.thread.submit(request)  # its first event needs this loop, so it cannot come before the next line
+        self._generations[request.request_id] = generation = Generation(self, request)
         return generation
 
     def _encode(self, body: ChatCompletionRequest) -> list[int]:

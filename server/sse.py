@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from starlette.responses import Response
@@ -20,19 +20,22 @@ def event(data: dict[str, Any]) -> bytes:
 
 
 class EventStream(Response):
-    """Sends what an iterator yields; closes the iterator when the client disconnects.
+    """Sends what an iterator yields until it ends or the client disconnects.
 
     Args:
-        source: bytes of whole events. It is closed in every case, and cleans up then.
+        source: bytes of whole events.
+        close: called once the response is over, however it ended and even where the source never began.
         headers: added to the response.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, source: AsyncIterator[bytes], headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, source: AsyncIterator[bytes], close: Callable[[], None], headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
         del self.headers["content-length"]
-        self._source = source
+        self._source, self._close = source, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the head, then events until the source or the client ends."""
@@ -44,20 +47,16 @@ class EventStream(Response):
             gone.cancel()
             if not pump.done():
                 pump.cancel()
+            self._close()
             await asyncio.gather(pump, gone, return_exceptions=True)
         if not pump.cancelled() and (error := pump.exception()) is not None and not isinstance(error, OSError):
             raise error
 
     async def _pump(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        try:
-            async for chunk in self._source:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            close = getattr(self._source, "aclose", None)
-            if close is not None:
-                await close()
+        async for chunk in self._source:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def disconnected(receive: Receive) -> None:

@@ -69,11 +69,12 @@ class EngineThread:
     def submit(self, request: GenerationRequest) -> None:
         """Hand a request over; its place in the queue is reserved before this returns.
 
+        Args:
+            request: one that ``engine.check`` let pass; where it did not, the request ends with Failed.
+
         Raises:
-            RequestError: it can never run.
             Overloaded, Draining, EngineDead: not now.
         """
-        self.engine.check(request)
         config, tokens = self.engine.config, len(request.prompt)
         with self._wake:
             if not self.is_alive:
