@@ -33,7 +33,7 @@ class Probe:
         self.engine = engine
 
     def logprobs(self, prompt: list[int], answer: list[int], session: str, pa: PAMode = "on") -> Tensor:
-        """[A, V] float64 log-probabilities at each token of ``answer`` [A] behind ``prompt``; the session stays as it was."""
+        """[A, V] float64 log-probabilities at each token of ``answer`` [A] behind ``prompt``; the session stays."""
         engine, scheduler = self.engine, self.engine.scheduler
         request = GenerationRequest("probe", prompt, session=("demo", session), pa=pa, commit=False)
         sequence = Sequence(
