@@ -11,7 +11,7 @@ from typing import Literal
 from pacellm.errors import PaceError, RequestError
 
 PAMode = Literal["on", "off", "read_only"]
-SessionStatus = Literal["none", "new", "resident", "replayed", "folded", "lost"]
+SessionStatus = Literal["none", "new", "resident", "restored", "replayed", "folded", "lost"]
 
 
 def _require(name: str, holds: bool, wanted: str, value: object) -> None:
@@ -120,8 +120,21 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
+class LayerReads:
+    """What a request did to the bank of one layer, and the bank's fill afterwards."""
+
+    hits: int = 0
+    fuses: int = 0
+    misses: int = 0
+    empty: int = 0
+    merges: int = 0
+    replacements: int = 0
+    filled: int = 0
+
+
+@dataclass(frozen=True)
 class BankReads:
-    """What a request did to its banks, over all patched layers; keys' effective rank as the mean over layers."""
+    """What a request did to its banks: over all patched layers and by layer; keys' effective rank as the mean."""
 
     hits: int = 0
     fuses: int = 0
@@ -131,6 +144,7 @@ class BankReads:
     replacements: int = 0
     filled: int = 0
     effective_rank: float = 0.0
+    layers: dict[int, LayerReads] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -170,7 +184,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event of a request that went well."""
+    """The last event of a request that went well. ``note`` names what was refused on the way to its session."""
 
     reason: FinishReason
     usage: Usage
@@ -180,6 +194,7 @@ class Finished:
     prefill_seconds: float
     decode_seconds: float
     stop_reason: str | int | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from pacellm.config import EngineConfig
 from pacellm.engine.kv import BLOCK, BlockAllocator, KVTable, OutOfBlocks, blocks_for
+from pacellm.engine.mover import Mover
 from pacellm.engine.sequence import Sequence, Status, Turn, common_prefix
 from pacellm.engine.sessions import Session, SessionStore
 from pacellm.errors import ContextLengthExceeded, RequestError
@@ -68,6 +69,8 @@ class Scheduler:
         self.config, self.allocator, self.sessions, self.pool = config, allocator, sessions, pool
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
+        self.finishing: list[Sequence] = []  # complete, but their commit is not yet on disk
+        self.mover: Mover | None = None
         self.admitted: list[Sequence] = []  # since the last step
         self.preemptions = 0
         self._copies: list[Copy] = []
@@ -106,16 +109,25 @@ class Scheduler:
         if sequence in self.running:
             self.running.remove(sequence)
             self._close_session(sequence)
+        elif sequence in self.finishing:
+            self.finishing.remove(sequence)
+            self._close_session(sequence, failed=True)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+            self._unwant(sequence)
         self._free(sequence)
         sequence.status = Status.ENDED
 
+    def hold(self, sequence: Sequence) -> None:
+        """A request is complete, but something else must end before its session may take over."""
+        self.running.remove(sequence)
+        self.finishing.append(sequence)
+
     def finish(self, sequence: Sequence) -> None:
         """A request is complete: its session takes over the working copy, or it is freed."""
-        self.running.remove(sequence)
-        session = self._session(sequence)
-        if session is not None and sequence.request.commit:
+        (self.finishing if sequence in self.finishing else self.running).remove(sequence)
+        session = sequence.session
+        if session is not None and sequence.request.commit and not session.deleted:
             sequence.session_status = self.sessions.commit(session, sequence)
         self._close_session(sequence)
         self._free(sequence)
@@ -157,11 +169,20 @@ class Scheduler:
 
     def _admit(self) -> None:
         for sequence in list(self.waiting):
-            if len(self.running) >= self.config.max_num_seqs:
+            if len(self.running) + len(self.finishing) >= self.config.max_num_seqs:
                 return
             session = self._session(sequence)
-            if session is not None and (session.busy or self._is_behind(sequence)):
+            if sequence.request.session is not None and self._is_behind(sequence):
                 continue
+            if session is not None and (session.busy or session.moving):
+                continue
+            if self.mover is not None:
+                if not self.mover.is_open(sequence):
+                    continue
+                if session is not None and self.mover.stored_tokens(session) is not None:
+                    if self._bring_back(sequence, session):
+                        continue
+                    return
             if not self._try_admit(sequence, session):
                 return
 
@@ -174,6 +195,29 @@ class Scheduler:
                 return True
         return False
 
+    def _bring_back(self, sequence: Sequence, session: Session) -> bool:
+        """Start restoring a session's state; False where there is no room yet."""
+        assert self.mover is not None
+        tokens = self.mover.stored_tokens(session) or 0
+        own = self._plan(sequence, session)[-1]
+        blocks = blocks_for(tokens) + max(0, blocks_for(own.end) - own.start // BLOCK)
+        session.busy = True
+        has_room = blocks <= self.allocator.num_blocks and self._make_room(blocks) and self._make_row(sequence)
+        session.busy = False
+        if has_room:
+            self.mover.restore(session)
+        elif not self.running and not self.finishing and not self.mover.worker.num_open:
+            self.sessions.drop(session)  # nobody else gives way: its log brings it back
+            return True
+        return has_room
+
+    def _unwant(self, sequence: Sequence) -> None:
+        """A request that waited is gone; what was made for it alone goes too."""
+        session = self._session(sequence)
+        if session is not None and not session.busy:
+            session.wanted = False
+            self.sessions.close(session, keep=False)
+
     def _try_admit(self, sequence: Sequence, session: Session | None) -> bool:
         """Give a waiting sequence its working copy; False where there is no room yet."""
         work = self._plan(sequence, session)
@@ -185,17 +229,19 @@ class Scheduler:
         if not self._make_room(needed + len(self.running)) or not self._make_row(sequence):
             if session is not None:
                 session.busy = False
-            if session is None or not resident or self.running:
+            if session is None or not resident or self.running or self.finishing or self._is_moving():
                 return False
             # nobody else holds anything: its own old state is in the way, and its log brings that back
-            self.sessions.evict(session)
+            self.sessions.drop(session)
             return self._try_admit(sequence, session)
         if sequence.request.session is not None and session is None:
             session = self.sessions.open(sequence.request.session)
             session.busy = True
         elif session is not None:
-            self.sessions.open(session.key)
+            self.sessions.touch(session)
+            session.wanted = False
         self._describe(sequence, session, work)
+        sequence.session = session
         sequence.table = self._new_table(session, work[-1].start if resident else 0, needed)
         self._new_banks(sequence, session if resident else None, session)
         sequence.begin(work, time.monotonic())
@@ -218,10 +264,16 @@ class Scheduler:
     def _describe(self, sequence: Sequence, session: Session | None, work: list[Turn]) -> None:
         sequence.replayed = sum(len(turn.ids) for turn in work[:-1])
         sequence.cached = 0 if sequence.replayed else work[-1].start
+        if session is not None and session.note is not None:
+            sequence.note = session.note
         if session is None:
             sequence.session_status = "none"
         elif sequence.replayed:
             sequence.session_status = "replayed"
+        elif session.found is not None:
+            sequence.session_status, session.found = session.found, None
+        elif session.status == "lost":
+            sequence.session_status = "lost"
         elif session.commits:
             sequence.session_status = "resident"
         else:
@@ -253,8 +305,10 @@ class Scheduler:
             try:
                 sequence.table.extend(self.allocator.allocate(1, sequence.table.blocks[-1]))
             except OutOfBlocks:
-                if self.sessions.evict_one():
+                if not self.sessions.leaving()[0] and self.sessions.evict_one():
                     continue
+                if self.sessions.leaving()[0]:
+                    return False  # its turn comes when the worker has freed them; the others go on
                 youngest = next(other for other in reversed(self.running) if other not in _members(step))
                 self.preempt(youngest)
                 if youngest is sequence:
@@ -278,14 +332,18 @@ class Scheduler:
         needed = blocks if self.running else min(blocks, self.allocator.num_blocks)
         if self.allocator.num_free + self.sessions.idle_blocks() < needed:
             return False
-        while self.allocator.num_free < needed and self.sessions.evict_one():
+        while self.allocator.num_free + self.sessions.leaving()[0] < needed and self.sessions.evict_one():
             pass
         return self.allocator.num_free >= needed
+
+    def has_room(self, blocks: int) -> bool:
+        """``blocks`` are free beside one for every running sequence, or have been made so."""
+        return self._make_room(blocks + len(self.running))
 
     def _make_row(self, sequence: Sequence) -> bool:
         if self.pool is None:
             return True
-        while not self.pool.num_free and self.sessions.evict_one(needs_row=True):
+        while not self.pool.num_free + self.sessions.leaving()[1] and self.sessions.evict_one(needs_row=True):
             pass
         return self.pool.num_free > 0
 
@@ -299,10 +357,15 @@ class Scheduler:
     def _session(self, sequence: Sequence) -> Session | None:
         return None if sequence.request.session is None else self.sessions.get(sequence.request.session)
 
-    def _close_session(self, sequence: Sequence) -> None:
-        session = self._session(sequence)
+    def _close_session(self, sequence: Sequence, *, failed: bool = False) -> None:
+        session = sequence.session
+        sequence.session = None
         if session is not None:
-            self.sessions.close(session, keep=sequence.request.commit and sequence.finish_reason is not None)
+            ended = sequence.request.commit and sequence.finish_reason is not None and not failed
+            self.sessions.close(session, keep=ended)
+
+    def _is_moving(self) -> bool:
+        return self.mover is not None and self.mover.worker.num_open > 0
 
 
 def _members(step: Step) -> list[Sequence]:

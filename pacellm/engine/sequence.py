@@ -7,12 +7,16 @@ import time
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pacellm.engine.kv import KVTable
 from pacellm.model.context import Piece
 from pacellm.types import FinishReason, GenerationRequest, PAMode, SessionStatus
+
+if TYPE_CHECKING:
+    from pacellm.engine.sessions import Session
 
 
 @dataclass
@@ -58,7 +62,7 @@ class Status(enum.Enum):
     ENDED = enum.auto()
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """A request on its way through the engine.
 
@@ -69,6 +73,9 @@ class Sequence:
         work: turns still to feed: those of the log that must be replayed, then the request's own.
         cursor: tokens of ``work[0]`` fed so far.
         table, row: the working copy: KV blocks and bank row.
+        claimed: the session directory was asked about its session.
+        note: what was refused on the way to its session's state.
+        session: the one it works on, while it runs.
         cached, replayed: prompt tokens not computed again; tokens of the log that are.
     """
 
@@ -82,6 +89,7 @@ class Sequence:
     cursor: int = 0
     table: KVTable = field(default_factory=KVTable)
     row: int | None = None
+    session: Session | None = None
     session_status: SessionStatus = "none"
     cached: int = 0
     replayed: int = 0
@@ -90,6 +98,8 @@ class Sequence:
     counters_before: dict[int, list[int]] = field(default_factory=dict)
     admitted_at: float | None = None
     first_token_at: float | None = None
+    claimed: bool = False
+    note: str | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
