@@ -37,6 +37,7 @@ class Chunks:
         }
         self._started = time.monotonic()
         self._cached = 0
+        self.found: str | None = None  # what admission found of the session
         self._has_role = False
 
     async def __call__(self, timeout: float | None = None) -> AsyncIterator[Chunk | None]:
@@ -51,6 +52,7 @@ class Chunks:
                     yield None
                 case Admitted():
                     self._cached = event.cached_tokens
+                    self.found = self.found or event.session
                 case Progress() if self._body.return_progress:
                     yield {**self._head, "choices": [], "prompt_progress": self._progress(event)}
                 case Delta():
@@ -84,6 +86,8 @@ class Chunks:
         pace = {
             "session_id": session[1] if session is not None else None,
             "session": event.session,
+            "note": event.note,
+            "cached_tokens": event.usage.cached_tokens,
             "replayed_tokens": event.usage.replayed_tokens,
             "bank": dataclasses.asdict(event.bank) if event.bank is not None else None,
             "timings": {

@@ -213,6 +213,11 @@ class Engine:
         return bool(self._live) or self.ops.is_waiting
 
     @property
+    def has_expired(self) -> bool:
+        """A session's time may have come."""
+        return self.sessions.may_expire
+
+    @property
     def has_news(self) -> bool:
         """The worker has results to take."""
         return self.worker.has_results

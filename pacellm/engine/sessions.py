@@ -342,6 +342,11 @@ class SessionStore:
             if session.stub and not (session.moving or session.busy or session.wanted):
                 del self._sessions[key]  # the disk still knows it
 
+    @property
+    def may_expire(self) -> bool:
+        """It is time to look for expired sessions."""
+        return time.time() >= self._next_expiry
+
     def expired(self) -> list[Session]:
         """Sessions whose time has come, looked for once a second."""
         now = time.time()
