@@ -96,6 +96,7 @@ class GenerationRequest:
         prompt: token ids of the whole prompt.
         sampling: how to generate.
         session: (tenant, session id), or None for a request that leaves nothing behind.
+        tenant: whose request it is; kept progress is never shared between tenants. A session's tenant goes first.
         pa: whether banks are read and written, only read, or left alone.
         commit: whether the session keeps what this request did.
         arrival: monotonic seconds.
@@ -105,6 +106,7 @@ class GenerationRequest:
     prompt: list[int]
     sampling: SamplingParams = SamplingParams()
     session: tuple[str, str] | None = None
+    tenant: str = "default"
     pa: PAMode = "on"
     commit: bool = True
     arrival: float = field(default_factory=time.monotonic)

@@ -131,6 +131,7 @@ class Service:
             prompt=prompt,
             sampling=sampling,
             session=None if session_id is None else (tenant, session_id),
+            tenant=tenant,
             pa=body.pacellm.pa or "on",
             commit=body.pacellm.commit,
         )

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from pacellm.config import EngineConfig
-from pacellm.engine.kv import BLOCK, BlockAllocator
+from pacellm.engine.kv import BLOCK, BlockAllocator, KVTable
 from pacellm.engine.mover import Mover
 from pacellm.engine.records import Records
 from pacellm.engine.runner import Runner, StepFailed
@@ -266,7 +266,7 @@ class Engine:
             return False
         del self._live[request_id]
         self.stats.aborted += 1
-        self.scheduler.remove(live.sequence)
+        self.scheduler.remove(live.sequence, keep=True)
         return True
 
     # -- the step ------------------------------------------------------------------------------------------
@@ -303,6 +303,8 @@ class Engine:
             decoding = sequence.is_decoding
             self.stats.prompt_tokens += 0 if decoding else work.count
             sequence.advance(work.count)
+            if not decoding:
+                self.scheduler.keep(sequence)
             if not decoding:
                 events.append((sequence.id, Progress(sequence.total_work, sequence.done_work)))
             if sequence.id in rows:
@@ -429,7 +431,10 @@ class Engine:
         return [failed]
 
     def _fail(self, sequence: Sequence, error: PaceError) -> tuple[str, Event]:
-        self.runner.scrub(sequence.table)
+        self.scheduler.progress.forget_request(sequence.id)
+        # blocks that others hold were whole before this request
+        owned = [block for block in sequence.table.blocks if self.allocator.references(block) == 1]
+        self.runner.scrub(KVTable(owned))
         self.scheduler.remove(sequence)
         self._live.pop(sequence.id, None)
         self.stats.failed += 1
@@ -445,6 +450,13 @@ class Engine:
     def _refused(self) -> list[tuple[str, Event]]:
         refused, self.mover.refused = self.mover.refused, []
         return [self._fail(sequence, error) for sequence, error in refused if sequence.id in self._live]
+
+    def forget_progress(self, tenant: str, session: Key | None = None) -> None:
+        """Drop the prefill progress that was kept of a session's requests, or of all of a tenant's."""
+        if session is not None:
+            self.scheduler.progress.forget_session(session, made=True)
+        else:
+            self.scheduler.progress.forget_tenant(tenant)
 
     def copy_kv(self, source: int, target: int, length: int) -> None:
         """Copy ``length`` tokens of KV from the start of a block to another, now."""
@@ -470,6 +482,7 @@ class Engine:
         held: dict[int, int] = {}
         working = [*self.scheduler.running, *self.scheduler.finishing]
         tables = [sequence.table for sequence in working] + self.sessions.tables()
+        tables += self.scheduler.progress.tables()
         for table in tables:
             for block in table.blocks:
                 held[block] = held.get(block, 0) + 1
@@ -478,6 +491,7 @@ class Engine:
             raise EngineError(f"KV blocks do not add up: {wrong[:8]}")
         if self.pool is not None:
             rows = [sequence.row for sequence in working] + self.sessions.rows()
+            rows += self.scheduler.progress.rows()
             if len(set(rows)) != len(rows) or self.pool.num_free != self.pool.num_rows - len(rows):
                 raise EngineError("bank rows do not add up")
 

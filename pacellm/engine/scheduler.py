@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pacellm.config import EngineConfig
 from pacellm.engine.kv import BLOCK, BlockAllocator, KVTable, OutOfBlocks, blocks_for
 from pacellm.engine.mover import Mover
-from pacellm.engine.sequence import Sequence, Status, Turn, common_prefix
+from pacellm.engine.prefix import Entry, PrefixCache
+from pacellm.engine.sequence import Lineage, Sequence, Status, Turn, common_prefix
 from pacellm.engine.sessions import Session, SessionStore
 from pacellm.errors import ContextLengthExceeded, RequestError
 from pacellm.memory.pool import BankPool
@@ -55,6 +56,29 @@ class Step:
         return sum(item.count for item in self.work)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How a waiting sequence begins.
+
+    Attributes:
+        lineage: what its first token is fed on.
+        work: turns to feed; ``index`` numbers the first among the turns since the lineage's beginning, and ``cursor``
+            tokens of it are in place.
+        position: tokens of KV in place, in ``blocks``.
+        row: banks to go on from, None for the origin's or empty ones.
+        entry: the kept progress that is used.
+    """
+
+    lineage: Lineage
+    work: list[Turn]
+    index: int
+    cursor: int
+    position: int
+    blocks: list[int]
+    row: int | None
+    entry: Entry | None
+
+
 class Scheduler:
     """Queues, admission, memory and preemption.
 
@@ -74,6 +98,7 @@ class Scheduler:
         self.admitted: list[Sequence] = []  # since the last step
         self.preemptions = 0
         self._copies: list[Copy] = []
+        self.progress = PrefixCache(allocator, pool, segment=config.bank.segment, max_seqs=config.max_num_seqs)
 
     # -- requests come and go ------------------------------------------------------------------------------
 
@@ -104,10 +129,13 @@ class Scheduler:
         """Queue a checked request."""
         self.waiting.append(sequence)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Take a request out wherever it is and free what it holds; its session stays as it was."""
+    def remove(self, sequence: Sequence, *, keep: bool = False) -> None:
+        """Take a request out wherever it is and free what it holds; its session stays as it was. With ``keep`` its
+        prefill progress stays as idle cache."""
         if sequence in self.running:
             self.running.remove(sequence)
+            if keep:
+                self.progress.take_over(sequence)
             self._close_session(sequence)
         elif sequence in self.finishing:
             self.finishing.remove(sequence)
@@ -117,6 +145,10 @@ class Scheduler:
             self._unwant(sequence)
         self._free(sequence)
         sequence.status = Status.ENDED
+
+    def keep(self, sequence: Sequence) -> None:
+        """A prompt chunk was fed: its state may serve others, or the same request sent again."""
+        self.progress.keep(sequence, len(self.running) + len(self.finishing))
 
     def hold(self, sequence: Sequence) -> None:
         """A request is complete, but something else must end before its session may take over."""
@@ -129,10 +161,19 @@ class Scheduler:
         session = sequence.session
         if session is not None and sequence.request.commit and not session.deleted:
             sequence.session_status = self.sessions.commit(session, sequence)
+            self.progress.forget_session(session.key, made=False)
         self._close_session(sequence)
         self._free(sequence)
         sequence.status = Status.ENDED
         self.sessions.trim()
+        self._free_working_rows()
+
+    def _free_working_rows(self) -> None:
+        """Kept progress never takes the rows that running requests may need."""
+        working = len(self.running) + len(self.finishing)
+        while self.pool is not None and self.pool.num_free < self.config.max_num_seqs - working:
+            if not self.progress.evict_one():
+                return
 
     # -- the next step -------------------------------------------------------------------------------------
 
@@ -179,7 +220,8 @@ class Scheduler:
             if self.mover is not None:
                 if not self.mover.is_open(sequence):
                     continue
-                if session is not None and self.mover.stored_tokens(session) is not None:
+                is_stored = session is not None and self.mover.stored_tokens(session) is not None
+                if session is not None and is_stored and not self._has_own_progress(sequence, session):
                     if self._bring_back(sequence, session):
                         continue
                     return
@@ -199,7 +241,7 @@ class Scheduler:
         """Start restoring a session's state; False where there is no room yet."""
         assert self.mover is not None
         tokens = self.mover.stored_tokens(session) or 0
-        own = self._plan(sequence, session)[-1]
+        own = self._own_turn(sequence, session)
         blocks = blocks_for(tokens) + max(0, blocks_for(own.end) - own.start // BLOCK)
         session.busy = True
         has_room = blocks <= self.allocator.num_blocks and self._make_room(blocks) and self._make_row(sequence)
@@ -220,16 +262,22 @@ class Scheduler:
 
     def _try_admit(self, sequence: Sequence, session: Session | None) -> bool:
         """Give a waiting sequence its working copy; False where there is no room yet."""
-        work = self._plan(sequence, session)
+        plan = self._plan(sequence, session)
+        work, shared = plan.work, plan.position // BLOCK
         resident = session is not None and session.is_resident
-        shared = work[-1].start // BLOCK if resident else 0
         needed = blocks_for(max(turn.end for turn in work)) - shared
         if session is not None:
             session.busy = True  # from here on its state is not evictable
-        if not self._make_room(needed + len(self.running)) or not self._make_row(sequence):
+        has_room = self._make_room(needed + len(self.running), keep=plan.entry)
+        if not has_room or not self._make_row(sequence, keep=plan.entry):
             if session is not None:
                 session.busy = False
-            if session is None or not resident or self.running or self.finishing or self._is_moving():
+            if self.running or self.finishing or self._is_moving():
+                return False
+            if plan.entry is not None:
+                self.progress.drop(plan.entry)  # what it saves is in the way
+                return self._try_admit(sequence, session)
+            if session is None or not resident:
                 return False
             # nobody else holds anything: its own old state is in the way, and its log brings that back
             self.sessions.drop(session)
@@ -240,30 +288,52 @@ class Scheduler:
         elif session is not None:
             self.sessions.touch(session)
             session.wanted = False
-        self._describe(sequence, session, work)
+        self._describe(sequence, session, plan)
         sequence.session = session
-        sequence.table = self._new_table(session, work[-1].start if resident else 0, needed)
-        self._new_banks(sequence, session if resident else None, session)
-        sequence.begin(work, time.monotonic())
+        sequence.table = self._new_table(plan.blocks, plan.position, needed)
+        self._new_banks(sequence, plan.row, session)
+        sequence.lineage = plan.lineage
+        sequence.begin(work, time.monotonic(), index=plan.index, cursor=plan.cursor)
+        if plan.entry is not None:
+            self.progress.use(plan.entry)
         self.waiting.remove(sequence)
         self.running.append(sequence)
         self.admitted.append(sequence)
         return True
 
-    def _plan(self, sequence: Sequence, session: Session | None) -> list[Turn]:
-        """The turns to feed: the log where the session's state is gone, and the request's own."""
+    def _plan(self, sequence: Sequence, session: Session | None) -> Plan:
+        """What to feed, and on which state: the session's, kept progress, or none with the log before."""
+        lineage = _lineage(sequence, session)
+        log = session.log if session is not None else []
+        own = self._own_turn(sequence, session)
+        turns = [*log, own]
+        entry = self.progress.find(lineage, turns)
+        is_best = entry is None or entry.index < len(log)
+        if session is not None and session.is_resident and session.table is not None and is_best:
+            return Plan(lineage, [own], len(log), 0, own.start, session.table.blocks, session.row, None)
+        if entry is None:
+            return Plan(lineage, turns, 0, 0, 0, [], None, None)
+        cursor = len(entry.ids)
+        return Plan(
+            lineage, turns[entry.index :], entry.index, cursor, entry.position, entry.table.blocks, entry.row, entry
+        )
+
+    def _own_turn(self, sequence: Sequence, session: Session | None) -> Turn:
         start = 0
         if session is not None:
             start = min(common_prefix(sequence.prompt, session.context), len(sequence.prompt) - 1)
         ids = sequence.prompt[start:] + array("i", sequence.generated)
-        own = Turn(start, len(sequence.prompt), ids, sequence.request.pa if self.pool is not None else "off")
-        if session is None or session.is_resident:
-            return [own]
-        return [*session.log, own]
+        return Turn(start, len(sequence.prompt), ids, sequence.request.pa if self.pool is not None else "off")
 
-    def _describe(self, sequence: Sequence, session: Session | None, work: list[Turn]) -> None:
-        sequence.replayed = sum(len(turn.ids) for turn in work[:-1])
-        sequence.cached = 0 if sequence.replayed else work[-1].start
+    def _has_own_progress(self, sequence: Sequence, session: Session) -> bool:
+        """Kept progress makes the session's own state unnecessary."""
+        entry = self._plan(sequence, session).entry
+        return entry is not None and entry.index == len(session.log)
+
+    def _describe(self, sequence: Sequence, session: Session | None, plan: Plan) -> None:
+        is_replayed = len(plan.work) > 1
+        sequence.replayed = sum(len(turn.ids) for turn in plan.work[:-1]) - (plan.cursor if is_replayed else 0)
+        sequence.cached = 0 if is_replayed else plan.position
         if session is not None and session.note is not None:
             sequence.note = session.note
         if session is None:
@@ -279,10 +349,9 @@ class Scheduler:
         else:
             sequence.session_status = session.status
 
-    def _new_table(self, session: Session | None, start: int, needed: int) -> KVTable:
-        """A table that shares the session's full blocks before ``start`` and owns the rest."""
+    def _new_table(self, source: list[int], start: int, needed: int) -> KVTable:
+        """A table that shares the full blocks before ``start`` and owns the rest."""
         kept = start // BLOCK
-        source = session.table.blocks if session is not None and session.table is not None else []
         table = KVTable(list(source[:kept]))
         self.allocator.share(table.blocks)
         table.extend(self.allocator.allocate(needed, table.blocks[-1] if table.blocks else None))
@@ -290,11 +359,11 @@ class Scheduler:
             self._copies.append(Copy(source[kept] * BLOCK, table.blocks[kept] * BLOCK, start % BLOCK))
         return table
 
-    def _new_banks(self, sequence: Sequence, resident: Session | None, session: Session | None) -> None:
+    def _new_banks(self, sequence: Sequence, source: int | None, session: Session | None) -> None:
         if self.pool is None:
             return
-        sequence.row = self.pool.check_out(resident.row if resident is not None else None)
-        if resident is None and session is not None and session.origin is not None:
+        sequence.row = self.pool.check_out(source)
+        if source is None and session is not None and session.origin is not None:
             for layer, bank in self.pool.banks(sequence.row).items():
                 bank.copy_(session.origin[layer])
         sequence.counters_before = self.pool.counters(sequence.row)
@@ -305,6 +374,8 @@ class Scheduler:
             try:
                 sequence.table.extend(self.allocator.allocate(1, sequence.table.blocks[-1]))
             except OutOfBlocks:
+                if self.progress.evict_one():
+                    continue
                 if not self.sessions.leaving()[0] and self.sessions.evict_one():
                     continue
                 if self.sessions.leaving()[0]:
@@ -325,13 +396,17 @@ class Scheduler:
         self.waiting.appendleft(sequence)
         self.preemptions += 1
 
-    def _make_room(self, blocks: int) -> bool:
+    def _make_room(self, blocks: int, keep: Entry | None = None) -> bool:
         if self.allocator.num_free >= blocks:
             return True
         # a lone request may use the last block
         needed = blocks if self.running else min(blocks, self.allocator.num_blocks)
-        if self.allocator.num_free + self.sessions.idle_blocks() < needed:
+        others = [entry.table for entry in self.progress if entry is not keep]
+        if self.allocator.num_free + self.sessions.idle_blocks(others) < needed:
             return False
+        for entry in self.progress:
+            if self.allocator.num_free < needed and entry is not keep:
+                self.progress.drop(entry)
         while self.allocator.num_free + self.sessions.leaving()[0] < needed and self.sessions.evict_one():
             pass
         return self.allocator.num_free >= needed
@@ -340,9 +415,12 @@ class Scheduler:
         """``blocks`` are free beside one for every running sequence, or have been made so."""
         return self._make_room(blocks + len(self.running))
 
-    def _make_row(self, sequence: Sequence) -> bool:
+    def _make_row(self, sequence: Sequence, keep: Entry | None = None) -> bool:
         if self.pool is None:
             return True
+        for entry in self.progress:
+            if not self.pool.num_free and entry is not keep:
+                self.progress.drop(entry)
         while not self.pool.num_free + self.sessions.leaving()[1] and self.sessions.evict_one(needs_row=True):
             pass
         return self.pool.num_free > 0
@@ -366,6 +444,15 @@ class Scheduler:
 
     def _is_moving(self) -> bool:
         return self.mover is not None and self.mover.worker.num_open > 0
+
+
+def _lineage(sequence: Sequence, session: Session | None) -> Lineage:
+    key = sequence.request.session
+    if key is None:
+        return sequence.request.tenant, None, 0
+    if session is None or not (session.log or session.origin):
+        return key[0], None, 0  # an empty session is where everybody begins
+    return key[0], key, session.generation
 
 
 def _members(step: Step) -> list[Sequence]:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from pacellm.engine.sessions import Session
 
 
+Lineage = tuple[str, tuple[str, str] | None, int]
+"""What a request's first token is fed on: (tenant, session or None, the session's generation)."""
+
+
 @dataclass
 class Turn:
     """Tokens fed in one go, with all that is needed to feed them again to the same bit.
@@ -71,6 +75,7 @@ class Sequence:
         prompt: its ids as an array.
         generated: sampled ids, the last of which has not been fed.
         work: turns still to feed: those of the log that must be replayed, then the request's own.
+        index: number of ``work[0]`` among the turns since the lineage's beginning.
         cursor: tokens of ``work[0]`` fed so far.
         table, row: the working copy: KV blocks and bank row.
         claimed: the session directory was asked about its session.
@@ -86,7 +91,9 @@ class Sequence:
     status: Status = Status.WAITING
     generated: list[int] = field(default_factory=list)
     work: list[Turn] = field(default_factory=list)
+    index: int = 0
     cursor: int = 0
+    lineage: Lineage | None = None
     table: KVTable = field(default_factory=KVTable)
     row: int | None = None
     session: Session | None = None
@@ -128,10 +135,10 @@ class Sequence:
         """One known token is left, and it was sampled."""
         return self.pending == 1 and bool(self.generated)
 
-    def begin(self, work: list[Turn], now: float) -> None:
-        """Start, or start again after a preemption, with ``work`` to feed."""
-        self.work, self.cursor = work, 0
-        self.total_work, self.done_work = sum(len(turn.ids) for turn in work), 0
+    def begin(self, work: list[Turn], now: float, *, index: int = 0, cursor: int = 0) -> None:
+        """Start, or start again after a preemption, with ``work`` to feed from ``cursor`` on."""
+        self.work, self.index, self.cursor = work, index, cursor
+        self.total_work, self.done_work = sum(len(turn.ids) for turn in work) - cursor, 0
         self.status = Status.RUNNING
         if self.admitted_at is None:
             self.admitted_at = now
@@ -142,6 +149,7 @@ class Sequence:
         self.done_work += count
         if self.cursor == len(self.turn.ids) and len(self.work) > 1:
             self.work.pop(0)
+            self.index += 1
             self.cursor = 0
         return self.pending == 0
 

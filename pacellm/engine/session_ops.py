@@ -195,6 +195,7 @@ class SessionOps:
             self._engine.end_requests_of(key)
             if session is not None:
                 self._store.remove(session)
+            self._engine.forget_progress(key[0], key)
             buried = self._mover.bury(key)
             if buried is None:
                 return _found(key, was_there)
@@ -214,6 +215,7 @@ class SessionOps:
                 session = self._store.get(key)
                 if session is not None:
                     self._store.remove(session)
+            self._engine.forget_progress(tenant)
             disk = self._mover.disk
             if disk is None:
                 return len(keys)
@@ -233,6 +235,7 @@ class SessionOps:
         if not session.moving:
             self._engine.end_requests_of(session.key)
             self._store.remove(session, lost=bool(session.commits))
+            self._engine.forget_progress(session.key[0], session.key)
             self._mover.bury(session.key, expired=bool(session.commits))
 
     def reset(self, key: Key) -> Operation:
@@ -245,6 +248,7 @@ class SessionOps:
                 return WAIT
             self._store.reset(session)
             self._store.touch(session)
+            self._engine.forget_progress(key[0], key)
             return self._written(session)
 
         return operation
@@ -414,6 +418,7 @@ class SessionOps:
             facts: Session = checked["facts"]
             session.commits, session.folds, session.banks = facts.commits, facts.folds, facts.banks
             session.generation, session.ttl = generation + 1, ttl if ttl is not None else session.ttl
+            self._engine.forget_progress(key[0], key)
             self._store.put_log_in(session, checked["log"], checked["origin"])
             if checked["kv"]:
                 self._fill(session, checked)

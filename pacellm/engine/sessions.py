@@ -388,9 +388,11 @@ class SessionStore:
         if not self.spill(session):
             self.drop(session)
 
-    def idle_blocks(self) -> int:
-        """Blocks that evicting every idle session would free, those being moved included."""
+    def idle_blocks(self, others: list[KVTable]) -> int:
+        """Blocks that evicting every idle session, and other idle tables, would free; those being moved included."""
         held: Counter[int] = Counter()
+        for table in others:
+            held.update(table.blocks)
         for session in self._holding.values():
             if session.table is not None and not session.busy and not session.loading:
                 held.update(session.table.blocks)

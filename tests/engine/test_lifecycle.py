@@ -64,6 +64,8 @@ def test_abort_returns_everything_and_leaves_the_session_as_it_was(model, moment
         steps_until(engine, lambda e: len(e.scheduler.running[0].generated) > 3)
     assert engine.abort("victim")
     assert not engine.abort("victim")
+    assert len(engine.scheduler.progress) == (0 if moment == "waiting" else 1 if moment == "prefill" else 5)
+    engine.scheduler.progress.clear()
     assert (engine.allocator.num_free, engine.pool.num_free) == (free_blocks, free_rows)
     assert_nothing_held(engine)
     assert_same_banks(banks(engine, "s"), before)
