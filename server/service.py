@@ -125,7 +125,7 @@ class Service:
         if body.pacellm.pa in ("on", "read_only") and not self.engine.config.pa:
             raise UnsupportedParameter("this server runs with --no-pa", param="pacellm.pa")
         sampling = body.sampling()
-        prompt = await self.off_loop(self._encode, body)
+        prompt = await self.off_loop(self._encode, body, session_id)
         request = GenerationRequest(
             request_id=f"chatcmpl-{uuid.uuid4().hex}",
             prompt=prompt,
@@ -140,12 +140,17 @@ class Service:
         self._generations[request.request_id] = generation = Generation(self, request)
         return generation
 
-    def _encode(self, body: ChatCompletionRequest) -> list[int]:
+    def _encode(self, body: ChatCompletionRequest, session_id: str | None) -> list[int]:
         messages = [{"role": message.role, "content": message.text()} for message in body.messages]
         for number, message in enumerate(messages):
-            if any("\ud800" <= character <= "\udfff" for character in message["content"]):
-                raise RequestError("text has unpaired surrogates", param=f"messages.{number}.content")
-        return self.tokenizer.encode(self.tokenizer.render(messages), limit=self.engine.config.max_model_len)
+            try:
+                message["content"].encode()
+            except UnicodeEncodeError:
+                raise RequestError("text has unpaired surrogates", param=f"messages.{number}.content") from None
+        scope = None if session_id is None else f"{TENANT}/{session_id}"
+        return self.tokenizer.encode(
+            self.tokenizer.render(messages), limit=self.engine.config.max_model_len, scope=scope
+        )
 
     def forget(self, generation: Generation, *, abort: bool) -> None:
         """Stop routing events to a generation."""

@@ -120,6 +120,7 @@ class Engine:
         )
         self.scheduler = Scheduler(self.config, self.allocator, self.sessions, self.pool)
         self.runner = Runner(model, self.pool, self.num_blocks, self.config.bank)
+        self.scheduler.copy_now = self.runner.copy
         self.stats = EngineStats()
         self.worker = Worker()
         self._records: Records | None = None
@@ -235,7 +236,7 @@ class Engine:
                 raise RequestError(
                     f"logit_bias names token {token}; the vocabulary has {vocabulary} tokens", param="logit_bias"
                 )
-        if not all(0 <= token < vocabulary for token in request.prompt):
+        if min(request.prompt) < 0 or max(request.prompt) >= vocabulary:
             raise RequestError(f"the prompt has a token outside the vocabulary of {vocabulary}", param="messages")
 
     def add(self, request: GenerationRequest) -> None:

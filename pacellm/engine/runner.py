@@ -46,7 +46,6 @@ class Runner:
         """KV memory: the keys of all layers, then the values; each [heads, slots, size]."""
         return [*self._keys, *self._values]
 
-    @torch.inference_mode()
     def run(self, step: Step) -> tuple[Tensor, list[Sequence]]:
         """One forward pass.
 
@@ -57,20 +56,27 @@ class Runner:
             StepFailed: names the sequence where it can.
         """
         packed = batch.build(step, self.pool, self.pa.segment, self.model.device)
+        logits = self.forward(step, packed, packed.wanted)[: len(packed.sampled)]
+        return logits, packed.sampled
+
+    @torch.inference_mode()
+    def forward(self, step: Step, packed: batch.Batch, rows: Tensor) -> Tensor:
+        """Logits [R, V], in float32 or wider, of R ``rows`` of a packed step.
+
+        Raises:
+            StepFailed: names the sequence where it can.
+        """
         context = StepContext(packed.chunks, self._keys, self._values, self.pa)
         try:
             self._copy(step.copies)
             with step_context(context):
                 output = self.model.module(
-                    input_ids=packed.ids,
-                    position_ids=packed.positions,
-                    use_cache=False,
-                    logits_to_keep=packed.wanted,
+                    input_ids=packed.ids, position_ids=packed.positions, use_cache=False, logits_to_keep=rows
                 )
         except Exception as error:
             raise StepFailed(f"{type(error).__name__}: {error}", _blame(step, packed, context)) from error
-        logits = output.logits[0, : len(packed.sampled)]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)), packed.sampled
+        logits = output.logits[0]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def scrub(self, table: KVTable) -> None:
         """Zero a failed sequence's KV, so that no non-finite number stays behind in a masked slot."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pacellm.config import EngineConfig
@@ -97,6 +98,7 @@ class Scheduler:
         self.mover: Mover | None = None
         self.admitted: list[Sequence] = []  # since the last step
         self.preemptions = 0
+        self.copy_now: Callable[[list[Copy]], None] = lambda copies: None
         self._copies: list[Copy] = []
         self.progress = PrefixCache(allocator, pool, segment=config.bank.segment, max_seqs=config.max_num_seqs)
 
@@ -247,6 +249,9 @@ class Scheduler:
         has_room = blocks <= self.allocator.num_blocks and self._make_room(blocks) and self._make_row(sequence)
         session.busy = False
         if has_room:
+            # the worker may be given blocks at once that a copy of this step still reads
+            self.copy_now(self._copies)
+            self._copies = []
             self.mover.restore(session)
         elif not self.running and not self.finishing and not self.mover.worker.num_open:
             self.sessions.drop(session)  # nobody else gives way: its log brings it back
