@@ -125,7 +125,7 @@ class Service:
         if body.pacellm.pa in ("on", "read_only") and not self.engine.config.pa:
             raise UnsupportedParameter("this server runs with --no-pa", param="pacellm.pa")
         sampling = body.sampling()
-        prompt = await self.off_loop(self._encode, body, session_id)
+        prompt = await self.off_loop(self._encode, body, session_id, tenant)
         request = GenerationRequest(
             request_id=f"chatcmpl-{uuid.uuid4().hex}",
             prompt=prompt,
@@ -140,14 +140,14 @@ class Service:
         self._generations[request.request_id] = generation = Generation(self, request)
         return generation
 
-    def _encode(self, body: ChatCompletionRequest, session_id: str | None) -> list[int]:
+    def _encode(self, body: ChatCompletionRequest, session_id: str | None, tenant: str) -> list[int]:
         messages = [{"role": message.role, "content": message.text()} for message in body.messages]
         for number, message in enumerate(messages):
             try:
                 message["content"].encode()
             except UnicodeEncodeError:
                 raise RequestError("text has unpaired surrogates", param=f"messages.{number}.content") from None
-        scope = None if session_id is None else f"{TENANT}/{session_id}"
+        scope = None if session_id is None else f"{tenant}/{session_id}"
         return self.tokenizer.encode(
             self.tokenizer.render(messages), limit=self.engine.config.max_model_len, scope=scope
         )

@@ -41,6 +41,7 @@ async def create_session(request: Request) -> Response:
 async def delete_sessions(request: Request) -> dict[str, Any]:
     """Erase all of the caller's sessions and everything else that is kept of its requests."""
     service: Service = request.app.state.service
+    service.tokenizer.forget(f"{tenant_of(request)}/", below=True)
     count = await service.operate(service.engine.ops.delete_all(tenant_of(request)))
     return {"object": "list.deleted", "deleted": count}
 
@@ -56,6 +57,7 @@ async def show_session(request: Request, name: str) -> dict[str, Any]:
 async def delete_session(request: Request, name: str) -> dict[str, Any]:
     """Delete a session; requests that use it end with an error."""
     service: Service = request.app.state.service
+    service.tokenizer.forget("/".join(_key(request, name)))
     return await service.operate(service.engine.ops.delete(_key(request, name)))
 
 
