@@ -99,6 +99,7 @@ class GenerationRequest:
         tenant: whose request it is; kept progress is never shared between tenants. A session's tenant goes first.
         pa: whether banks are read and written, only read, or left alone.
         commit: whether the session keeps what this request did.
+        n: choices; each goes on from a copy of the state after the prompt, and the first is what a session keeps.
         arrival: monotonic seconds.
     """
 
@@ -109,6 +110,7 @@ class GenerationRequest:
     tenant: str = "default"
     pa: PAMode = "on"
     commit: bool = True
+    n: int = 1
     arrival: float = field(default_factory=time.monotonic)
 
 
@@ -151,7 +153,7 @@ class BankReads:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of one request. ``computed_tokens`` were fed now, prompt and answer; ``replayed_tokens`` to rebuild."""
+    """Tokens of one request, ``completion_tokens`` of all its choices; ``replayed_tokens`` were fed to rebuild."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -177,11 +179,21 @@ class Progress:
 
 @dataclass(frozen=True)
 class Delta:
-    """New text, maybe empty while a stop string or a split character is held back."""
+    """New text of a choice, maybe empty while a stop string or a split character is held back."""
 
     text: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class ChoiceEnded:
+    """One of several choices has ended; Finished follows when all have."""
+
+    index: int
+    reason: FinishReason
+    stop_reason: str | int | None = None
 
 
 @dataclass(frozen=True)
@@ -206,4 +218,4 @@ class Failed:
     error: PaceError
 
 
-Event = Admitted | Progress | Delta | Finished | Failed
+Event = Admitted | Progress | Delta | ChoiceEnded | Finished | Failed

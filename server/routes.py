@@ -97,7 +97,7 @@ async def stream(service: Service, chunks: Chunks, body: ChatCompletionRequest) 
         async for chunk in chunks(service.settings.keep_alive_seconds):
             if chunk is None:
                 yield sse.KEEP_ALIVE
-            elif chunk["choices"] or "prompt_progress" in chunk or wants_usage:
+            elif chunk["choices"] or "prompt_progress" in chunk or "pacellm" in chunk or wants_usage:
                 yield sse.event(chunk)
         yield sse.DONE
     except PaceError as error:

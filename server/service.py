@@ -132,6 +132,7 @@ class Service:
             sampling=sampling,
             session=None if session_id is None else (tenant, session_id),
             tenant=tenant,
+            n=body.n or 1,
             pa=body.pacellm.pa or "on",
             commit=body.pacellm.commit,
         )

@@ -15,7 +15,7 @@ import time
 from array import array
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -45,6 +45,7 @@ from pacellm.model.patch import patch, unpatch
 from pacellm.types import (
     Admitted,
     BankReads,
+    ChoiceEnded,
     Delta,
     Event,
     Failed,
@@ -69,6 +70,9 @@ class _Live:
     sequence: Sequence
     text: TextStream | None
     last: Finished | None = None
+    index: int = 0
+    choices: list[_Live] = field(default_factory=list)  # all of its request, by index, where there are several
+    is_recorded: bool = False  # its commit is on its way to disk and can no longer be taken back
 
 
 class Engine:
@@ -230,6 +234,8 @@ class Engine:
             RequestError: names the field.
         """
         self.scheduler.check(len(request.prompt), request.sampling.max_tokens)
+        if not 1 <= request.n <= self.config.max_num_seqs:
+            raise RequestError(f"n must be 1 to {self.config.max_num_seqs} here, not {request.n}", param="n")
         vocabulary = self.model.vocab_size
         for token, _ in request.sampling.logit_bias:
             if token >= vocabulary:
@@ -256,19 +262,43 @@ class Engine:
             max_tokens=room if asked is None else asked,
             seed=int.from_bytes(os.urandom(8), "little") if seed is None else seed,
         )
-        text = TextStream(self.tokenizer, request.sampling.stop) if self.tokenizer is not None else None
-        self._live[sequence.id] = _Live(sequence, text)
+        live = self._live[sequence.id] = _Live(sequence, self._new_text(request))
         self.scheduler.add(sequence)
+        if request.n > 1:
+            live.choices = [live, *(self._choice(live, index) for index in range(1, request.n))]
+            sequence.num_branches = request.n - 1
+
+    def _new_text(self, request: GenerationRequest) -> TextStream | None:
+        return TextStream(self.tokenizer, request.sampling.stop) if self.tokenizer is not None else None
+
+    def _choice(self, first: _Live, index: int) -> _Live:
+        """A further choice, with a seed of its own that follows from the request's."""
+        request = first.sequence.request
+        sequence = Sequence(
+            request=dataclasses.replace(request, request_id=f"{request.request_id}#{index}", commit=False, n=1),
+            prompt=first.sequence.prompt,
+            max_tokens=first.sequence.max_tokens,
+            seed=(first.sequence.seed + index) % 2**63,
+            is_branch=True,
+        )
+        return _Live(sequence, self._new_text(request), index=index)
 
     def abort(self, request_id: str) -> bool:
         """Take a request out wherever it is; False where it has already ended. Its session stays as it was."""
         live = self._live.get(request_id)
-        if live is None or live.last is not None:  # its commit is on its way and can no longer be taken back
+        if live is None or live.is_recorded:
             return False
-        del self._live[request_id]
+        if live.index:
+            return False  # a choice is no request
         self.stats.aborted += 1
-        self.scheduler.remove(live.sequence, keep=True)
+        self._take_out(live, keep=True)
         return True
+
+    def _take_out(self, live: _Live, *, keep: bool = False) -> None:
+        """Remove a request with all its choices."""
+        for choice in [*live.choices[1:], live]:
+            self._live.pop(choice.sequence.id, None)
+            self.scheduler.remove(choice.sequence, keep=keep)
 
     # -- the step ------------------------------------------------------------------------------------------
 
@@ -308,7 +338,7 @@ class Engine:
                 self.scheduler.keep(sequence)
             if not decoding:
                 events.append((sequence.id, Progress(sequence.total_work, sequence.done_work)))
-            if sequence.id in rows:
+            if sequence.id in rows and sequence.id in self._live:  # a failed choice takes the others along
                 events += self._sample(sequence, logits[rows[sequence.id]])
         if self.config.check_integrity:
             self.check_integrity()
@@ -317,15 +347,40 @@ class Engine:
     def _sample(self, sequence: Sequence, logits: Tensor) -> list[tuple[str, Event]]:
         """Choose the sequence's next token; a failure here fails this request alone."""
         live = self._live[sequence.id]
+        if sequence.num_branches:
+            return self._branch(live, logits)
         if len(sequence.generated) >= sequence.max_tokens:  # only with max_tokens 0: a warm-up
             return [(sequence.id, event) for event in self._finish(live, FinishReason.LENGTH)]
         try:
             params = sequence.request.sampling
             token, logprob = sample(logits, params, sequence.prompt, sequence.generated, sequence.seed)
-            return [(sequence.id, event) for event in self._accept(live, token, logprob)]
+            events = self._accept(live, token, logprob)
         except Exception as error:
             logger.exception("request %s failed while sampling", sequence.id)
             return [self._fail(sequence, EngineError(f"sampling failed: {error}"))]
+        name = self._name(live)
+        return [
+            (name, dataclasses.replace(event, index=live.index) if isinstance(event, Delta) else event)
+            for event in events
+        ]
+
+    def _branch(self, live: _Live, logits: Tensor) -> list[tuple[str, Event]]:
+        """The prompt of a request with several choices is in place: each goes on from a copy of it."""
+        going = [live]
+        for choice in live.choices[1:]:
+            self._live[choice.sequence.id] = choice
+            if self.scheduler.branch(live.sequence, choice.sequence):
+                going.append(choice)
+        live.sequence.num_branches = 0
+        events: list[tuple[str, Event]] = []
+        for choice in going:
+            if choice.sequence.id in self._live:
+                events += self._sample(choice.sequence, logits)
+        return events
+
+    def _name(self, live: _Live) -> str:
+        """The id of the request that a choice belongs to."""
+        return live.sequence.id.rpartition("#")[0] if live.index else live.sequence.id
 
     def _accept(self, live: _Live, token: int, logprob: TokenLogprob | None) -> list[Event]:
         sequence, params = live.sequence, live.sequence.request.sampling
@@ -354,9 +409,33 @@ class Engine:
         sequence = live.sequence
         sequence.finish_reason = reason
         live.last = self._finished(sequence, reason, bank_reads(self.pool, sequence, self.stats))
+        if live.index or live.choices:
+            return self._end_choice(live, reason)
+        return self._complete(live)
+
+    def _end_choice(self, live: _Live, reason: FinishReason) -> list[Event]:
+        """One of several choices is complete; with the last of them the request is."""
+        ended: list[Event] = [ChoiceEnded(live.index, reason, live.sequence.stop_reason)]
+        first = self._live[self._name(live)]
+        if live is first:
+            self.scheduler.hold(live.sequence)
+        else:
+            del self._live[live.sequence.id]
+            self.scheduler.finish(live.sequence)
+        if any(choice.last is None for choice in first.choices) or first.last is None:
+            return ended
+        tokens = sum(len(choice.sequence.generated) for choice in first.choices)
+        usage = dataclasses.replace(first.last.usage, completion_tokens=tokens)
+        first.last = dataclasses.replace(first.last, usage=usage)
+        return [*ended, *self._complete(first)]
+
+    def _complete(self, live: _Live) -> list[Event]:
+        sequence = live.sequence
         session = sequence.session
         if session is not None and sequence.request.commit and self.mover.disk is not None:
-            self.scheduler.hold(sequence)
+            if not live.choices:
+                self.scheduler.hold(sequence)
+            live.is_recorded = True
             self.mover.record(session, sequence.fed(), sequence.row, lambda done: self._recorded(live, done))
             return []
         return [self._end(live)]
@@ -432,14 +511,26 @@ class Engine:
         return [failed]
 
     def _fail(self, sequence: Sequence, error: PaceError) -> tuple[str, Event]:
-        self.scheduler.progress.forget_request(sequence.id)
-        # blocks that others hold were whole before this request
-        owned = [block for block in sequence.table.blocks if self.allocator.references(block) == 1]
-        self.runner.scrub(KVTable(owned))
+        """End a request with an error; a choice takes its whole request with it."""
+        live = self._live.get(sequence.id)
+        name = self._name(live) if live is not None else sequence.id
+        first = self._live.get(name)
+        if first is not None and first.choices:
+            self._scrub(sequence)
+            self._take_out(first)
+            self.stats.failed += 1
+            return name, Failed(error)
+        self._scrub(sequence)
         self.scheduler.remove(sequence)
         self._live.pop(sequence.id, None)
         self.stats.failed += 1
         return sequence.id, Failed(error)
+
+    def _scrub(self, sequence: Sequence) -> None:
+        self.scheduler.progress.forget_request(sequence.id)
+        # blocks that others hold were whole before this request
+        owned = [block for block in sequence.table.blocks if self.allocator.references(block) == 1]
+        self.runner.scrub(KVTable(owned))
 
     def _stuck(self) -> list[tuple[str, Event]]:
         """Nothing runs and something waits: what waits first can never be admitted."""
@@ -466,13 +557,13 @@ class Engine:
     def end_requests_of(self, key: Key) -> None:
         """The session is being deleted: whatever waits for it or works on it ends with an error."""
         for live in list(self._live.values()):
-            if live.sequence.request.session == key and live.last is None:
+            if live.sequence.request.session == key and not (live.is_recorded or live.index):
                 error = SessionDeleted("the session was deleted while this request was in progress")
                 self._events.append(self._fail(live.sequence, error))
 
     def fail_all(self, error: PaceError) -> list[tuple[str, Event]]:
         """End every request with an error."""
-        return [self._fail(live.sequence, error) for live in list(self._live.values())]
+        return [self._fail(live.sequence, error) for live in list(self._live.values()) if not live.index]
 
     def check_integrity(self) -> None:
         """Blocks and rows add up: everything that is held is held by a running request or a session.

@@ -16,6 +16,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from pacellm.config import EngineConfig
 from pacellm.engine.kv import BLOCK, BlockAllocator, KVTable, OutOfBlocks, blocks_for
@@ -144,13 +145,14 @@ class Scheduler:
             self._close_session(sequence, failed=True)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-            self._unwant(sequence)
+            if not sequence.is_branch:
+                self._unwant(sequence)
         self._free(sequence)
         sequence.status = Status.ENDED
 
     def keep(self, sequence: Sequence) -> None:
         """A prompt chunk was fed: its state may serve others, or the same request sent again."""
-        self.progress.keep(sequence, len(self.running) + len(self.finishing))
+        self.progress.keep(sequence, self.seats)
 
     def hold(self, sequence: Sequence) -> None:
         """A request is complete, but something else must end before its session may take over."""
@@ -172,7 +174,7 @@ class Scheduler:
 
     def _free_working_rows(self) -> None:
         """Kept progress never takes the rows that running requests may need."""
-        working = len(self.running) + len(self.finishing)
+        working = self.seats
         while self.pool is not None and self.pool.num_free < self.config.max_num_seqs - working:
             if not self.progress.evict_one():
                 return
@@ -212,9 +214,13 @@ class Scheduler:
 
     def _admit(self) -> None:
         for sequence in list(self.waiting):
-            if len(self.running) + len(self.finishing) >= self.config.max_num_seqs:
+            if self.seats + sequence.request.n > self.config.max_num_seqs:
                 return
             session = self._session(sequence)
+            if sequence.is_branch:
+                if not self._try_admit(sequence, session):
+                    return
+                continue
             if sequence.request.session is not None and self._is_behind(sequence):
                 continue
             if session is not None and (session.busy or session.moving):
@@ -224,23 +230,51 @@ class Scheduler:
                     continue
                 is_stored = session is not None and self.mover.stored_tokens(session) is not None
                 if session is not None and is_stored and not self._has_own_progress(sequence, session):
-                    if self._bring_back(sequence, session):
-                        continue
-                    return
+                    match self._bring_back(sequence, session):
+                        case "coming":
+                            continue
+                        case "later":
+                            return
             if not self._try_admit(sequence, session):
                 return
+
+    @property
+    def seats(self) -> int:
+        """Working rows that are used or promised: those of choices that go on after the prompt are."""
+        promised = sum(sequence.num_branches for sequence in self.running)
+        return len(self.running) + len(self.finishing) + promised
+
+    def branch(self, parent: Sequence, sequence: Sequence) -> bool:
+        """Let a choice go on from a copy of its parent's state at the prompt's end. False where there is no room: it is
+        queued, first in line, and gets there by feeding the prompt as its parent did."""
+        parent.num_branches -= 1
+        if self.has_room(1) and self._make_row(sequence):
+            turn = parent.turn
+            own = Turn(turn.start, turn.prompt_end, turn.ids[: parent.cursor], turn.pa)
+            used = blocks_for(parent.position)
+            sequence.lineage, sequence.cached = parent.lineage, parent.cached
+            sequence.table = self._new_table(parent.table.blocks, parent.position, used - parent.position // BLOCK)
+            self.copy_now(self._copies)
+            self._copies = []
+            self._new_banks(sequence, parent.row, None)
+            sequence.begin([own], time.monotonic(), index=parent.index)
+            sequence.advance(parent.cursor)
+            self.running.append(sequence)
+            return True
+        self.waiting.appendleft(sequence)
+        return False
 
     def _is_behind(self, sequence: Sequence) -> bool:
         """An earlier request of the same session is still waiting."""
         for other in self.waiting:
             if other is sequence:
                 return False
-            if other.request.session == sequence.request.session:
+            if other.request.session == sequence.request.session and not other.is_branch:
                 return True
         return False
 
-    def _bring_back(self, sequence: Sequence, session: Session) -> bool:
-        """Start restoring a session's state; False where there is no room yet."""
+    def _bring_back(self, sequence: Sequence, session: Session) -> Literal["coming", "later", "never"]:
+        """Start restoring a session's state; ``later`` where there is no room yet, ``never`` where none will come."""
         assert self.mover is not None
         tokens = self.mover.stored_tokens(session) or 0
         own = self._own_turn(sequence, session)
@@ -253,10 +287,11 @@ class Scheduler:
             self.copy_now(self._copies)
             self._copies = []
             self.mover.restore(session)
-        elif not self.running and not self.finishing and not self.mover.worker.num_open:
+            return "coming"
+        if not self.running and not self.finishing and not self.mover.worker.num_open:
             self.sessions.drop(session)  # nobody else gives way: its log brings it back
-            return True
-        return has_room
+            return "never"
+        return "later"
 
     def _unwant(self, sequence: Sequence) -> None:
         """A request that waited is gone; what was made for it alone goes too."""
@@ -271,13 +306,15 @@ class Scheduler:
         work, shared = plan.work, plan.position // BLOCK
         resident = session is not None and session.is_resident
         needed = blocks_for(max(turn.end for turn in work)) - shared
+        was_busy = session is not None and session.busy  # by the request that this one is a choice of
         if session is not None:
             session.busy = True  # from here on its state is not evictable
         has_room = self._make_room(needed + len(self.running), keep=plan.entry)
         if not has_room or not self._make_row(sequence, keep=plan.entry):
             if session is not None:
-                session.busy = False
-            if self.running or self.finishing or self._is_moving():
+                session.busy = was_busy
+            # a choice may be in its own request's way: the first one waits for it
+            if self.running or self._is_moving() or (self.finishing and not sequence.is_branch):
                 return False
             if plan.entry is not None:
                 self.progress.drop(plan.entry)  # what it saves is in the way
@@ -294,7 +331,7 @@ class Scheduler:
             self.sessions.touch(session)
             session.wanted = False
         self._describe(sequence, session, plan)
-        sequence.session = session
+        sequence.session = None if sequence.is_branch else session
         sequence.table = self._new_table(plan.blocks, plan.position, needed)
         self._new_banks(sequence, plan.row, session)
         sequence.lineage = plan.lineage
@@ -303,7 +340,8 @@ class Scheduler:
             self.progress.use(plan.entry)
         self.waiting.remove(sequence)
         self.running.append(sequence)
-        self.admitted.append(sequence)
+        if not sequence.is_branch:
+            self.admitted.append(sequence)
         return True
 
     def _plan(self, sequence: Sequence, session: Session | None) -> Plan:

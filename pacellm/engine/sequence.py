@@ -78,6 +78,8 @@ class Sequence:
         index: number of ``work[0]`` among the turns since the lineage's beginning.
         cursor: tokens of ``work[0]`` fed so far.
         table, row: the working copy: KV blocks and bank row.
+        is_branch: a further choice of another request: it commits nothing and shares that one's session.
+        num_branches: choices that will go on from this one's prompt.
         claimed: the session directory was asked about its session.
         note: what was refused on the way to its session's state.
         session: the one it works on, while it runs.
@@ -105,6 +107,8 @@ class Sequence:
     counters_before: dict[int, list[int]] = field(default_factory=dict)
     admitted_at: float | None = None
     first_token_at: float | None = None
+    is_branch: bool = False
+    num_branches: int = 0
     claimed: bool = False
     note: str | None = None
     finish_reason: FinishReason | None = None

@@ -84,6 +84,26 @@ def test_create_with_ttl(http):
     assert http.post("/v1/sessions", content=b"[").status_code == 400
 
 
+def test_several_choices(live, http):
+    body = {"temperature": 1.5, "seed": 3, "max_tokens": 12, "n": 3}
+    whole = ask(http, "s", **body).json()
+    texts = [choice["message"]["content"] for choice in whole["choices"]]
+    assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2]
+    assert len(set(texts)) == 3
+    assert whole["usage"]["completion_tokens"] == 36
+    assert http.get("/v1/sessions/s").json()["commits"] == 1
+    streamed = {}
+    chunks = live.client.chat.completions.create(
+        model=NAME, messages=[{"role": "user", "content": TEXT}], stream=True, extra_body={"ignore_eos": True}, **body
+    )
+    for chunk in chunks:
+        for choice in chunk.choices:
+            streamed[choice.index] = streamed.get(choice.index, "") + (choice.delta.content or "")
+    assert [streamed[index] for index in range(3)] == texts
+    first = ask(http, "t", **{**body, "n": 1}).json()
+    assert first["choices"] == whole["choices"][:1]
+
+
 def test_fork_reset(http):
     ask(http, "s")
     made = http.post("/v1/sessions/s/fork", json={"session_id": "t"})
