@@ -141,7 +141,7 @@ class Engine:
             bytes_per_token=model.bytes_per_token,
         )
         if disk is not None:
-            for owner in disk.owners():
+            for owner in sorted(disk.owners(), key=lambda owner: owner.changed):
                 self.sessions.add(self.mover.from_owner(owner))
         self.ops = SessionOps(self)
         self._live: dict[str, _Live] = {}

@@ -255,10 +255,18 @@ class Mover:
             if sequence is not None and sequence not in opening.sequences:
                 opening.sequences.append(sequence)
             return
-        self._opening[key] = _Opening([sequence] if sequence is not None else [])
+        opening = self._opening[key] = _Opening([sequence] if sequence is not None else [])
         session = self.store.get(key)
         known = None if session is None or session.stub else session.generation
-        self.worker.submit(lambda: self._claim(key, known), lambda done: self._opened(key, done))
+        self.worker.submit(lambda: self._claim(key, known), lambda done: self._opened(key, opening, done))
+
+    def forget_opening(self, key: Key) -> None:
+        """What the disk says about a session is out of date before it is heard."""
+        self._opening.pop(key, None)
+
+    def openings_of(self, tenant: str) -> set[Key]:
+        """A tenant's sessions that the disk is being asked about."""
+        return {key for key in self._opening if key[0] == tenant}
 
     def is_opening(self, key: Key) -> bool:
         """The disk is being asked."""
@@ -282,8 +290,10 @@ class Mover:
             found.note, found.is_refused = f"{LOG} was refused: {error}", True
         return found
 
-    def _opened(self, key: Key, done: Future[_Found]) -> None:
-        opening = self._opening.pop(key)
+    def _opened(self, key: Key, opening: _Opening, done: Future[_Found]) -> None:
+        if self._opening.get(key) is not opening:
+            return  # deleted meanwhile: what was found there is no more
+        del self._opening[key]
         if (error := done.exception()) is not None:
             if not isinstance(error, PaceError):
                 logger.warning("session %r: cannot be opened: %s", key[1], error)
@@ -465,6 +475,7 @@ class Mover:
     def bury(self, key: Key, *, expired: bool = False, then=lambda done: None) -> Future[bool] | None:
         """Leave a tombstone on disk."""
         disk = self.disk
+        self.forget_opening(key)
         return None if disk is None else self.worker.submit(lambda: disk.delete(key, expired=expired), then)
 
     def save_all(self) -> None:

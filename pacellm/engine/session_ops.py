@@ -209,7 +209,7 @@ class SessionOps:
         """Delete all of a tenant's sessions and whatever else is kept of its requests; how many there were."""
 
         def operation() -> Any:
-            keys = {session.key for session in self._store.of(tenant)}
+            keys = {session.key for session in self._store.of(tenant)} | self._mover.openings_of(tenant)
             for key in keys:
                 self._engine.end_requests_of(key)
                 session = self._store.get(key)
@@ -219,6 +219,9 @@ class SessionOps:
             disk = self._mover.disk
             if disk is None:
                 return len(keys)
+
+            for key in keys:
+                self._mover.forget_opening(key)
 
             def job() -> int:
                 gone = keys | {(owner.tenant, owner.id) for owner in disk.owners() if owner.tenant == tenant}
@@ -249,13 +252,12 @@ class SessionOps:
             self._store.reset(session)
             self._store.touch(session)
             self._engine.forget_progress(key[0], key)
-            return self._written(session)
+            return self._written(session, self.describe(session))
 
         return operation
 
-    def _written(self, session: Session) -> Any:
-        """The session's description, once its log is on disk where there is one."""
-        description = self.describe(session)
+    def _written(self, session: Session, description: dict[str, Any]) -> Any:
+        """The description, once the session's log is on disk where there is one."""
         if self._mover.disk is None:
             return description
         result: Future[Any] = Future()
@@ -286,8 +288,10 @@ class SessionOps:
             self._store.touch(fork)
             added = (before - self._engine.allocator.num_free) * self._engine.block_bytes
             row = self._engine.pool.bytes_per_row if self._engine.pool is not None and fork.row is not None else 0
+            made = {**self.describe(fork), "forked_from": key[1], "bytes_added": {"kv": added, "bank": row}}
+            made = self._written(fork, made)
             self._store.trim()
-            return {**self.describe(fork), "forked_from": key[1], "bytes_added": {"kv": added, "bank": row}}
+            return made
 
         return operation
 
@@ -422,7 +426,7 @@ class SessionOps:
             self._store.put_log_in(session, checked["log"], checked["origin"])
             if checked["kv"]:
                 self._fill(session, checked)
-            return self._written(session)
+            return self._written(session, self.describe(session))
 
         return operation
 

@@ -198,6 +198,9 @@ class Disk:
             if not os.fstat(file.fileno()).st_size:
                 raise SnapshotRefused("snapshot is empty")
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        for advice in ("MADV_SEQUENTIAL", "MADV_WILLNEED"):  # where the system knows them
+            if hasattr(mmap, advice):
+                mapped.madvise(getattr(mmap, advice))
         try:
             yield snapshot.read(memoryview(mapped), self.secret)
         finally:

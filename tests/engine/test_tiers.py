@@ -352,3 +352,30 @@ def test_pa_memory_is_a_budget(model):
     assert [engine.sessions.get(("tenant", name)).is_resident for name in "abc"] == [False, True, True]
     with pytest.raises(ConfigError, match="at least"):
         new_engine(model, pa_memory=16 * each, max_num_seqs=16)
+
+
+def test_a_delete_while_the_disk_is_being_asked(model, tmp_path):
+    engine = disk_engine(model, tmp_path)
+    run(engine, request("1", FIRST, session="s"))
+    engine.close()
+    engine = disk_engine(model, tmp_path)
+    engine.add(request("2", FIRST, session="s"))
+    engine.scheduler.schedule()
+    assert engine.mover.is_opening(KEY)
+    future = engine.ops.submit(engine.ops.delete(KEY))
+    events = run_until_idle(engine)
+    assert isinstance(events["2"][-1].error, SessionDeleted)
+    assert future.result(1)["deleted"]
+    assert finish(run(engine, request("3", FIRST, session="s"))["3"]).session == "new"
+
+
+def test_a_fork_onto_a_deleted_name_lives(model, tmp_path):
+    engine = disk_engine(model, tmp_path)
+    run(engine, request("1", FIRST, session="s"))
+    run(engine, request("2", FIRST, session="t"))
+    operate(engine, engine.ops.delete(("tenant", "t")))
+    operate(engine, engine.ops.fork(KEY, ("tenant", "t"), None))
+    assert finish(run(engine, request("3", FIRST + MORE[0], session="t"))["3"]).session == "resident"
+    engine.close()
+    engine = disk_engine(model, tmp_path)
+    assert finish(run(engine, request("4", FIRST, session="t"))["4"]).session == "restored"
