@@ -100,7 +100,8 @@ class _EngineCollector(Collector):
 
     def _tiers(self) -> Iterator[Metric]:
         engine = self._thread.engine
-        store, moves = engine.sessions, engine.mover.stats
+        store, moves, progress = engine.sessions, engine.mover.stats, engine.scheduler.progress
+        refused = moves.refused + engine.mover.openings.num_refused
         by_tier = Counter(session.tier for session in store)
         sessions = GaugeMetricFamily("pacellm_sessions_by_tier", "Sessions by tier.", labels=["model_name", "tier"])
         for tier in ("device", "host", "disk", "log"):
@@ -120,7 +121,10 @@ class _EngineCollector(Collector):
         yield self._counter("session_restored_bytes", "Bytes brought back.", moves.restored_bytes)
         yield self._counter("session_restore_seconds", "Seconds spent bringing them back.", moves.restore_seconds)
         yield self._counter("session_move_failures", "Moves that failed.", moves.failures)
-        yield self._counter("session_files_refused", "Session files refused as damaged or foreign.", moves.refused)
+        yield self._counter("session_files_refused", "Session files refused as damaged or foreign.", refused)
+        yield self._gauge("progress_entries", "Kept prefill states, idle cache.", len(progress))
+        yield self._counter("progress_hits", "Requests that went on from one.", progress.hits)
+        yield self._counter("progress_hit_tokens", "Tokens that this saved.", progress.hit_tokens)
 
     def _banks(self) -> Iterator[Metric]:
         stats, layers = self._thread.engine.stats, self._thread.engine.config.pa_layers or ()

@@ -82,7 +82,7 @@ async def get_snapshot(request: Request, name: str, kv: bool = False) -> Respons
     """The session as signed bytes: its log and banks, with ``?kv=true`` also its KV."""
     service: Service = request.app.state.service
     await service.off_loop(lambda: service.engine.records)  # hashes the weights when first asked
-    export = service.engine.ops.export(_key(request, name), kv=kv, limit=service.settings.max_snapshot_bytes)
+    export = service.engine.snapshots.export(_key(request, name), kv=kv, limit=service.settings.max_snapshot_bytes)
     data = await service.operate(export)
     return Response(data, media_type="application/vnd.safetensors")
 
@@ -94,9 +94,9 @@ async def put_snapshot(request: Request, name: str) -> dict[str, Any]:
     key = _key(request, name)
     data = await _read(request, service.settings.max_snapshot_bytes)
     checked = await service.off_loop(
-        lambda: service.engine.ops.check_import(data, trust_unsigned=service.settings.allow_unsigned_snapshots)
+        lambda: service.engine.snapshots.check(data, trust_unsigned=service.settings.allow_unsigned_snapshots)
     )
-    return await service.operate(service.engine.ops.put(key, checked, None))
+    return await service.operate(service.engine.snapshots.put(key, checked, None))
 
 
 def _key(request: Request, name: str) -> tuple[str, str]:

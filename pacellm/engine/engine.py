@@ -32,6 +32,7 @@ from pacellm.engine.scheduler import Copy, Scheduler, Step
 from pacellm.engine.sequence import Sequence
 from pacellm.engine.session_ops import SessionOps
 from pacellm.engine.sessions import Key, Session, SessionStore
+from pacellm.engine.snapshot_ops import SnapshotOps
 from pacellm.engine.stats import EngineStats, bank_reads
 from pacellm.engine.text import TextStream
 from pacellm.errors import ConfigError, EngineError, PaceError, RequestError, SessionConflict, SessionDeleted
@@ -142,8 +143,9 @@ class Engine:
         )
         if disk is not None:
             for owner in sorted(disk.owners(), key=lambda owner: owner.changed):
-                self.sessions.add(self.mover.from_owner(owner))
+                self.sessions.add(self.mover.openings.from_owner(owner))
         self.ops = SessionOps(self)
+        self.snapshots = SnapshotOps(self, self.ops)
         self._live: dict[str, _Live] = {}
         self._events: list[tuple[str, Event]] = []  # of this step, from what the worker and operations brought
 
@@ -540,7 +542,7 @@ class Engine:
         return [self._fail(first, RequestError("this request does not fit in KV memory", param="messages"))]
 
     def _refused(self) -> list[tuple[str, Event]]:
-        refused, self.mover.refused = self.mover.refused, []
+        refused, self.mover.openings.refused = self.mover.openings.refused, []
         return [self._fail(sequence, error) for sequence, error in refused if sequence.id in self._live]
 
     def forget_progress(self, tenant: str, session: Key | None = None) -> None:

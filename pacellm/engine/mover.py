@@ -9,16 +9,17 @@ from __future__ import annotations
 import logging
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from pacellm.engine.kv import BlockAllocator, KVTable, blocks_for
+from pacellm.engine.openings import Openings
 from pacellm.engine.records import Records
-from pacellm.engine.sequence import Sequence, Turn
+from pacellm.engine.sequence import Turn
 from pacellm.engine.sessions import Key, Session, SessionStore
-from pacellm.errors import PaceError, SessionConflict, SnapshotRefused
-from pacellm.memory.disk import LOG, STATE, Disk, Owner
+from pacellm.errors import SessionConflict, SnapshotRefused
+from pacellm.memory.disk import STATE, Disk, Owner
 from pacellm.memory.pool import BankPool
 from pacellm.memory.tiers import Banks, HostState, Span, Worker, banks_nbytes, copy_banks, download, upload
 
@@ -37,13 +38,6 @@ class MoverStats:
     restore_seconds: float = 0.0
     failures: int = 0
     refused: int = 0
-
-
-@dataclass
-class _Opening:
-    """Requests that wait for what the disk knows of their session."""
-
-    sequences: list[Sequence] = field(default_factory=list)
 
 
 class Mover:
@@ -76,8 +70,7 @@ class Mover:
         self._bytes_per_token = bytes_per_token
         self._in_host: dict[int, Session] = {}
         self._reserved = 0  # bytes of host copies that are being made
-        self._opening: dict[Key, _Opening] = {}
-        self.refused: list[tuple[Sequence, PaceError]] = []
+        self.openings = Openings(store, worker, disk, records)
         self.stats = MoverStats()
         store.spill, store.spill_log, store.forgotten = self.spill, self.spill_log, self._forgotten
 
@@ -237,137 +230,6 @@ class Mover:
 
     # -- up ------------------------------------------------------------------------------------------------
 
-    def is_open(self, sequence: Sequence) -> bool:
-        """What the disk knows of the request's session has been asked. Asks where it was not."""
-        key = sequence.request.session
-        if key is None or self.disk is None:
-            return True
-        session = self.store.get(key)
-        if sequence.claimed and (session is None or not session.stub):
-            return True
-        self.open(key, sequence)
-        return False
-
-    def open(self, key: Key, sequence: Sequence | None = None) -> None:
-        """Take the session over on disk, and read its log where memory has an older one or none."""
-        opening = self._opening.get(key)
-        if opening is not None:
-            if sequence is not None and sequence not in opening.sequences:
-                opening.sequences.append(sequence)
-            return
-        opening = self._opening[key] = _Opening([sequence] if sequence is not None else [])
-        session = self.store.get(key)
-        known = None if session is None or session.stub else session.generation
-        self.worker.submit(lambda: self._claim(key, known), lambda done: self._opened(key, opening, done))
-
-    def forget_opening(self, key: Key) -> None:
-        """What the disk says about a session is out of date before it is heard."""
-        self._opening.pop(key, None)
-
-    def openings_of(self, tenant: str) -> set[Key]:
-        """A tenant's sessions that the disk is being asked about."""
-        return {key for key in self._opening if key[0] == tenant}
-
-    def is_opening(self, key: Key) -> bool:
-        """The disk is being asked."""
-        return key in self._opening
-
-    def _claim(self, key: Key, known: int | None) -> _Found:
-        """In the worker."""
-        assert self.disk is not None
-        assert self.records is not None
-        owner = self.disk.claim(key)
-        found = _Found(owner)
-        if owner is None or owner.deleted or (known is not None and known >= owner.generation):
-            return found
-        try:
-            with self.disk.open(key, LOG) as (tensors, metadata):
-                found.log, found.origin = self.records.take_log(dict(tensors), metadata)
-                found.metadata = metadata
-        except FileNotFoundError:
-            found.note = "the session's log was never written"
-        except (SnapshotRefused, OSError) as error:
-            found.note, found.is_refused = f"{LOG} was refused: {error}", True
-        return found
-
-    def _opened(self, key: Key, opening: _Opening, done: Future[_Found]) -> None:
-        if self._opening.get(key) is not opening:
-            return  # deleted meanwhile: what was found there is no more
-        del self._opening[key]
-        if (error := done.exception()) is not None:
-            if not isinstance(error, PaceError):
-                logger.warning("session %r: cannot be opened: %s", key[1], error)
-                error = PaceError(f"the session directory cannot be read: {error}")
-            self.refused += [(sequence, error) for sequence in opening.sequences]
-            return
-        for sequence in opening.sequences:
-            sequence.claimed = True
-        found, session = done.result(), self.store.get(key)
-        if found.owner is None:
-            if session is not None and session.stub:
-                self.store.remove(session, lost=True)  # its folder is gone
-            return
-        if found.owner.deleted:
-            self._buried(key, found.owner, session)
-        elif found.metadata is not None or found.note is not None:
-            self._take_over(key, found, session)
-        elif session is not None:
-            session.epoch = found.owner.epoch
-
-    def _buried(self, key: Key, grave: Owner, session: Session | None) -> None:
-        """It was deleted, here or by another server; the next commit goes on from the tombstone's generation."""
-        if session is not None and session.generation >= grave.generation:
-            return
-        if session is not None:
-            if session.busy:
-                return
-            self.store.remove(session)
-        fresh = self.store.open(key)
-        fresh.epoch, fresh.generation, fresh.foreign = grave.epoch, grave.generation, False
-        if grave.expired:
-            fresh.status = "lost"
-
-    def _take_over(self, key: Key, found: _Found, session: Session | None) -> None:
-        """Disk knows better than memory: its log becomes the session's."""
-        assert found.owner is not None
-        assert self.records is not None
-        if session is not None and (session.busy or session.moving):
-            return
-        if session is not None:
-            self.store.remove(session)
-        session = self.from_owner(found.owner)
-        session.stub = False
-        self.store.add(session)
-        session.note, session.foreign = found.note, found.is_refused
-        if found.metadata is None:
-            session.status, session.commits, session.stored, session.saved = "lost", 0, None, None
-            self.store.losses += 1
-            self.stats.refused += found.is_refused
-            logger.warning("session %r of tenant %r: %s", key[1], key[0], found.note)
-            return
-        self.records.take_facts(session, found.metadata)
-        self.store.put_log_in(session, found.log, found.origin)
-        written = int(found.metadata["generation"])
-        if written != found.owner.generation:
-            missing = found.owner.generation - written
-            session.note = f"{missing} later commit(s) were not on disk when their server ended"
-            session.stored = None
-            logger.warning("session %r of tenant %r: %s", key[1], key[0], session.note)
-        session.saved = session.generation if written == session.generation else None
-
-    def from_owner(self, owner: Owner) -> Session:
-        """A session that is on disk only."""
-        about = owner.about
-        session = Session((owner.tenant, owner.id), stub=True, num_tokens=int(about.get("tokens", 0)))
-        session.epoch, session.generation = owner.epoch, owner.generation
-        session.created = float(about.get("created", owner.changed))
-        session.last_used = float(about.get("last_used", owner.changed))
-        session.ttl, session.commits = about.get("ttl"), int(about.get("commits", 0))
-        session.kept = bool(about.get("kept", False))
-        session.banks = {int(layer): facts for layer, facts in about.get("banks", {}).items()}
-        session.stored, session.saved = about.get("stored"), about.get("saved")
-        return session
-
     def stored_tokens(self, session: Session) -> int | None:
         """Tokens of KV that :meth:`restore` would bring back, None where there is nothing to bring."""
         if session.is_resident or session.moving or session.stub:
@@ -475,7 +337,7 @@ class Mover:
     def bury(self, key: Key, *, expired: bool = False, then=lambda done: None) -> Future[bool] | None:
         """Leave a tombstone on disk."""
         disk = self.disk
-        self.forget_opening(key)
+        self.openings.forget(key)
         return None if disk is None else self.worker.submit(lambda: disk.delete(key, expired=expired), then)
 
     def save_all(self) -> None:
@@ -529,18 +391,6 @@ class _Frozen:
     origin: Banks | None
     meta: dict[str, str]
     seconds: float = 0.0
-
-
-@dataclass
-class _Found:
-    """What the disk knows of a session: ``metadata`` and ``log`` where memory needs them."""
-
-    owner: Owner | None
-    log: list[Turn] = field(default_factory=list)
-    origin: Banks | None = None
-    metadata: dict[str, str] | None = None
-    note: str | None = None
-    is_refused: bool = False
 
 
 def _spans(table: KVTable) -> list[Span]:

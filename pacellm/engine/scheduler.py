@@ -226,7 +226,7 @@ class Scheduler:
             if session is not None and (session.busy or session.moving):
                 continue
             if self.mover is not None:
-                if not self.mover.is_open(sequence):
+                if not self.mover.openings.is_open(sequence):
                     continue
                 is_stored = session is not None and self.mover.stored_tokens(session) is not None
                 if session is not None and is_stored and not self._has_own_progress(sequence, session):

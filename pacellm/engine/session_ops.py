@@ -6,19 +6,15 @@ waits for the worker or for the session's running request. Whoever asked holds a
 
 from __future__ import annotations
 
-import io
 import logging
-import os
 from array import array
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from pacellm.engine.kv import BLOCK, KVTable, OutOfBlocks, blocks_for
-from pacellm.engine.sessions import Key, Session, context_of
-from pacellm.errors import EngineError, PaceError, RequestError, SessionExists, SessionNotFound, SnapshotRefused
-from pacellm.memory import snapshot
-from pacellm.memory.tiers import HostState, Span, copy_banks, download
+from pacellm.engine.sessions import Key, Session
+from pacellm.errors import EngineError, PaceError, SessionExists, SessionNotFound
 
 if TYPE_CHECKING:
     from pacellm.engine.engine import Engine
@@ -35,7 +31,6 @@ class SessionOps:
         self._engine = engine
         self._store, self._mover = engine.sessions, engine.mover
         self._waiting: list[tuple[Operation, Future[Any]]] = []
-        self.secret = self._mover.disk.secret if self._mover.disk is not None else os.urandom(32)
 
     @property
     def is_waiting(self) -> bool:
@@ -75,7 +70,7 @@ class SessionOps:
 
     # -- finding -------------------------------------------------------------------------------------------
 
-    def _finder(self, key: Key) -> Callable[[], Session | None]:
+    def finder(self, key: Key) -> Callable[[], Session | None]:
         """Finds a session, after the disk was asked once; None while that takes its time.
 
         Raises (when called):
@@ -88,12 +83,12 @@ class SessionOps:
             session = self._store.get(key)
             if not asked and (session is None or not session.busy):
                 asked = True
-                self._mover.open(key)
-            if self._mover.is_opening(key):
+                self._mover.openings.open(key)
+            if self._mover.openings.is_asking(key):
                 return None
             session = self._store.get(key)
             if session is not None and session.stub:
-                self._mover.open(key)
+                self._mover.openings.open(key)
                 return None
             if session is None or not (session.commits or session.kept):
                 raise SessionNotFound(f"no session {key[1]!r}", param="session_id")
@@ -103,7 +98,7 @@ class SessionOps:
 
     def show(self, key: Key) -> Operation:
         """Metadata of one session."""
-        find = self._finder(key)
+        find = self.finder(key)
 
         def operation() -> Any:
             session = find()
@@ -167,7 +162,7 @@ class SessionOps:
         Raises (when called):
             SessionExists: it is.
         """
-        find = self._finder(key)
+        find = self.finder(key)
 
         def absent() -> bool:
             session = self._store.get(key)
@@ -209,7 +204,7 @@ class SessionOps:
         """Delete all of a tenant's sessions and whatever else is kept of its requests; how many there were."""
 
         def operation() -> Any:
-            keys = {session.key for session in self._store.of(tenant)} | self._mover.openings_of(tenant)
+            keys = {session.key for session in self._store.of(tenant)} | self._mover.openings.of(tenant)
             for key in keys:
                 self._engine.end_requests_of(key)
                 session = self._store.get(key)
@@ -221,7 +216,7 @@ class SessionOps:
                 return len(keys)
 
             for key in keys:
-                self._mover.forget_opening(key)
+                self._mover.openings.forget(key)
 
             def job() -> int:
                 gone = keys | {(owner.tenant, owner.id) for owner in disk.owners() if owner.tenant == tenant}
@@ -243,7 +238,7 @@ class SessionOps:
 
     def reset(self, key: Key) -> Operation:
         """Empty a session, after the request that works on it."""
-        find = self._finder(key)
+        find = self.finder(key)
 
         def operation() -> Any:
             session = find()
@@ -252,11 +247,11 @@ class SessionOps:
             self._store.reset(session)
             self._store.touch(session)
             self._engine.forget_progress(key[0], key)
-            return self._written(session, self.describe(session))
+            return self.written(session, self.describe(session))
 
         return operation
 
-    def _written(self, session: Session, description: dict[str, Any]) -> Any:
+    def written(self, session: Session, description: dict[str, Any]) -> Any:
         """The description, once the session's log is on disk where there is one."""
         if self._mover.disk is None:
             return description
@@ -271,13 +266,13 @@ class SessionOps:
         Raises (when run):
             SessionNotFound: no such source. SessionExists: the target is there.
         """
-        find, absent = self._finder(key), self._absent(target)
+        find, absent = self.finder(key), self._absent(target)
 
         def operation() -> Any:
             source = find()
             if source is None or not absent():
                 return WAIT
-            if source.moving or self._restoring(source):
+            if source.moving or self.restoring(source):
                 return WAIT
             fork = self._store.get(target) or Session(target)
             self._copy_log(source, fork)
@@ -289,13 +284,13 @@ class SessionOps:
             added = (before - self._engine.allocator.num_free) * self._engine.block_bytes
             row = self._engine.pool.bytes_per_row if self._engine.pool is not None and fork.row is not None else 0
             made = {**self.describe(fork), "forked_from": key[1], "bytes_added": {"kv": added, "bank": row}}
-            made = self._written(fork, made)
+            made = self.written(fork, made)
             self._store.trim()
             return made
 
         return operation
 
-    def _restoring(self, session: Session) -> bool:
+    def restoring(self, session: Session) -> bool:
         """Its state is below the device and on its way up."""
         tokens = self._mover.stored_tokens(session)
         if tokens is None:
@@ -332,115 +327,6 @@ class SessionOps:
         row = pool.take(source.row) if pool is not None and source.row is not None else None
         self._store.put(fork, table, row)
         source.wanted = False
-
-    # -- snapshots -----------------------------------------------------------------------------------------
-
-    def export(self, key: Key, *, kv: bool, limit: int) -> Operation:
-        """A session's last commit as signed bytes: log and banks, and KV where asked.
-
-        Raises (when run or in the future):
-            SessionNotFound: there is none. RequestError: it is larger than ``limit`` bytes.
-        """
-        find = self._finder(key)
-
-        def operation() -> Any:
-            session = find()
-            if session is None or session.moving or self._restoring(session):
-                return WAIT
-            records, log, origin = self._engine.records, list(session.log), session.origin
-            metadata = records.metadata(session)
-            metadata.pop("keep_foreign", None)
-            state = self._state_of(session, kv=kv)
-            size = session.log_bytes + (state.nbytes if state is not None else 0)
-            if size > limit:
-                raise RequestError(f"the snapshot would have {size:,} bytes; the limit is {limit:,}", param="kv")
-
-            def job() -> bytes:
-                tensors = records.log_tensors(log, origin)
-                if state is not None:
-                    tensors |= records.host_tensors(state)
-                file = io.BytesIO()
-                snapshot.write(file, tensors, metadata, self.secret, sums=False)
-                return file.getvalue()
-
-            return self._engine.worker.submit(job, lambda done: None)
-
-        return operation
-
-    def _state_of(self, session: Session, *, kv: bool) -> HostState | None:
-        """A copy of a resident session's banks, and KV where asked; None where only the log is left."""
-        if not session.is_resident or session.table is None:
-            return None
-        pool = self._engine.pool
-        banks = pool.banks(session.row) if pool is not None and session.row is not None else {}
-        if not kv:
-            return HostState([], copy_banks(banks), len(session.context))
-        spans = [Span(run.start, run.slot, run.length) for run in session.table.runs()]
-        return download(self._engine.runner.slabs, spans, len(session.context), banks)
-
-    def check_import(self, data: bytearray, *, trust_unsigned: bool) -> dict[str, Any]:
-        """Read a snapshot; any thread may call this. What it returns goes to :meth:`put`.
-
-        Raises:
-            SnapshotRefused: says why.
-        """
-        records = self._engine.records
-        tensors, metadata = snapshot.read(memoryview(data), self.secret, trust_unsigned=trust_unsigned, whole=True)
-        log, origin = records.take_log(tensors, metadata)
-        facts = Session(("", ""))
-        records.take_facts(facts, metadata)
-        banks = snapshot.take_banks("bank", tensors, records.like)
-        context = context_of(log)
-        strange = [name for name in tensors if not name.startswith("kv.")]
-        if strange:
-            raise SnapshotRefused(f"snapshot has an entry {strange[0][:40]!r}")
-        if tensors:
-            records.check_kv(tensors, len(context))
-        elif banks and context:
-            banks = {}  # banks without KV would need a replay, which rebuilds them as well
-        return {"log": log, "origin": origin, "facts": facts, "banks": banks, "kv": tensors, "data": data}
-
-    def put(self, key: Key, checked: dict[str, Any], ttl: float | None) -> Operation:
-        """Make a checked snapshot the session's state. What was there before is replaced at once, or stays.
-
-        Raises (when run):
-            RequestError: the session is in use.
-        """
-        find = self._finder(key)
-
-        def operation() -> Any:
-            try:
-                session = find()
-                if session is None:
-                    return WAIT
-            except SessionNotFound:
-                session = self._store.open(key)
-            if session.busy or session.moving:
-                return WAIT
-            generation = session.generation
-            self._store.reset(session)
-            facts: Session = checked["facts"]
-            session.commits, session.folds, session.banks = facts.commits, facts.folds, facts.banks
-            session.generation, session.ttl = generation + 1, ttl if ttl is not None else session.ttl
-            self._engine.forget_progress(key[0], key)
-            self._store.put_log_in(session, checked["log"], checked["origin"])
-            if checked["kv"]:
-                self._fill(session, checked)
-            return self._written(session, self.describe(session))
-
-        return operation
-
-    def _fill(self, session: Session, checked: dict[str, Any]) -> None:
-        """Put a snapshot's KV and banks in place where there is room; else its log brings them back."""
-        engine, tokens = self._engine, len(session.context)
-        if not engine.scheduler.has_room(blocks_for(tokens)) or (engine.pool is not None and not engine.pool.num_free):
-            return
-        table = KVTable(engine.allocator.allocate(blocks_for(tokens)))
-        row = engine.pool.take() if engine.pool is not None else None
-        spans = [Span(run.start, run.slot, run.length) for run in table.runs()]
-        banks = engine.pool.banks(row) if engine.pool is not None and row is not None else {}
-        engine.records.place(checked["kv"], tokens, spans, checked["banks"], banks)
-        self._store.put(session, table, row)
 
 
 def _rates(banks: dict[int, dict[str, int]]) -> dict[str, dict[str, Any]]:

@@ -178,10 +178,10 @@ def test_damaged_imports_change_nothing(model):
     """200 mutations of a snapshot that a client sends, signed or not."""
     engine = new_engine(model)
     run(engine, request("1", FIRST, session="s"))
-    future = engine.ops.submit(engine.ops.export(KEY, kv=True, limit=2**30))
+    future = engine.ops.submit(engine.snapshots.export(KEY, kv=True, limit=2**30))
     run_until_idle(engine)
     good = future.result()
-    assert engine.ops.check_import(bytearray(good), trust_unsigned=False)["log"]
+    assert engine.snapshots.check(bytearray(good), trust_unsigned=False)["log"]
     before = banks(engine, "s")
     rng = random.Random(0)
     for _ in range(200):
@@ -189,13 +189,13 @@ def test_damaged_imports_change_nothing(model):
         if damaged == good:
             continue
         with pytest.raises(SnapshotRefused):
-            engine.ops.check_import(bytearray(damaged), trust_unsigned=False)
+            engine.snapshots.check(bytearray(damaged), trust_unsigned=False)
         # unsigned ones are checked in structure: refused, or a session that runs
         try:
-            checked = engine.ops.check_import(bytearray(damaged), trust_unsigned=True)
+            checked = engine.snapshots.check(bytearray(damaged), trust_unsigned=True)
         except SnapshotRefused:
             continue
-        future = engine.ops.submit(engine.ops.put(("tenant", "in"), checked, None))
+        future = engine.ops.submit(engine.snapshots.put(("tenant", "in"), checked, None))
         events = run(engine, request("in", FIRST + MORE, session="in"))["in"]
         assert future.result(1)
         finish(events)
@@ -219,11 +219,11 @@ def test_another_models_files_are_refused_and_stay(model, wanted, tmp_path):
 def test_an_unsigned_snapshot_is_refused_unless_allowed(model):
     one, two = new_engine(model), new_engine(model)
     run(one, request("1", FIRST, session="s"))
-    future = one.ops.submit(one.ops.export(KEY, kv=False, limit=2**30))
+    future = one.ops.submit(one.snapshots.export(KEY, kv=False, limit=2**30))
     run_until_idle(one)
     with pytest.raises(SnapshotRefused, match="not signed by this server"):
-        two.ops.check_import(bytearray(future.result()), trust_unsigned=False)
-    assert two.ops.check_import(bytearray(future.result()), trust_unsigned=True)
+        two.snapshots.check(bytearray(future.result()), trust_unsigned=False)
+    assert two.snapshots.check(bytearray(future.result()), trust_unsigned=True)
 
 
 CHILD = """

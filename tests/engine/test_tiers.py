@@ -361,7 +361,7 @@ def test_a_delete_while_the_disk_is_being_asked(model, tmp_path):
     engine = disk_engine(model, tmp_path)
     engine.add(request("2", FIRST, session="s"))
     engine.scheduler.schedule()
-    assert engine.mover.is_opening(KEY)
+    assert engine.mover.openings.is_asking(KEY)
     future = engine.ops.submit(engine.ops.delete(KEY))
     events = run_until_idle(engine)
     assert isinstance(events["2"][-1].error, SessionDeleted)
