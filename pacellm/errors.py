@@ -9,7 +9,12 @@
     │   ├── UnsupportedParameter a parameter that would change the result and is not implemented
     │   ├── ModelNotFound        an unknown model name
     │   ├── ContextLengthExceeded  prompt (or prompt + max_tokens) longer than the model's context
-    │   └── BodyTooLarge         the request body is over the limit
+    │   ├── BodyTooLarge         the request body is over the limit
+    │   ├── SessionNotFound      no such session in the caller's namespace; another's looks the same
+    │   ├── SessionExists        a session of that id is already there
+    │   ├── SessionDeleted       the session was deleted while the request worked on it
+    │   ├── SessionConflict      another server owns the session's latest state
+    │   └── SnapshotRefused      a snapshot that is damaged, foreign or not signed here
     ├── Overloaded               the queue is full: try again after ``retry_after`` seconds
     ├── Draining                 the server is shutting down
     ├── Aborted                  the request was cancelled
@@ -78,6 +83,40 @@ class BodyTooLarge(RequestError):
     """The request body is over the configured limit."""
 
     status = 413
+
+
+class SessionNotFound(RequestError):
+    """No such session in the caller's namespace."""
+
+    status = 404
+    code = "session_not_found"
+
+
+class SessionExists(RequestError):
+    """A session of that id is already there."""
+
+    status = 409
+    code = "session_exists"
+
+
+class SessionDeleted(RequestError):
+    """The session was deleted while the request waited for it or worked on it."""
+
+    status = 409
+    code = "session_deleted"
+
+
+class SessionConflict(RequestError):
+    """Another server owns the session's latest state; what this request computed was dropped."""
+
+    status = 409
+    code = "session_conflict"
+
+
+class SnapshotRefused(RequestError):
+    """A snapshot that is damaged, of another model or config, or not signed by this server."""
+
+    code = "snapshot_refused"
 
 
 class Overloaded(PaceError):

@@ -53,6 +53,12 @@ class PieceMemo:
                 ids += self._encode(piece) if len(piece) < _LONG else self._long(piece, scope)
         return ids
 
+    def forget(self, scope: str, *, below: bool = False) -> None:
+        """Drop what a scope remembers; with ``below`` what every scope whose name begins so does."""
+        with self._lock:
+            for key in [key for key in self._known if (key[0].startswith(scope) if below else key[0] == scope)]:
+                self._num_tokens -= len(self._known.pop(key))
+
     def _long(self, piece: str, scope: str) -> array[int]:
         key = scope, hashlib.blake2b(piece.encode(), digest_size=16).digest()
         with self._lock:

@@ -80,6 +80,10 @@ class ChatTokenizer:
             )
         return self._memo.encode(text, scope)
 
+    def forget(self, scope: str, *, below: bool = False) -> None:
+        """Drop the pieces remembered for a scope; with ``below`` for every scope whose name begins so."""
+        self._memo.forget(scope, below=below)
+
     def token_text(self, token: int) -> str:
         """A token as text; a part of a character comes out as U+FFFD."""
         return self.backend.decode([token], skip_special_tokens=False)

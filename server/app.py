@@ -11,6 +11,7 @@ import pacellm
 from server import errors
 from server.routes import router
 from server.service import Service
+from server.session_routes import router as session_router
 
 
 def create_app(service: Service) -> FastAPI:
@@ -25,5 +26,6 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="PaceLLM", version=pacellm.__version__, lifespan=lifespan)
     app.state.service = service
     app.include_router(router)
+    app.include_router(session_router)
     errors.install(app)
     return app

@@ -15,6 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 import pacellm
 from pacellm.errors import Aborted, BodyTooLarge, ModelNotFound, PaceError, RequestError
 from server import sse
+from server.auth import tenant_of
 from server.chunks import Chunks, fold
 from server.errors import body_of
 from server.schema import SESSION_ID, ChatCompletionRequest, parse_chat
@@ -30,7 +31,7 @@ async def chat_completions(request: Request) -> Response:
     service: Service = request.app.state.service
     raw = await read_body(request, service.settings.max_body_bytes)
     body = parse_chat(raw) if len(raw) < _SMALL_BODY else await service.off_loop(parse_chat, raw)
-    generation = await service.submit(body, session_of(request, body))
+    generation = await service.submit(body, session_of(request, body), tenant_of(request))
     chunks = Chunks(generation, body, service.settings.model_name, service.tokenizer)
     if body.stream:
         try:
@@ -38,7 +39,7 @@ async def chat_completions(request: Request) -> Response:
         except BaseException:
             generation.close()
             raise
-        headers = {"X-Session-Status": found.session if found is not None else "queued"}
+        headers = {"X-PaceLLM-Session": found.session if found is not None else "queued"}
         return sse.EventStream(stream(service, chunks, body), generation.close, headers)
     return await whole(request, generation, chunks)
 
@@ -96,7 +97,7 @@ async def stream(service: Service, chunks: Chunks, body: ChatCompletionRequest) 
         async for chunk in chunks(service.settings.keep_alive_seconds):
             if chunk is None:
                 yield sse.KEEP_ALIVE
-            elif chunk["choices"] or "prompt_progress" in chunk or wants_usage:
+            elif chunk["choices"] or "prompt_progress" in chunk or "pacellm" in chunk or wants_usage:
                 yield sse.event(chunk)
         yield sse.DONE
     except PaceError as error:
@@ -111,7 +112,8 @@ async def whole(request: Request, generation: Generation, chunks: Chunks) -> Res
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
             raise Aborted("the client disconnected")
-        return JSONResponse(answer.result())
+        headers = {"X-PaceLLM-Session": chunks.found} if chunks.found is not None else {}
+        return JSONResponse(answer.result(), headers=headers)
     finally:
         for task in (answer, gone):
             task.cancel()

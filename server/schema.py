@@ -60,7 +60,6 @@ class ResponseFormat(Strict):
 
 # Accepted where the value means "as usual"; anything else would change the result and is refused.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -94,6 +93,7 @@ class ChatCompletionRequest(Strict):
     ignore_eos: bool = False
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
     response_format: ResponseFormat | None = None
     session_id: Annotated[str, Field(pattern=SESSION_ID)] | None = None
     return_progress: bool = False
@@ -107,7 +107,6 @@ class ChatCompletionRequest(Strict):
     prompt_cache_key: str | None = None
     parallel_tool_calls: bool | None = None
     # accepted only with their neutral value
-    n: Any = None
     tools: Any = None
     tool_choice: Any = None
     functions: Any = None

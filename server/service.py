@@ -8,8 +8,10 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from pacellm.engine.engine import Engine
+from pacellm.engine.session_ops import Operation
 from pacellm.engine.thread import EngineThread
 from pacellm.errors import ModelNotFound, RequestError, UnsupportedParameter
 from pacellm.tokenizer import ChatTokenizer
@@ -19,7 +21,6 @@ from server.schema import ChatCompletionRequest
 from server.settings import Settings
 
 logger = logging.getLogger("pacellm.server")
-TENANT = "default"
 
 
 class Generation:
@@ -103,7 +104,15 @@ class Service:
         """Run slow work in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
-    async def submit(self, body: ChatCompletionRequest, session_id: str | None) -> Generation:
+    async def operate(self, operation: Operation) -> Any:
+        """Run a session operation in the engine thread.
+
+        Raises:
+            PaceError: it is refused.
+        """
+        return await asyncio.wrap_future(self.thread.call(operation))
+
+    async def submit(self, body: ChatCompletionRequest, session_id: str | None, tenant: str) -> Generation:
         """Render, tokenise, check and queue a chat request.
 
         Raises:
@@ -116,12 +125,14 @@ class Service:
         if body.pacellm.pa in ("on", "read_only") and not self.engine.config.pa:
             raise UnsupportedParameter("this server runs with --no-pa", param="pacellm.pa")
         sampling = body.sampling()
-        prompt = await self.off_loop(self._encode, body, session_id)
+        prompt = await self.off_loop(self._encode, body, session_id, tenant)
         request = GenerationRequest(
             request_id=f"chatcmpl-{uuid.uuid4().hex}",
             prompt=prompt,
             sampling=sampling,
-            session=None if session_id is None else (TENANT, session_id),
+            session=None if session_id is None else (tenant, session_id),
+            tenant=tenant,
+            n=body.n or 1,
             pa=body.pacellm.pa or "on",
             commit=body.pacellm.commit,
         )
@@ -130,14 +141,14 @@ class Service:
         self._generations[request.request_id] = generation = Generation(self, request)
         return generation
 
-    def _encode(self, body: ChatCompletionRequest, session_id: str | None) -> list[int]:
+    def _encode(self, body: ChatCompletionRequest, session_id: str | None, tenant: str) -> list[int]:
         messages = [{"role": message.role, "content": message.text()} for message in body.messages]
         for number, message in enumerate(messages):
             try:
                 message["content"].encode()
             except UnicodeEncodeError:
                 raise RequestError("text has unpaired surrogates", param=f"messages.{number}.content") from None
-        scope = None if session_id is None else f"{TENANT}/{session_id}"
+        scope = None if session_id is None else f"{tenant}/{session_id}"
         return self.tokenizer.encode(
             self.tokenizer.render(messages), limit=self.engine.config.max_model_len, scope=scope
         )

@@ -37,6 +37,18 @@ def text_of(rng, pieces=6):
     )
 
 
+def test_a_scope_can_be_forgotten():
+    memo = PieceMemo(ChatTokenizer(MODEL_PATH).backend)
+    text = "word " * 1000
+    for scope in ("one/a", "one/b", "two/a"):
+        memo.encode(text, scope)
+    assert len(memo._known) == 3
+    memo.forget("one/a")
+    memo.forget("two/", below=True)
+    assert [scope for scope, _ in memo._known] == ["one/b"]
+    assert memo._num_tokens == len(memo.encode(text))
+
+
 def test_pieces_give_the_whole(backend):
     memo, rng = PieceMemo(backend), random.Random(0)
     assert memo.is_exact

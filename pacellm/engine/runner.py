@@ -41,6 +41,11 @@ class Runner:
         self._keys = slab([shape[0] for shape in model.kv_shapes], slots, model.dtype, model.device)
         self._values = slab([shape[1] for shape in model.kv_shapes], slots, model.dtype, model.device)
 
+    @property
+    def slabs(self) -> list[Tensor]:
+        """KV memory: the keys of all layers, then the values; each [heads, slots, size]."""
+        return [*self._keys, *self._values]
+
     def run(self, step: Step) -> tuple[Tensor, list[Sequence]]:
         """One forward pass.
 
@@ -78,6 +83,11 @@ class Runner:
         for run in table.runs():
             for slabs in (*self._keys, *self._values):
                 slabs[:, run.slot : run.slot + run.length] = 0
+
+    @torch.inference_mode()
+    def copy(self, copies: list[Copy]) -> None:
+        """Copy KV between slots now."""
+        self._copy(copies)
 
     def _copy(self, copies: list[Copy]) -> None:
         for copy in copies:
