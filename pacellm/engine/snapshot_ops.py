@@ -121,7 +121,7 @@ class SnapshotOps:
             self._store.put_log_in(session, checked["log"], checked["origin"])
             if checked["kv"]:
                 self._fill(session, checked)
-            return self._ops.written(session, self.describe(session))
+            return self._ops.written(session, self._ops.describe(session))
 
         return operation
 
