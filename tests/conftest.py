@@ -1,5 +1,7 @@
 """Settings for every test."""
 
+import gc
+
 import pytest
 import torch
 
@@ -8,3 +10,4 @@ import torch
 def _one_thread():
     """Tiny models only lose time with more; tests that are about threads set their own number."""
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported is never garbage: collections stay cheap
