@@ -186,6 +186,7 @@ class Engine:
     def close(self) -> None:
         """Write every session out and let the session directory go; the engine runs nothing more."""
         self.mover.save_all()
+        self.worker.close()
         if self.mover.disk is not None:
             self.mover.disk.close()
 

@@ -379,7 +379,7 @@ class Mover:
 
     def _say_failure(self, session: Session, what: str, error: BaseException) -> None:
         self.stats.failures += 1
-        logger.warning("session %r of tenant %r: %s failed: %s", session.key[1], session.key[0], what, error)
+        logger.warning("session %r of tenant %r: %s failed: %s", session.key[1], session.key[0], what, str(error))
 
 
 @dataclass

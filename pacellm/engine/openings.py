@@ -109,7 +109,7 @@ class Openings:
         del self._asked[key]
         if (error := done.exception()) is not None:
             if not isinstance(error, PaceError):
-                logger.warning("session %r: cannot be opened: %s", key[1], error)
+                logger.warning("session %r: cannot be opened: %s", key[1], str(error))
                 error = PaceError(f"the session directory cannot be read: {error}")
             self.refused += [(sequence, error) for sequence in opening.sequences]
             return

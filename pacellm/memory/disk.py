@@ -241,7 +241,7 @@ class Disk:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError) as error:
-            logger.warning("session folder %s: owner.json cannot be read: %s", folder.name, error)
+            logger.warning("session folder %s: owner.json cannot be read: %s", folder.name, str(error))
             return None
 
     def _put_owner(self, folder: Path, owner: Owner, *, sync: bool = False) -> None:

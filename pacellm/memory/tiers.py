@@ -100,6 +100,10 @@ def _to_host(tensor: Tensor, pin: bool) -> Tensor:
     return host.copy_(tensor)
 
 
+def _last() -> None:
+    """The job that ends a worker's thread."""
+
+
 class Worker:
     """One thread that runs jobs in order. Results are taken by the owner, in its own thread, by :meth:`poll`.
 
@@ -137,6 +141,14 @@ class Worker:
             self._changed.notify_all()
         return future
 
+    def close(self) -> None:
+        """End the thread after the jobs that wait; a later job starts another."""
+        with self._changed:
+            if self._thread is not None:
+                self._jobs.append((_last, Future(), lambda done: None))
+                self._changed.notify_all()
+                self._thread = None
+
     def poll(self) -> bool:
         """Take the results of jobs that have ended. False where there were none."""
         found = False
@@ -163,13 +175,15 @@ class Worker:
             with self._changed:
                 self._changed.wait_for(lambda: bool(self._jobs))
                 job, future, then = self._jobs.popleft()
+            if job is _last:
+                return
             try:
                 future.set_result(job())
             except BaseException as error:  # handed to whoever takes the result
                 future.set_exception(error)
-            del job
             with self._changed:
                 self._done.append((future, then))
                 self._changed.notify_all()
+            del job, future, then  # a waiting thread keeps nobody's memory
             if self.on_done is not None:
                 self.on_done()
