@@ -7,10 +7,10 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from pacellm.tokenizer import ChatTokenizer
-from pacellm.types import Admitted, Delta, Failed, Finished, Progress, TokenLogprob
-from server.schema import ChatCompletionRequest
-from server.service import Generation
+from pacellm.types import Delta, Event, Failed, Finished, TokenLogprob
+from server.progress import PromptProgress
+from server.schema.chat import ChatCompletionRequest
+from server.service import Generation, Service
 
 Chunk = dict[str, Any]
 
@@ -21,22 +21,19 @@ class Chunks:
     Args:
         generation: submitted.
         body: what the client asked for.
-        model: the name to show.
-        tokenizer: for the tokens of log-probabilities.
+        service: where it was submitted.
     """
 
-    def __init__(
-        self, generation: Generation, body: ChatCompletionRequest, model: str, tokenizer: ChatTokenizer
-    ) -> None:
-        self._generation, self._body, self._tokenizer = generation, body, tokenizer
+    def __init__(self, generation: Generation, body: ChatCompletionRequest, service: Service) -> None:
+        self._generation, self._body, self._service = generation, body, service
+        self._tokenizer = service.tokenizer
         self._head = {
             "id": generation.request.request_id,
             "object": "chat.completion.chunk",
             "created": int(time.time()),
-            "model": model,
+            "model": service.settings.model_name,
         }
-        self._started = time.monotonic()
-        self._cached = 0
+        self._progress = PromptProgress(generation, service)
         self._has_role = False
 
     async def __call__(self, timeout: float | None = None) -> AsyncIterator[Chunk | None]:
@@ -45,14 +42,15 @@ class Chunks:
         Raises:
             PaceError: the request failed.
         """
-        async for event in self._generation.events(timeout):
+        events: AsyncIterator[Event | dict[str, Any] | None] = self._generation.events(timeout)
+        if self._body.return_progress and timeout is not None:
+            events = self._progress.events(timeout)
+        async for event in events:
             match event:
                 case None:
                     yield None
-                case Admitted():
-                    self._cached = event.cached_tokens
-                case Progress() if self._body.return_progress:
-                    yield {**self._head, "choices": [], "prompt_progress": self._progress(event)}
+                case dict():
+                    yield {**self._head, "choices": [], "prompt_progress": event}
                 case Delta():
                     yield self._delta(event)
                 case Finished():
@@ -60,14 +58,6 @@ class Chunks:
                         yield chunk
                 case Failed():
                     raise event.error
-
-    def _progress(self, event: Progress) -> dict[str, int]:
-        return {
-            "total": event.total + self._cached,
-            "cached": self._cached,
-            "processed": event.processed + self._cached,
-            "time_ms": round(1000 * (time.monotonic() - self._started)),
-        }
 
     def _delta(self, event: Delta) -> Chunk:
         delta: dict[str, Any] = {"content": event.text}

@@ -130,6 +130,11 @@ class Engine:
         """A request is queued or running."""
         return bool(self._live)
 
+    @property
+    def pending_tokens(self) -> int:
+        """Prompt tokens that running requests have yet to feed; a glimpse, any thread may take it."""
+        return sum(sequence.pending for sequence in list(self.scheduler.running) if not sequence.is_decoding)
+
     def check(self, request: GenerationRequest) -> None:
         """Refuse what can never run; touches nothing, so any thread may call it.
 
@@ -163,7 +168,10 @@ class Engine:
             max_tokens=room if asked is None else asked,
             seed=int.from_bytes(os.urandom(8), "little") if seed is None else seed,
         )
-        text = TextStream(self.tokenizer, request.sampling.stop) if self.tokenizer is not None else None
+        text = None
+        if self.tokenizer is not None:
+            skip = request.sampling.skip_special_tokens
+            text = TextStream(self.tokenizer, request.sampling.stop, skip_special=skip)
         self._live[sequence.id] = _Live(sequence, text)
         self.scheduler.add(sequence)
 
