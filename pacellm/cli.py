@@ -80,6 +80,8 @@ def server_settings(options: argparse.Namespace, model_name: str, *, has_keys: b
     return Settings(
         model_name=model_name,
         max_body_bytes=options.max_body_bytes,
+        max_snapshot_bytes=options.max_snapshot_bytes,
+        allow_unsigned_snapshots=options.allow_unsigned_snapshots,
         request_timeout=options.request_timeout,
         max_requests_per_key=options.max_requests_per_key,
         allowed_hosts=hosts,
@@ -107,6 +109,11 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         max_num_seqs=options.max_num_seqs,
         kv_cache_memory=options.kv_cache_memory_bytes,
         session_memory=options.session_memory,
+        session_host_memory=options.session_host_memory,
+        session_dir=options.session_dir,
+        session_sync=options.session_sync,
+        session_ttl=options.session_ttl,
+        pa_memory=options.pa_memory,
         pa=options.pa,
         pa_layers=options.pa_layers,
         bank=PAConfig(preset=options.pa_preset, bank_size=options.pa_bank_size, segment=options.pa_segment),
@@ -134,8 +141,18 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--max-num-batched-tokens", type=int, default=defaults.max_num_batched_tokens, help="tokens of one step")
     add("--max-num-seqs", type=int, default=defaults.max_num_seqs, help="requests that run at once")
     add("--kv-cache-memory-bytes", type=_size, help="bytes of KV memory, as 8G (default: from what is free)")
-    add("--session-memory", type=_size, help="bytes of idle sessions' KV and banks kept (default: KV memory)")
+    add("--session-memory", type=_size, help="bytes of idle sessions' KV kept on the device (default: KV memory)")
+    add("--session-host-memory", type=_size, help="bytes of sessions in host memory, below the device (default: as "
+        "--session-memory beside a GPU, else 0)")  # fmt: skip
+    add("--session-dir", help="directory for sessions below that, and over restarts")
+    add("--session-sync", action="store_true", help="sync a session's log to disk before its request's last event")
+    add("--session-ttl", type=float, help="seconds that an unused session lives (default: no limit)")
+    add("--max-snapshot-bytes", type=_size, default=2**30, help="largest session snapshot made or taken")
+    add("--allow-unsigned-snapshots", action="store_true", help="take session snapshots that others made: their "
+        "banks and logs are then whatever the client says")  # fmt: skip
     add("--pa", action=argparse.BooleanOptionalAction, default=True, help="Persistent Activity")
+    add("--pa-memory", type=_size, help="bytes of banks, those of running requests included (default: for 256 "
+        "sessions at most)")  # fmt: skip
     add("--pa-layers", type=_layers, help="patched layers from 0, as 1,3 (default: the paper's, scaled)")
     add("--pa-preset", default=bank.preset, choices=("reference", "paper"))
     add("--pa-bank-size", type=int, default=bank.bank_size, help="slots of a bank")
@@ -231,17 +248,33 @@ def _describe(engine, path: str, wanted_context: int) -> None:
             "may; OMP_NUM_THREADS=1 usually cures it",
             ", ".join(f"{size[0]} x {size[1]}" for size in inexact),
         )
+    _describe_tiers(engine)
     if engine.pool is None:
         logger.info("Persistent Activity is off")
         return
     logger.info(
-        "Persistent Activity: preset %s in layers %s, %d slots, segments of %d; %.2f MiB a session, %d rows",
+        "Persistent Activity: preset %s in layers %s, %d slots, segments of %d; %s bytes of banks a session, %.1f MiB "
+        "for %d sessions beside %d running requests",
         config.bank.preset,
         ",".join(map(str, config.pa_layers)),
         config.bank.bank_size,
         config.bank.segment,
-        engine.pool.bytes_per_row / 2**20,
-        engine.pool.num_rows,
+        f"{engine.pool.bytes_per_row:,}",
+        engine.pool.bytes_per_row * engine.pool.num_rows / 2**20,
+        engine.pool.num_rows - config.max_num_seqs,
+        config.max_num_seqs,
+    )
+
+
+def _describe_tiers(engine) -> None:
+    config = engine.config
+    logger.info(
+        "idle sessions: %.2f GiB of KV on the device, %.2f GiB in host memory, %s",
+        config.session_memory / 2**30,
+        engine.mover.host_memory / 2**30,
+        f"then {config.session_dir}, {len(engine.sessions)} there{', synced' if config.session_sync else ''}"
+        if config.session_dir is not None
+        else "no directory: a restart forgets them",
     )
 
 

@@ -104,8 +104,14 @@ class EngineConfig:
         max_waiting: queued requests before new ones are refused with 429.
         max_waiting_tokens: queued prompt tokens before new requests are refused with 429.
         kv_cache_memory: bytes for KV blocks.
-        session_memory: bytes of idle sessions' KV and banks kept on the device.
+        pa_memory: bytes of bank rows, those of running requests included.
+        session_memory: bytes of idle sessions' KV kept on the device.
         session_log_memory: bytes of session logs kept in host memory.
+        session_host_memory: bytes of KV and banks in host memory, below the device. None: as much as
+            ``session_memory`` beside a GPU, nothing where the device is the host.
+        session_dir: directory for sessions below that, and over restarts.
+        session_sync: write and sync a session's log before its request's final event.
+        session_ttl: seconds that an unused session lives, where it has no time of its own.
         pa_layers: patched layers, counted from 0.
     """
 
@@ -118,6 +124,11 @@ class EngineConfig:
     kv_cache_memory: int | None = None
     session_memory: int | None = None
     session_log_memory: int = 256 * 2**20
+    session_host_memory: int | None = None
+    session_dir: str | None = None
+    session_sync: bool = False
+    session_ttl: float | None = None
+    pa_memory: int | None = None
     pa: bool = True
     pa_layers: tuple[int, ...] | None = None
     bank: PAConfig = PAConfig()
@@ -129,7 +140,9 @@ class EngineConfig:
         for name in ("max_model_len", "max_waiting_tokens", "kv_cache_memory"):
             value = getattr(self, name)
             _check(self, name, value is None or value >= 1, "at least 1")
-        for name in ("session_memory", "session_log_memory"):
+        _check(self, "session_ttl", self.session_ttl is None or self.session_ttl > 0, "above 0")
+        _check(self, "session_sync", not self.session_sync or self.session_dir is not None, "used with session_dir")
+        for name in ("session_memory", "session_log_memory", "session_host_memory", "pa_memory"):
             value = getattr(self, name)
             _check(self, name, value is None or value >= 0, "at least 0")
 

@@ -12,7 +12,12 @@
     │   ├── NotFound             a thing named in the path is not there, or not the caller's
     │   ├── Conflict             the same request is still being answered
     │   ├── BodyTimeout          the request's body did not come in time
-    │   └── BodyTooLarge         the request body is over the limit
+    │   ├── BodyTooLarge         the request body is over the limit
+    │   ├── SessionNotFound      no such session in the caller's namespace; another's looks the same
+    │   ├── SessionExists        a session of that id is already there
+    │   ├── SessionDeleted       the session was deleted while the request worked on it
+    │   ├── SessionConflict      another server owns the session's latest state
+    │   └── SnapshotRefused      a snapshot that is damaged, foreign or not signed here
     ├── InvalidApiKey            no key, or a wrong one
     ├── Overloaded               the queue is full: try again after ``retry_after`` seconds
     ├── Draining                 the server is shutting down
@@ -113,6 +118,40 @@ class InvalidApiKey(PaceError):
     status = 401
     type = "invalid_request_error"
     code = "invalid_api_key"
+
+
+class SessionNotFound(RequestError):
+    """No such session in the caller's namespace."""
+
+    status = 404
+    code = "session_not_found"
+
+
+class SessionExists(RequestError):
+    """A session of that id is already there."""
+
+    status = 409
+    code = "session_exists"
+
+
+class SessionDeleted(RequestError):
+    """The session was deleted while the request waited for it or worked on it."""
+
+    status = 409
+    code = "session_deleted"
+
+
+class SessionConflict(RequestError):
+    """Another server owns the session's latest state; what this request computed was dropped."""
+
+    status = 409
+    code = "session_conflict"
+
+
+class SnapshotRefused(RequestError):
+    """A snapshot that is damaged, of another model or config, or not signed by this server."""
+
+    code = "snapshot_refused"
 
 
 class Overloaded(PaceError):

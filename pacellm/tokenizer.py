@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pacellm.errors import ContextLengthExceeded, ModelError, RequestError, UnsupportedParameter
+from pacellm.pieces import PieceMemo
 
 # what the template is given by other means; a request sets none of these as a variable
 _RESERVED = frozenset(
@@ -40,6 +41,7 @@ class ChatTokenizer:
             raise ModelError(f"{path} has no fast tokenizer")
         self._tokenizer = tokenizer
         self.backend = backend
+        self._memo = PieceMemo(backend)
         self._longest = max((len(token) for token in backend.get_vocab()), default=1)
 
     @property
@@ -96,12 +98,13 @@ class ChatTokenizer:
         assert isinstance(rendered, str)
         return rendered
 
-    def encode(self, text: str, *, limit: int | None = None) -> list[int]:
+    def encode(self, text: str, *, limit: int | None = None, scope: str | None = None) -> list[int]:
         """Ids of a rendered prompt. The interpreter is not held meanwhile.
 
         Args:
             text: may contain special tokens; none are added.
             limit: refuse before tokenising what cannot have so few tokens.
+            scope: whose texts these are, as a session's name; long pieces are remembered within it.
 
         Raises:
             ContextLengthExceeded: the text has more than ``limit`` tokens for certain.
@@ -112,7 +115,11 @@ class ChatTokenizer:
                 f"the prompt has at least {at_least:,} tokens; this model's context is {limit:,} tokens",
                 param="messages",
             )
-        return self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return self._memo.encode(text, scope)
+
+    def forget(self, scope: str, *, below: bool = False) -> None:
+        """Drop the pieces remembered for a scope; with ``below`` for every scope whose name begins so."""
+        self._memo.forget(scope, below=below)
 
     def token_text(self, token: int) -> str:
         """A token as text; a part of a character comes out as U+FFFD."""

@@ -11,7 +11,7 @@ from typing import Literal
 from pacellm.errors import PaceError, RequestError
 
 PAMode = Literal["on", "off", "read_only"]
-SessionStatus = Literal["none", "new", "resident", "replayed", "folded", "lost"]
+SessionStatus = Literal["none", "new", "resident", "restored", "replayed", "folded", "lost"]
 
 
 def _require(name: str, holds: bool, wanted: str, value: object) -> None:
@@ -102,9 +102,11 @@ class GenerationRequest:
         prompt: token ids of the whole prompt.
         sampling: how to generate.
         session: (tenant, session id), or None for a request that leaves nothing behind.
+        tenant: whose request it is; kept progress is never shared between tenants. A session's tenant goes first.
         pa: whether banks are read and written, only read, or left alone.
         commit: whether the session keeps what this request did.
         priority: lower goes first in the queue; equal ones go by arrival.
+        n: choices; each goes on from a copy of the state after the prompt, and the first is what a session keeps.
         arrival: monotonic seconds.
     """
 
@@ -112,9 +114,11 @@ class GenerationRequest:
     prompt: list[int]
     sampling: SamplingParams = SamplingParams()
     session: tuple[str, str] | None = None
+    tenant: str = "default"
     pa: PAMode = "on"
     commit: bool = True
     priority: int = 0
+    n: int = 1
     arrival: float = field(default_factory=time.monotonic)
 
 
@@ -128,8 +132,21 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
+class LayerReads:
+    """What a request did to the bank of one layer, and the bank's fill afterwards."""
+
+    hits: int = 0
+    fuses: int = 0
+    misses: int = 0
+    empty: int = 0
+    merges: int = 0
+    replacements: int = 0
+    filled: int = 0
+
+
+@dataclass(frozen=True)
 class BankReads:
-    """What a request did to its banks, over all patched layers; keys' effective rank as the mean over layers."""
+    """What a request did to its banks: over all patched layers and by layer; keys' effective rank as the mean."""
 
     hits: int = 0
     fuses: int = 0
@@ -139,11 +156,12 @@ class BankReads:
     replacements: int = 0
     filled: int = 0
     effective_rank: float = 0.0
+    layers: dict[int, LayerReads] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of one request. ``computed_tokens`` were fed now, prompt and answer; ``replayed_tokens`` to rebuild."""
+    """Tokens of one request, ``completion_tokens`` of all its choices; ``replayed_tokens`` were fed to rebuild."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -169,16 +187,26 @@ class Progress:
 
 @dataclass(frozen=True)
 class Delta:
-    """New text, maybe empty while a stop string or a split character is held back."""
+    """New text of a choice, maybe empty while a stop string or a split character is held back."""
 
     text: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class ChoiceEnded:
+    """One of several choices has ended; Finished follows when all have."""
+
+    index: int
+    reason: FinishReason
+    stop_reason: str | int | None = None
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event of a request that went well."""
+    """The last event of a request that went well. ``note`` names what was refused on the way to its session."""
 
     reason: FinishReason
     usage: Usage
@@ -188,6 +216,7 @@ class Finished:
     prefill_seconds: float
     decode_seconds: float
     stop_reason: str | int | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -197,4 +226,4 @@ class Failed:
     error: PaceError
 
 
-Event = Admitted | Progress | Delta | Finished | Failed
+Event = Admitted | Progress | Delta | ChoiceEnded | Finished | Failed

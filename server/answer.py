@@ -48,7 +48,7 @@ async def session_headers(service: Service, generation: Generation) -> dict[str,
     except BaseException:
         generation.close()
         raise
-    return {"X-Session-Status": found.session if found is not None else "queued"}
+    return {"X-PaceLLM-Session": found.session if found is not None else "queued"}
 
 
 async def _events(service: Service, chunks: ChunkSource, wants_usage: bool) -> AsyncIterator[bytes]:
@@ -57,15 +57,20 @@ async def _events(service: Service, chunks: ChunkSource, wants_usage: bool) -> A
         async for chunk in chunks(service.settings.keep_alive_seconds):
             if chunk is None:
                 yield sse.KEEP_ALIVE
-            elif chunk["choices"] or "prompt_progress" in chunk or wants_usage:
+            elif chunk["choices"] or "prompt_progress" in chunk or "pacellm" in chunk or wants_usage:
                 yield sse.event(chunk)
         yield sse.DONE
     except PaceError as error:
         yield sse.event(body_of(error))
 
 
-async def whole(request: Request, generation: Closable, answer: Awaitable[Chunk]) -> Response:
+async def whole(
+    request: Request, generation: Closable, answer: Awaitable[Chunk], found: Callable[[], str | None] = lambda: None
+) -> Response:
     """The answer in one piece.
+
+    Args:
+        found: once the answer is there: what admission found of the session.
 
     Raises:
         PaceError: the request failed, or its client disconnected.
@@ -76,7 +81,9 @@ async def whole(request: Request, generation: Closable, answer: Awaitable[Chunk]
         await asyncio.wait({folded, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not folded.done():
             raise Aborted("the client disconnected")
-        return JSONResponse(folded.result())
+        session = found()
+        headers = {"X-PaceLLM-Session": session} if session is not None else {}
+        return JSONResponse(folded.result(), headers=headers)
     finally:
         for task in (folded, gone):
             task.cancel()

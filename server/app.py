@@ -41,7 +41,7 @@ def create_app(service: Service, keys: Keys | None = None) -> ASGIApp:
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["X-Request-ID", "X-Session-Status", "Retry-After", "x-should-retry"],
+            expose_headers=["X-Request-ID", "X-PaceLLM-Session", "Retry-After", "x-should-retry"],
         )
     return Edge(app, settings.allowed_hosts)
 

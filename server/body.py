@@ -14,6 +14,7 @@ from server.schema.base import SESSION_ID
 from server.service import Service
 
 _SMALL_BODY = 256 * 1024
+_USUAL_LIMIT = 64 * 2**20
 T = TypeVar("T")
 
 
@@ -24,32 +25,41 @@ async def parsed(request: Request, parse: Callable[[bytes], T]) -> tuple[bytes, 
         RequestError: too large, too slow, or not what ``parse`` wants.
     """
     service: Service = request.app.state.service
-    try:
-        async with asyncio.timeout(service.settings.body_seconds):
-            raw = await read_body(request, service.settings.max_body_bytes)
-    except TimeoutError:
-        raise BodyTimeout(f"the body did not come within {service.settings.body_seconds:g} s") from None
+    raw = bytes(await timed_body(request, service.settings.max_body_bytes))
     return raw, parse(raw) if len(raw) < _SMALL_BODY else await service.off_loop(parse, raw)
 
 
-async def read_body(request: Request, limit: int) -> bytes:
+async def timed_body(request: Request, limit: int) -> bytearray:
+    """The body, if it comes in time: ``body_seconds``, and as long again for each further 64 MiB that ``limit`` allows.
+
+    Raises:
+        BodyTooLarge: it is over ``limit`` bytes. BodyTimeout: it is too slow.
+    """
+    service: Service = request.app.state.service
+    seconds = service.settings.body_seconds * max(1, limit / _USUAL_LIMIT)
+    try:
+        async with asyncio.timeout(seconds):
+            return await read_body(request, limit)
+    except TimeoutError:
+        raise BodyTimeout(f"the body did not come within {seconds:g} s") from None
+
+
+async def read_body(request: Request, limit: int) -> bytearray:
     """The body, refused as soon as it is over the limit.
 
     Raises:
         BodyTooLarge: the declared or the real length is over ``limit`` bytes.
     """
     declared = request.headers.get("content-length", "")
-    parts, size = [], int(declared) if declared.isdigit() else 0
-    if size <= limit:
-        size = 0
+    data = bytearray()
+    if not declared.isdigit() or int(declared) <= limit:
         async for part in request.stream():
-            size += len(part)
-            if size > limit:
+            data += part
+            if len(data) > limit:
                 break
-            parts.append(part)
-    if size > limit:
-        raise BodyTooLarge(f"the body is over the limit of {limit:,} bytes")
-    return b"".join(parts)
+        else:
+            return data
+    raise BodyTooLarge(f"the body is over the limit of {limit:,} bytes")
 
 
 def session_of(request: Request, named: str | None) -> str | None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from pacellm.types import Delta, Event, Failed, Finished, TokenLogprob
+from pacellm.types import Admitted, ChoiceEnded, Delta, Event, Failed, Finished, FinishReason, TokenLogprob
 from server.progress import PromptProgress
 from server.schema.chat import ChatCompletionRequest
 from server.service import Generation, Service
@@ -34,7 +34,9 @@ class Chunks:
             "model": service.settings.model_name,
         }
         self._progress = PromptProgress(generation, service)
-        self._has_role = False
+        self._several = generation.request.n > 1
+        self.found: str | None = None  # what admission found of the session
+        self._has_role: set[int] = set()  # choices that have begun
 
     async def __call__(self, timeout: float | None = None) -> AsyncIterator[Chunk | None]:
         """Every chunk in order; None after ``timeout`` seconds of silence.
@@ -51,8 +53,12 @@ class Chunks:
                     yield None
                 case dict():
                     yield {**self._head, "choices": [], "prompt_progress": event}
+                case Admitted():
+                    self.found = self.found or event.session
                 case Delta():
                     yield self._delta(event)
+                case ChoiceEnded():
+                    yield self._end(event.index, event.reason, event.stop_reason)
                 case Finished():
                     for chunk in self._last(event):
                         yield chunk
@@ -61,19 +67,26 @@ class Chunks:
 
     def _delta(self, event: Delta) -> Chunk:
         delta: dict[str, Any] = {"content": event.text}
-        if not self._has_role:
-            self._has_role, delta = True, {"role": "assistant", **delta}
-        return {**self._head, "choices": [self._choice(delta, None, event.logprobs)]}
+        if event.index not in self._has_role:
+            self._has_role.add(event.index)
+            delta = {"role": "assistant", **delta}
+        return {**self._head, "choices": [self._choice(event.index, delta, None, event.logprobs)]}
+
+    def _end(self, index: int, reason: FinishReason, stop_reason: str | int | None) -> Chunk:
+        delta = {} if index in self._has_role else {"role": "assistant", "content": ""}
+        choice = self._choice(index, delta, reason.value, ())
+        if stop_reason is not None:
+            choice["stop_reason"] = stop_reason
+        return {**self._head, "choices": [choice]}
 
     def _last(self, event: Finished) -> list[Chunk]:
-        delta = {} if self._has_role else {"role": "assistant", "content": ""}
-        choice = self._choice(delta, event.reason.value, ())
-        if event.stop_reason is not None:
-            choice["stop_reason"] = event.stop_reason
+        ends = [] if self._several else self._end(0, event.reason, event.stop_reason)["choices"]
         session = self._generation.request.session
         pace = {
             "session_id": session[1] if session is not None else None,
             "session": event.session,
+            "note": event.note,
+            "cached_tokens": event.usage.cached_tokens,
             "replayed_tokens": event.usage.replayed_tokens,
             "bank": dataclasses.asdict(event.bank) if event.bank is not None else None,
             "timings": {
@@ -89,14 +102,16 @@ class Chunks:
             "prompt_tokens_details": {"cached_tokens": event.usage.cached_tokens},
         }
         return [
-            {**self._head, "choices": [choice], "pacellm": pace},
+            {**self._head, "choices": ends, "pacellm": pace},
             {**self._head, "choices": [], "usage": usage},
         ]
 
-    def _choice(self, delta: dict[str, Any], reason: str | None, logprobs: tuple[TokenLogprob, ...]) -> dict[str, Any]:
+    def _choice(
+        self, index: int, delta: dict[str, Any], reason: str | None, logprobs: tuple[TokenLogprob, ...]
+    ) -> dict[str, Any]:
         content = [self._logprob(item) for item in logprobs]
         shown = {"content": content, "refusal": None} if content else None
-        return {"index": 0, "delta": delta, "logprobs": shown, "finish_reason": reason}
+        return {"index": index, "delta": delta, "logprobs": shown, "finish_reason": reason}
 
     def _logprob(self, item: TokenLogprob) -> dict[str, Any]:
         return {
@@ -112,18 +127,25 @@ class Chunks:
 async def fold(chunks: AsyncIterator[Chunk | None]) -> Chunk:
     """The non-streamed answer: the same chunks, added up."""
     answer: Chunk = {}
-    text: list[str] = []
-    logprobs: list[Any] = []
+    choices: dict[int, Chunk] = {}
     async for chunk in chunks:
         if chunk is None:
             continue
         answer = {**answer, **{name: value for name, value in chunk.items() if name not in ("choices", "object")}}
-        for choice in chunk["choices"]:
-            text.append(choice["delta"].get("content", ""))
-            logprobs += (choice["logprobs"] or {}).get("content", [])
-            final = choice
+        for part in chunk["choices"]:
+            _add(choices.setdefault(part["index"], {"text": [], "logprobs": []}), part)
     answer.pop("prompt_progress", None)
-    message = {"role": "assistant", "content": "".join(text), "refusal": None}
-    choice = {key: value for key, value in final.items() if key != "delta"}
-    choice["logprobs"] = {"content": logprobs, "refusal": None} if logprobs else None
-    return {**answer, "object": "chat.completion", "choices": [{**choice, "message": message}]}
+    return {**answer, "object": "chat.completion", "choices": [_folded(choices[index]) for index in sorted(choices)]}
+
+
+def _add(choice: Chunk, part: Chunk) -> None:
+    choice["text"].append(part["delta"].get("content", ""))
+    choice["logprobs"] += (part["logprobs"] or {}).get("content", [])
+    choice["last"] = part
+
+
+def _folded(choice: Chunk) -> Chunk:
+    message = {"role": "assistant", "content": "".join(choice["text"]), "refusal": None}
+    logprobs = {"content": choice["logprobs"], "refusal": None} if choice["logprobs"] else None
+    last = {name: value for name, value in choice["last"].items() if name != "delta"}
+    return {**last, "logprobs": logprobs, "message": message}

@@ -79,7 +79,7 @@ class _EngineCollector(Collector):
         yield self._gauge(
             "sessions_resident", "Sessions whose KV and banks are on the device.", engine.sessions.num_resident
         )
-        yield self._gauge("session_bytes", "Bytes of KV and banks that sessions hold.", engine.sessions.resident_bytes)
+        yield from self._tiers()
         yield self._gauge("session_log_bytes", "Bytes of session logs.", engine.sessions.log_bytes)
         yield self._counter("session_evictions", "Idle sessions dropped from the device.", engine.sessions.evictions)
         yield self._counter("sessions_lost", "Sessions whose log was dropped.", engine.sessions.losses)
@@ -97,6 +97,34 @@ class _EngineCollector(Collector):
             success.add_metric([self._model, reason], stats.finished[reason])
         yield success
         yield from self._banks()
+
+    def _tiers(self) -> Iterator[Metric]:
+        engine = self._thread.engine
+        store, moves, progress = engine.sessions, engine.mover.stats, engine.scheduler.progress
+        refused = moves.refused + engine.mover.openings.num_refused
+        by_tier = Counter(session.tier for session in store)
+        sessions = GaugeMetricFamily("pacellm_sessions_by_tier", "Sessions by tier.", labels=["model_name", "tier"])
+        for tier in ("device", "host", "disk", "log"):
+            sessions.add_metric([self._model, tier], by_tier[tier])
+        yield sessions
+        held = GaugeMetricFamily(
+            "pacellm_session_bytes", "Bytes that sessions hold.", labels=["model_name", "tier", "kind"]
+        )
+        held.add_metric([self._model, "device", "kv"], store.kv_bytes)
+        held.add_metric([self._model, "device", "bank"], store.bank_bytes)
+        held.add_metric([self._model, "host", "all"], engine.mover.host_bytes)
+        yield held
+        yield self._counter("session_spills", "Sessions moved off the device.", moves.spills)
+        yield self._counter("session_spilled_bytes", "Bytes moved off the device.", moves.spilled_bytes)
+        yield self._counter("session_spill_seconds", "Seconds spent moving them.", moves.spill_seconds)
+        yield self._counter("session_restores", "Sessions brought back from host memory or disk.", moves.restores)
+        yield self._counter("session_restored_bytes", "Bytes brought back.", moves.restored_bytes)
+        yield self._counter("session_restore_seconds", "Seconds spent bringing them back.", moves.restore_seconds)
+        yield self._counter("session_move_failures", "Moves that failed.", moves.failures)
+        yield self._counter("session_files_refused", "Session files refused as damaged or foreign.", refused)
+        yield self._gauge("progress_entries", "Kept prefill states, idle cache.", len(progress))
+        yield self._counter("progress_hits", "Requests that went on from one.", progress.hits)
+        yield self._counter("progress_hit_tokens", "Tokens that this saved.", progress.hit_tokens)
 
     def _banks(self) -> Iterator[Metric]:
         stats, layers = self._thread.engine.stats, self._thread.engine.config.pa_layers or ()

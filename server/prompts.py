@@ -9,11 +9,14 @@ from pacellm.tokenizer import ChatTokenizer
 from server.schema.chat import ChatCompletionRequest
 
 
-def chat_prompt(tokenizer: ChatTokenizer, body: ChatCompletionRequest, limit: int | None) -> list[int]:
+def chat_prompt(
+    tokenizer: ChatTokenizer, body: ChatCompletionRequest, limit: int | None, scope: str | None = None
+) -> list[int]:
     """Ids of a conversation.
 
     Args:
         limit: the model's context; a prompt that is longer for certain is refused before tokenising.
+        scope: whose texts these are, as tenant and session; long pieces are remembered within it.
 
     Raises:
         RequestError: the template refuses it, or it is too long.
@@ -27,7 +30,7 @@ def chat_prompt(tokenizer: ChatTokenizer, body: ChatCompletionRequest, limit: in
         continue_final_message=body.continue_final_message,
         variables=body.chat_template_kwargs,
     )
-    return tokenizer.encode(rendered, limit=None if body.truncate_prompt_tokens is not None else limit)
+    return tokenizer.encode(rendered, limit=None if body.truncate_prompt_tokens is not None else limit, scope=scope)
 
 
 def check_text(text: str, param: str) -> None:

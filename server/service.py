@@ -8,8 +8,10 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from pacellm.engine.engine import Engine
+from pacellm.engine.session_ops import Operation
 from pacellm.engine.thread import EngineThread
 from pacellm.errors import (
     Aborted,
@@ -117,6 +119,14 @@ class Service:
         """Run slow work in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
+    async def operate(self, operation: Operation) -> Any:
+        """Run a session operation in the engine thread.
+
+        Raises:
+            PaceError: it is refused.
+        """
+        return await asyncio.wrap_future(self.thread.call(operation))
+
     async def submit_chat(self, body: ChatCompletionRequest, caller: Caller, session_id: str | None) -> Generation:
         """Render, tokenise, check and queue a chat request.
 
@@ -125,8 +135,10 @@ class Service:
         """
         self.check_options(body, session_id)
         sampling = body.sampling()
-        prompt = await self.off_loop(chat_prompt, self.tokenizer, body, self.engine.config.max_model_len)
-        return await self.submit(self.request("chatcmpl", body, prompt, sampling, caller, session_id), caller)
+        scope = None if session_id is None else f"{caller.tenant}/{session_id}"
+        prompt = await self.off_loop(chat_prompt, self.tokenizer, body, self.engine.config.max_model_len, scope)
+        request = self.request("chatcmpl", body, prompt, sampling, caller, session_id, body.n or 1)
+        return await self.submit(request, caller)
 
     def check_options(self, body: SamplingFields, session_id: str | None) -> None:
         """Refuse what this server does not do, before any work.
@@ -151,6 +163,7 @@ class Service:
         sampling: SamplingParams,
         caller: Caller,
         session_id: str | None,
+        n: int = 1,
     ) -> GenerationRequest:
         """The engine's request; its id begins with ``kind``."""
         return GenerationRequest(
@@ -158,6 +171,8 @@ class Service:
             prompt=prompt if body.truncate_prompt_tokens is None else prompt[-body.truncate_prompt_tokens :],
             sampling=sampling,
             session=None if session_id is None else (caller.tenant, session_id),
+            tenant=caller.tenant,
+            n=n,
             pa=body.pacellm.pa or "on",
             commit=body.pacellm.commit,
             priority=body.priority,

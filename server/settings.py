@@ -16,6 +16,8 @@ class Settings:
         keep_alive_seconds: longest silence of a stream before a comment is sent.
         progress_seconds: how often a queued stream that asked for progress is told its place.
         heartbeat_limit: seconds without an engine heartbeat before /health fails.
+        max_snapshot_bytes: larger session snapshots are neither made nor taken.
+        allow_unsigned_snapshots: take session snapshots that another server signed, or nobody.
         header_wait: seconds that a stream's headers wait for admission, to say what it found.
         request_timeout: seconds from arrival to the end of an answer, None for no deadline.
         max_requests_per_key: requests that one tenant may have queued or running, None for no limit.
@@ -36,3 +38,5 @@ class Settings:
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     admin_port: int | None = None
+    max_snapshot_bytes: int = 2**30
+    allow_unsigned_snapshots: bool = False

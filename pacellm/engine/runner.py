@@ -41,7 +41,11 @@ class Runner:
         self._keys = slab([shape[0] for shape in model.kv_shapes], slots, model.dtype, model.device)
         self._values = slab([shape[1] for shape in model.kv_shapes], slots, model.dtype, model.device)
 
-    @torch.inference_mode()
+    @property
+    def slabs(self) -> list[Tensor]:
+        """KV memory: the keys of all layers, then the values; each [heads, slots, size]."""
+        return [*self._keys, *self._values]
+
     def run(self, step: Step) -> tuple[Tensor, list[Sequence]]:
         """One forward pass.
 
@@ -52,26 +56,38 @@ class Runner:
             StepFailed: names the sequence where it can.
         """
         packed = batch.build(step, self.pool, self.pa.segment, self.model.device)
+        logits = self.forward(step, packed, packed.wanted)[: len(packed.sampled)]
+        return logits, packed.sampled
+
+    @torch.inference_mode()
+    def forward(self, step: Step, packed: batch.Batch, rows: Tensor) -> Tensor:
+        """Logits [R, V], in float32 or wider, of R ``rows`` of a packed step.
+
+        Raises:
+            StepFailed: names the sequence where it can.
+        """
         context = StepContext(packed.chunks, self._keys, self._values, self.pa)
         try:
             self._copy(step.copies)
             with step_context(context):
                 output = self.model.module(
-                    input_ids=packed.ids,
-                    position_ids=packed.positions,
-                    use_cache=False,
-                    logits_to_keep=packed.wanted,
+                    input_ids=packed.ids, position_ids=packed.positions, use_cache=False, logits_to_keep=rows
                 )
         except Exception as error:
             raise StepFailed(f"{type(error).__name__}: {error}", _blame(step, packed, context)) from error
-        logits = output.logits[0, : len(packed.sampled)]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)), packed.sampled
+        logits = output.logits[0]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def scrub(self, table: KVTable) -> None:
         """Zero a failed sequence's KV, so that no non-finite number stays behind in a masked slot."""
         for run in table.runs():
             for slabs in (*self._keys, *self._values):
                 slabs[:, run.slot : run.slot + run.length] = 0
+
+    @torch.inference_mode()
+    def copy(self, copies: list[Copy]) -> None:
+        """Copy KV between slots now."""
+        self._copy(copies)
 
     def _copy(self, copies: list[Copy]) -> None:
         for copy in copies:

@@ -14,11 +14,15 @@ from __future__ import annotations
 import time
 from array import array
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from pacellm.config import EngineConfig
 from pacellm.engine.kv import BLOCK, BlockAllocator, KVTable, OutOfBlocks, blocks_for
-from pacellm.engine.sequence import Sequence, Status, Turn, common_prefix
+from pacellm.engine.mover import Mover
+from pacellm.engine.prefix import Entry, PrefixCache
+from pacellm.engine.sequence import Lineage, Sequence, Status, Turn, common_prefix
 from pacellm.engine.sessions import Session, SessionStore
 from pacellm.errors import ContextLengthExceeded, RequestError
 from pacellm.memory.pool import BankPool
@@ -54,6 +58,29 @@ class Step:
         return sum(item.count for item in self.work)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How a waiting sequence begins.
+
+    Attributes:
+        lineage: what its first token is fed on.
+        work: turns to feed; ``index`` numbers the first among the turns since the lineage's beginning, and ``cursor``
+            tokens of it are in place.
+        position: tokens of KV in place, in ``blocks``.
+        row: banks to go on from, None for the origin's or empty ones.
+        entry: the kept progress that is used.
+    """
+
+    lineage: Lineage
+    work: list[Turn]
+    index: int
+    cursor: int
+    position: int
+    blocks: list[int]
+    row: int | None
+    entry: Entry | None
+
+
 class Scheduler:
     """Queues, admission, memory and preemption.
 
@@ -68,9 +95,13 @@ class Scheduler:
         self.config, self.allocator, self.sessions, self.pool = config, allocator, sessions, pool
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
+        self.finishing: list[Sequence] = []  # complete, but their commit is not yet on disk
+        self.mover: Mover | None = None
         self.admitted: list[Sequence] = []  # since the last step
         self.preemptions = 0
+        self.copy_now: Callable[[list[Copy]], None] = lambda copies: None
         self._copies: list[Copy] = []
+        self.progress = PrefixCache(allocator, pool, segment=config.bank.segment, max_seqs=config.max_num_seqs)
 
     # -- requests come and go ------------------------------------------------------------------------------
 
@@ -98,38 +129,67 @@ class Scheduler:
             )
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a checked request, behind those of its priority and those of its own session."""
+        """Queue a checked request, behind those of its priority, those of its own session and the choices of running
+        requests, which hold on to their memory until their choices end."""
         self._enqueue(sequence, len(self.waiting))
 
     def _enqueue(self, sequence: Sequence, place: int) -> None:
         own = sequence.request
         while place:
-            before = self.waiting[place - 1].request
-            if before.priority <= own.priority or (own.session is not None and before.session == own.session):
+            other = self.waiting[place - 1]
+            before = other.request
+            is_own = own.session is not None and before.session == own.session
+            if other.is_branch or is_own or before.priority <= own.priority:
                 break
             place -= 1
         self.waiting.insert(place, sequence)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Take a request out wherever it is and free what it holds; its session stays as it was."""
+    def remove(self, sequence: Sequence, *, keep: bool = False) -> None:
+        """Take a request out wherever it is and free what it holds; its session stays as it was. With ``keep`` its
+        prefill progress stays as idle cache."""
         if sequence in self.running:
             self.running.remove(sequence)
+            if keep:
+                self.progress.take_over(sequence)
             self._close_session(sequence)
+        elif sequence in self.finishing:
+            self.finishing.remove(sequence)
+            self._close_session(sequence, failed=True)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+            if not sequence.is_branch:
+                self._unwant(sequence)
         self._free(sequence)
         sequence.status = Status.ENDED
 
+    def keep(self, sequence: Sequence) -> None:
+        """A prompt chunk was fed: its state may serve others, or the same request sent again."""
+        self.progress.keep(sequence, self.seats)
+
+    def hold(self, sequence: Sequence) -> None:
+        """A request is complete, but something else must end before its session may take over."""
+        self.running.remove(sequence)
+        self.finishing.append(sequence)
+
     def finish(self, sequence: Sequence) -> None:
         """A request is complete: its session takes over the working copy, or it is freed."""
-        self.running.remove(sequence)
-        session = self._session(sequence)
-        if session is not None and sequence.request.commit:
+        (self.finishing if sequence in self.finishing else self.running).remove(sequence)
+        session = sequence.session
+        if session is not None and sequence.request.commit and not session.deleted:
             sequence.session_status = self.sessions.commit(session, sequence)
+            self.progress.forget_session(session.key, made=False)
         self._close_session(sequence)
         self._free(sequence)
         sequence.status = Status.ENDED
         self.sessions.trim()
+        self._free_working_rows()
+
+    def _free_working_rows(self) -> None:
+        """Kept progress never takes the rows that running requests may need."""
+        working = self.seats
+        while self.pool is not None and self.pool.num_free < self.config.max_num_seqs - working:
+            if not self.progress.evict_one():
+                return
 
     # -- the next step -------------------------------------------------------------------------------------
 
@@ -166,80 +226,187 @@ class Scheduler:
 
     def _admit(self) -> None:
         for sequence in list(self.waiting):
-            if len(self.running) >= self.config.max_num_seqs:
+            if self.seats + sequence.request.n > self.config.max_num_seqs:
                 return
             session = self._session(sequence)
-            if session is not None and (session.busy or self._is_behind(sequence)):
+            if sequence.is_branch:
+                if not self._try_admit(sequence, session):
+                    return
                 continue
+            if sequence.request.session is not None and self._is_behind(sequence):
+                continue
+            if session is not None and (session.busy or session.moving):
+                continue
+            if self.mover is not None:
+                if not self.mover.openings.is_open(sequence):
+                    continue
+                is_stored = session is not None and self.mover.stored_tokens(session) is not None
+                if session is not None and is_stored and not self._has_own_progress(sequence, session):
+                    match self._bring_back(sequence, session):
+                        case "coming":
+                            continue
+                        case "later":
+                            return
             if not self._try_admit(sequence, session):
                 return
+
+    @property
+    def seats(self) -> int:
+        """Working rows that are used or promised: those of choices that go on after the prompt are."""
+        promised = sum(sequence.num_branches for sequence in self.running)
+        return len(self.running) + len(self.finishing) + promised
+
+    def branch(self, parent: Sequence, sequence: Sequence) -> bool:
+        """Let a choice go on from a copy of its parent's state at the prompt's end. False where there is no room: it is
+        queued, first in line, and gets there by feeding the prompt as its parent did."""
+        parent.num_branches -= 1
+        if self.has_room(1) and self._make_row(sequence):
+            turn = parent.turn
+            own = Turn(turn.start, turn.prompt_end, turn.ids[: parent.cursor], turn.pa)
+            used = blocks_for(parent.position)
+            sequence.lineage, sequence.cached = parent.lineage, parent.cached
+            sequence.table = self._new_table(parent.table.blocks, parent.position, used - parent.position // BLOCK)
+            self.copy_now(self._copies)
+            self._copies = []
+            self._new_banks(sequence, parent.row, None)
+            sequence.begin([own], time.monotonic(), index=parent.index)
+            sequence.advance(parent.cursor)
+            self.running.append(sequence)
+            return True
+        self.waiting.appendleft(sequence)
+        return False
 
     def _is_behind(self, sequence: Sequence) -> bool:
         """An earlier request of the same session is still waiting."""
         for other in self.waiting:
             if other is sequence:
                 return False
-            if other.request.session == sequence.request.session:
+            if other.request.session == sequence.request.session and not other.is_branch:
                 return True
         return False
 
+    def _bring_back(self, sequence: Sequence, session: Session) -> Literal["coming", "later", "never"]:
+        """Start restoring a session's state; ``later`` where there is no room yet, ``never`` where none will come."""
+        assert self.mover is not None
+        tokens = self.mover.stored_tokens(session) or 0
+        own = self._own_turn(sequence, session)
+        blocks = blocks_for(tokens) + max(0, blocks_for(own.end) - own.start // BLOCK)
+        session.busy = True
+        has_room = blocks <= self.allocator.num_blocks and self._make_room(blocks) and self._make_row(sequence)
+        session.busy = False
+        if has_room:
+            # the worker may be given blocks at once that a copy of this step still reads
+            self.copy_now(self._copies)
+            self._copies = []
+            self.mover.restore(session)
+            return "coming"
+        if not self.running and not self.finishing and not self.mover.worker.num_open:
+            self.sessions.drop(session)  # nobody else gives way: its log brings it back
+            return "never"
+        return "later"
+
+    def _unwant(self, sequence: Sequence) -> None:
+        """A request that waited is gone; what was made for it alone goes too."""
+        session = self._session(sequence)
+        if session is not None and not session.busy:
+            session.wanted = False
+            self.sessions.close(session, keep=False)
+
     def _try_admit(self, sequence: Sequence, session: Session | None) -> bool:
         """Give a waiting sequence its working copy; False where there is no room yet."""
-        work = self._plan(sequence, session)
+        plan = self._plan(sequence, session)
+        work, shared = plan.work, plan.position // BLOCK
         resident = session is not None and session.is_resident
-        shared = work[-1].start // BLOCK if resident else 0
         needed = blocks_for(max(turn.end for turn in work)) - shared
+        was_busy = session is not None and session.busy  # by the request that this one is a choice of
         if session is not None:
             session.busy = True  # from here on its state is not evictable
-        if not self._make_room(needed + len(self.running)) or not self._make_row(sequence):
+        has_room = self._make_room(needed + len(self.running), keep=plan.entry)
+        if not has_room or not self._make_row(sequence, keep=plan.entry):
             if session is not None:
-                session.busy = False
-            if session is None or not resident or self.running:
+                session.busy = was_busy
+            # a choice may be in its own request's way: the first one waits for it
+            if self.running or self._is_moving() or (self.finishing and not sequence.is_branch):
+                return False
+            if plan.entry is not None:
+                self.progress.drop(plan.entry)  # what it saves is in the way
+                return self._try_admit(sequence, session)
+            if session is None or not resident:
                 return False
             # nobody else holds anything: its own old state is in the way, and its log brings that back
-            self.sessions.evict(session)
+            self.sessions.drop(session)
             return self._try_admit(sequence, session)
         if sequence.request.session is not None and session is None:
             session = self.sessions.open(sequence.request.session)
             session.busy = True
         elif session is not None:
-            self.sessions.open(session.key)
-        self._describe(sequence, session, work)
-        sequence.table = self._new_table(session, work[-1].start if resident else 0, needed)
-        self._new_banks(sequence, session if resident else None, session)
-        sequence.begin(work, time.monotonic())
+            self.sessions.touch(session)
+            session.wanted = False
+        self._describe(sequence, session, plan)
+        sequence.session = None if sequence.is_branch else session
+        sequence.table = self._new_table(plan.blocks, plan.position, needed)
+        self._new_banks(sequence, plan.row, session)
+        sequence.lineage = plan.lineage
+        sequence.begin(work, time.monotonic(), index=plan.index, cursor=plan.cursor)
+        if plan.entry is not None:
+            self.progress.use(plan.entry)
         self.waiting.remove(sequence)
         self.running.append(sequence)
-        self.admitted.append(sequence)
+        if not sequence.is_branch:
+            self.admitted.append(sequence)
         return True
 
-    def _plan(self, sequence: Sequence, session: Session | None) -> list[Turn]:
-        """The turns to feed: the log where the session's state is gone, and the request's own."""
+    def _plan(self, sequence: Sequence, session: Session | None) -> Plan:
+        """What to feed, and on which state: the session's, kept progress, or none with the log before."""
+        lineage = _lineage(sequence, session)
+        log = session.log if session is not None else []
+        own = self._own_turn(sequence, session)
+        turns = [*log, own]
+        entry = self.progress.find(lineage, turns)
+        is_best = entry is None or entry.index < len(log)
+        if session is not None and session.is_resident and session.table is not None and is_best:
+            return Plan(lineage, [own], len(log), 0, own.start, session.table.blocks, session.row, None)
+        if entry is None:
+            return Plan(lineage, turns, 0, 0, 0, [], None, None)
+        cursor = len(entry.ids)
+        return Plan(
+            lineage, turns[entry.index :], entry.index, cursor, entry.position, entry.table.blocks, entry.row, entry
+        )
+
+    def _own_turn(self, sequence: Sequence, session: Session | None) -> Turn:
         start = 0
         if session is not None:
             start = min(common_prefix(sequence.prompt, session.context), len(sequence.prompt) - 1)
         ids = sequence.prompt[start:] + array("i", sequence.generated)
-        own = Turn(start, len(sequence.prompt), ids, sequence.request.pa if self.pool is not None else "off")
-        if session is None or session.is_resident:
-            return [own]
-        return [*session.log, own]
+        return Turn(start, len(sequence.prompt), ids, sequence.request.pa if self.pool is not None else "off")
 
-    def _describe(self, sequence: Sequence, session: Session | None, work: list[Turn]) -> None:
-        sequence.replayed = sum(len(turn.ids) for turn in work[:-1])
-        sequence.cached = 0 if sequence.replayed else work[-1].start
+    def _has_own_progress(self, sequence: Sequence, session: Session) -> bool:
+        """Kept progress makes the session's own state unnecessary."""
+        entry = self._plan(sequence, session).entry
+        return entry is not None and entry.index == len(session.log)
+
+    def _describe(self, sequence: Sequence, session: Session | None, plan: Plan) -> None:
+        is_replayed = len(plan.work) > 1
+        sequence.replayed = sum(len(turn.ids) for turn in plan.work[:-1]) - (plan.cursor if is_replayed else 0)
+        sequence.cached = 0 if is_replayed else plan.position
+        if session is not None and session.note is not None:
+            sequence.note = session.note
         if session is None:
             sequence.session_status = "none"
         elif sequence.replayed:
             sequence.session_status = "replayed"
+        elif session.found is not None:
+            sequence.session_status, session.found = session.found, None
+        elif session.status == "lost":
+            sequence.session_status = "lost"
         elif session.commits:
             sequence.session_status = "resident"
         else:
             sequence.session_status = session.status
 
-    def _new_table(self, session: Session | None, start: int, needed: int) -> KVTable:
-        """A table that shares the session's full blocks before ``start`` and owns the rest."""
+    def _new_table(self, source: list[int], start: int, needed: int) -> KVTable:
+        """A table that shares the full blocks before ``start`` and owns the rest."""
         kept = start // BLOCK
-        source = session.table.blocks if session is not None and session.table is not None else []
         table = KVTable(list(source[:kept]))
         self.allocator.share(table.blocks)
         table.extend(self.allocator.allocate(needed, table.blocks[-1] if table.blocks else None))
@@ -247,11 +414,11 @@ class Scheduler:
             self._copies.append(Copy(source[kept] * BLOCK, table.blocks[kept] * BLOCK, start % BLOCK))
         return table
 
-    def _new_banks(self, sequence: Sequence, resident: Session | None, session: Session | None) -> None:
+    def _new_banks(self, sequence: Sequence, source: int | None, session: Session | None) -> None:
         if self.pool is None:
             return
-        sequence.row = self.pool.check_out(resident.row if resident is not None else None)
-        if resident is None and session is not None and session.origin is not None:
+        sequence.row = self.pool.check_out(source)
+        if source is None and session is not None and session.origin is not None:
             for layer, bank in self.pool.banks(sequence.row).items():
                 bank.copy_(session.origin[layer])
         sequence.counters_before = self.pool.counters(sequence.row)
@@ -262,8 +429,12 @@ class Scheduler:
             try:
                 sequence.table.extend(self.allocator.allocate(1, sequence.table.blocks[-1]))
             except OutOfBlocks:
-                if self.sessions.evict_one():
+                if self.progress.evict_one():
                     continue
+                if not self.sessions.leaving()[0] and self.sessions.evict_one():
+                    continue
+                if self.sessions.leaving()[0]:
+                    return False  # its turn comes when the worker has freed them; the others go on
                 victim = self._least_urgent(step)
                 self.preempt(victim)
                 if victim is sequence:
@@ -285,21 +456,32 @@ class Scheduler:
         self.waiting.appendleft(sequence)
         self.preemptions += 1
 
-    def _make_room(self, blocks: int) -> bool:
+    def _make_room(self, blocks: int, keep: Entry | None = None) -> bool:
         if self.allocator.num_free >= blocks:
             return True
         # a lone request may use the last block
         needed = blocks if self.running else min(blocks, self.allocator.num_blocks)
-        if self.allocator.num_free + self.sessions.idle_blocks() < needed:
+        others = [entry.table for entry in self.progress if entry is not keep]
+        if self.allocator.num_free + self.sessions.idle_blocks(others) < needed:
             return False
-        while self.allocator.num_free < needed and self.sessions.evict_one():
+        for entry in self.progress:
+            if self.allocator.num_free < needed and entry is not keep:
+                self.progress.drop(entry)
+        while self.allocator.num_free + self.sessions.leaving()[0] < needed and self.sessions.evict_one():
             pass
         return self.allocator.num_free >= needed
 
-    def _make_row(self, sequence: Sequence) -> bool:
+    def has_room(self, blocks: int) -> bool:
+        """``blocks`` are free beside one for every running sequence, or have been made so."""
+        return self._make_room(blocks + len(self.running))
+
+    def _make_row(self, sequence: Sequence, keep: Entry | None = None) -> bool:
         if self.pool is None:
             return True
-        while not self.pool.num_free and self.sessions.evict_one(needs_row=True):
+        for entry in self.progress:
+            if not self.pool.num_free and entry is not keep:
+                self.progress.drop(entry)
+        while not self.pool.num_free + self.sessions.leaving()[1] and self.sessions.evict_one(needs_row=True):
             pass
         return self.pool.num_free > 0
 
@@ -313,10 +495,24 @@ class Scheduler:
     def _session(self, sequence: Sequence) -> Session | None:
         return None if sequence.request.session is None else self.sessions.get(sequence.request.session)
 
-    def _close_session(self, sequence: Sequence) -> None:
-        session = self._session(sequence)
+    def _close_session(self, sequence: Sequence, *, failed: bool = False) -> None:
+        session = sequence.session
+        sequence.session = None
         if session is not None:
-            self.sessions.close(session, keep=sequence.request.commit and sequence.finish_reason is not None)
+            ended = sequence.request.commit and sequence.finish_reason is not None and not failed
+            self.sessions.close(session, keep=ended)
+
+    def _is_moving(self) -> bool:
+        return self.mover is not None and self.mover.worker.num_open > 0
+
+
+def _lineage(sequence: Sequence, session: Session | None) -> Lineage:
+    key = sequence.request.session
+    if key is None:
+        return sequence.request.tenant, None, 0
+    if session is None or not (session.log or session.origin):
+        return key[0], None, 0  # an empty session is where everybody begins
+    return key[0], key, session.generation
 
 
 def _members(step: Step) -> list[Sequence]:

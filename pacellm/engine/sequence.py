@@ -7,12 +7,20 @@ import time
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pacellm.engine.kv import KVTable
 from pacellm.model.context import Piece
 from pacellm.types import FinishReason, GenerationRequest, PAMode, SessionStatus
+
+if TYPE_CHECKING:
+    from pacellm.engine.sessions import Session
+
+
+Lineage = tuple[str, tuple[str, str] | None, int]
+"""What a request's first token is fed on: (tenant, session or None, the session's generation)."""
 
 
 @dataclass
@@ -58,7 +66,7 @@ class Status(enum.Enum):
     ENDED = enum.auto()
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """A request on its way through the engine.
 
@@ -67,8 +75,14 @@ class Sequence:
         prompt: its ids as an array.
         generated: sampled ids, the last of which has not been fed.
         work: turns still to feed: those of the log that must be replayed, then the request's own.
+        index: number of ``work[0]`` among the turns since the lineage's beginning.
         cursor: tokens of ``work[0]`` fed so far.
         table, row: the working copy: KV blocks and bank row.
+        is_branch: a further choice of another request: it commits nothing and shares that one's session.
+        num_branches: choices that will go on from this one's prompt.
+        claimed: the session directory was asked about its session.
+        note: what was refused on the way to its session's state.
+        session: the one it works on, while it runs.
         cached, replayed: prompt tokens not computed again; tokens of the log that are.
     """
 
@@ -79,9 +93,12 @@ class Sequence:
     status: Status = Status.WAITING
     generated: list[int] = field(default_factory=list)
     work: list[Turn] = field(default_factory=list)
+    index: int = 0
     cursor: int = 0
+    lineage: Lineage | None = None
     table: KVTable = field(default_factory=KVTable)
     row: int | None = None
+    session: Session | None = None
     session_status: SessionStatus = "none"
     cached: int = 0
     replayed: int = 0
@@ -90,6 +107,10 @@ class Sequence:
     counters_before: dict[int, list[int]] = field(default_factory=dict)
     admitted_at: float | None = None
     first_token_at: float | None = None
+    is_branch: bool = False
+    num_branches: int = 0
+    claimed: bool = False
+    note: str | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
@@ -118,10 +139,10 @@ class Sequence:
         """One known token is left, and it was sampled."""
         return self.pending == 1 and bool(self.generated)
 
-    def begin(self, work: list[Turn], now: float) -> None:
-        """Start, or start again after a preemption, with ``work`` to feed."""
-        self.work, self.cursor = work, 0
-        self.total_work, self.done_work = sum(len(turn.ids) for turn in work), 0
+    def begin(self, work: list[Turn], now: float, *, index: int = 0, cursor: int = 0) -> None:
+        """Start, or start again after a preemption, with ``work`` to feed from ``cursor`` on."""
+        self.work, self.index, self.cursor = work, index, cursor
+        self.total_work, self.done_work = sum(len(turn.ids) for turn in work) - cursor, 0
         self.status = Status.RUNNING
         if self.admitted_at is None:
             self.admitted_at = now
@@ -132,6 +153,7 @@ class Sequence:
         self.done_work += count
         if self.cursor == len(self.turn.ids) and len(self.work) > 1:
             self.work.pop(0)
+            self.index += 1
             self.cursor = 0
         return self.pending == 0
 

@@ -1,28 +1,34 @@
 """Sessions: a log each, and the KV and banks that are caches of it.
 
 A session *is* its log of turns. KV blocks and the bank row can be dropped at any time while no request works on
-them, and are rebuilt by feeding the log again with its recorded cuts. Idle state goes least recently used
-first, under a byte budget; logs have a budget of their own, and a session whose log went is ``lost``.
+them, and are rebuilt by feeding the log again with its recorded cuts. Idle state gives way under byte budgets,
+one for KV and one for banks: that of the tenant that holds most, least recently used first. Where there are tiers
+below, the mover takes it there; logs have a budget of their own, and a session whose log went is ``lost``.
 """
 
 from __future__ import annotations
 
 import time
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from pacellm.engine.kv import BlockAllocator, KVTable
 from pacellm.engine.sequence import Sequence, Turn
 from pacellm.memory.pool import BankPool
 from pacellm.memory.state import BankState
+from pacellm.memory.tiers import HostState
 from pacellm.types import SessionStatus
 
 Key = tuple[str, str]
+Tier = Literal["device", "host", "disk", "log"]
 _TOMBSTONES = 65536
+_STUBS = 65536
 
 
-@dataclass
+@dataclass(eq=False)
 class Session:
     """One session.
 
@@ -30,11 +36,18 @@ class Session:
         key: (tenant, id).
         log: turns since creation or the last fold.
         context: the ids that its KV stands for.
-        table: its committed KV, None where dropped.
-        row: its committed bank row, None where dropped or never used.
+        table, row: its committed KV blocks and bank row, None where dropped or never used.
         origin: host copies of its banks at the last fold, by layer.
-        busy: a running request works on it.
-        status: what the next request finds.
+        host: KV and banks in host memory.
+        stub: the log is on disk only. ``num_tokens`` is the context's length then.
+        saved: generation whose log is on disk. ``stored``: tokens of this generation's KV and banks on disk.
+        generation: commits, resets and imports in its life; ``epoch``: how often it changed servers.
+        busy: a running request works on it. ``moving``: the worker does. ``loading``: ``table`` is not filled yet.
+        wanted: brought back for a request that has not begun.
+        status: what the next request finds. ``found``: where its state came from, until a request has said so.
+        note: what was refused on the way, until a request has said so.
+        kept: created by itself, so it stays without a commit.
+        banks: per layer, fill and reads so far, as of the last commit.
     """
 
     key: Key
@@ -43,21 +56,58 @@ class Session:
     table: KVTable | None = None
     row: int | None = None
     origin: dict[int, BankState] | None = None
+    host: HostState | None = None
+    stub: bool = False
+    num_tokens: int = 0
+    saved: int | None = None
+    stored: int | None = None
+    generation: int = 0
+    epoch: int = 1
     busy: bool = False
+    moving: bool = False
+    loading: bool = False
+    wanted: bool = False
+    deleted: bool = False
+    kept: bool = False
+    foreign: bool = False
     status: SessionStatus = "new"
+    found: SessionStatus | None = None
+    note: str | None = None
     commits: int = 0
+    folds: int = 0
+    ttl: float | None = None
     created: float = field(default_factory=time.time)
     last_used: float = field(default_factory=time.time)
+    banks: dict[int, dict[str, int]] = field(default_factory=dict)
 
     @property
     def is_resident(self) -> bool:
         """KV, and banks if it has any, are in place."""
-        return self.table is not None
+        return self.table is not None and not self.loading
 
     @property
     def log_tokens(self) -> int:
         """Tokens fed since creation or the last fold."""
         return sum(len(turn.ids) for turn in self.log)
+
+    @property
+    def log_bytes(self) -> int:
+        """Bytes of the log in memory."""
+        return sum(turn.ids.itemsize * len(turn.ids) for turn in self.log)
+
+    @property
+    def tier(self) -> Tier:
+        """The highest tier that has its state; ``log`` where only a replay brings it back."""
+        if self.is_resident:
+            return "device"
+        if self.host is not None:
+            return "host"
+        return "disk" if self.stub or self.stored is not None else "log"
+
+    @property
+    def expires(self) -> float | None:
+        """When it goes unless it is used before; None where it has no such time."""
+        return None if self.ttl is None else self.last_used + self.ttl
 
 
 class SessionStore:
@@ -66,9 +116,11 @@ class SessionStore:
     Args:
         allocator, pool: where KV blocks and bank rows come from; pool is None without PA.
         block_bytes: KV bytes of one block over all layers.
-        memory: bytes of idle KV and banks to keep.
+        memory: bytes of idle KV to keep.
+        max_rows: bank rows that idle sessions may hold.
         log_memory: bytes of logs to keep.
         fold_after: log tokens after which a log is folded.
+        ttl: seconds that a session lives unused, where it has no time of its own.
     """
 
     def __init__(
@@ -78,30 +130,53 @@ class SessionStore:
         *,
         block_bytes: int,
         memory: int,
+        max_rows: int,
         log_memory: int,
         fold_after: int,
+        ttl: float | None = None,
     ) -> None:
         self._allocator, self._pool = allocator, pool
-        self._block_bytes, self._memory = block_bytes, memory
-        self._log_memory, self._fold_after = log_memory, fold_after
+        self._block_bytes, self._memory, self._max_rows = block_bytes, memory, max_rows
+        self._log_memory, self.fold_after = log_memory, fold_after
+        self.ttl = ttl
         self._sessions: OrderedDict[Key, Session] = OrderedDict()  # least recently used first
+        self._holding: dict[int, Session] = {}  # by id: those with a table, deleted ones that still move included
         self._lost: OrderedDict[Key, None] = OrderedDict()
         self._log_bytes = 0
+        self._next_expiry = 0.0
+        # the tiers below take an idle session's state, or its log, and say whether they did
+        self.spill: Callable[[Session], bool] = lambda session: False
+        self.spill_log: Callable[[Session], bool] = lambda session: False
+        self.forgotten: Callable[[Session], None] = lambda session: None
         self.evictions = 0
         self.losses = 0
 
     def __len__(self) -> int:
         return len(self._sessions)
 
+    def __iter__(self) -> Iterator[Session]:
+        return iter(list(self._sessions.values()))
+
     @property
     def num_resident(self) -> int:
         """Sessions whose KV is in place."""
-        return sum(session.is_resident for session in self._sessions.values())
+        return sum(session.is_resident for session in list(self._holding.values()))
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of KV that sessions hold, apart from running requests' working copies; shared blocks count once."""
+        blocks = {block for session in list(self._holding.values()) if session.table for block in session.table.blocks}
+        return len(blocks) * self._block_bytes
+
+    @property
+    def bank_bytes(self) -> int:
+        """Bytes of banks that sessions hold on the device."""
+        return len(self.rows()) * (self._pool.bytes_per_row if self._pool is not None else 0)
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of KV and banks that sessions hold, apart from running requests' working copies."""
-        return sum(self._bytes(session) for session in self._sessions.values())
+        """Bytes of KV and banks that sessions hold on the device."""
+        return self.kv_bytes + self.bank_bytes
 
     @property
     def log_bytes(self) -> int:
@@ -109,28 +184,52 @@ class SessionStore:
         return self._log_bytes
 
     def get(self, key: Key) -> Session | None:
-        """The session, or None."""
+        """A session that exists, or None."""
         return self._sessions.get(key)
+
+    def of(self, tenant: str) -> list[Session]:
+        """A tenant's sessions, most recently used first."""
+        return [session for key, session in reversed(self._sessions.items()) if key[0] == tenant]
 
     def open(self, key: Key) -> Session:
         """The session of a request that is being admitted, created where there is none."""
         session = self._sessions.get(key)
         if session is None:
-            session = self._sessions[key] = Session(key)
+            session = self._sessions[key] = Session(key, ttl=self.ttl)
             if key in self._lost:
                 del self._lost[key]
                 session.status = "lost"
-        session.last_used = time.time()
-        self._sessions.move_to_end(key)
+        self.touch(session)
         return session
+
+    def touch(self, session: Session) -> None:
+        """It is the one used last."""
+        session.last_used = time.time()
+        self._sessions.move_to_end(session.key)
+
+    def add(self, session: Session) -> None:
+        """A session that was made elsewhere: forked, imported or found on disk."""
+        self._sessions[session.key] = session
+        self._lost.pop(session.key, None)
+        self._log_bytes += session.log_bytes
+        if session.table is not None:
+            self._holding[id(session)] = session
 
     def close(self, session: Session, *, keep: bool) -> None:
         """The request on it has ended; ``keep`` is False where nothing was ever committed."""
         session.busy = False
-        if not keep and not session.commits and self._sessions.get(session.key) is session:
+        if session.deleted:
+            self.drop(session)
+        if not keep and not session.commits and not session.kept and self._sessions.get(session.key) is session:
+            if session.stub or session.moving:
+                return
             if session.status == "lost":
                 self._lost[session.key] = None
             del self._sessions[session.key]
+
+    def will_fold(self, session: Session, turn: Turn) -> bool:
+        """Committing ``turn`` makes the log longer than it may be."""
+        return session.log_tokens + len(turn.ids) > self.fold_after
 
     def commit(self, session: Session, sequence: Sequence) -> SessionStatus:
         """Take over a finished request's working copy as the session's state.
@@ -139,92 +238,215 @@ class SessionStore:
             The request's session status, ``folded`` where the log was folded now.
         """
         turn = sequence.fed()
-        self._drop_state(session)
-        session.table, sequence.table = sequence.table, KVTable()
-        session.row, sequence.row = sequence.row, None
+        folds = self.will_fold(session, turn)
+        self.drop(session)
+        self.put(session, sequence.table, sequence.row)
+        sequence.table, sequence.row = KVTable(), None
         if self._pool is not None and session.row is not None:
             self._pool.settle(session.row)
         del session.context[turn.start :]
         session.context.extend(turn.ids)
         session.log.append(turn)
         session.commits += 1
-        session.last_used = time.time()
+        session.generation += 1
+        session.status, session.found, session.note = "new", None, None
+        self.touch(session)
         self._log_bytes += turn.ids.itemsize * len(turn.ids)
-        if session.log_tokens > self._fold_after:
+        if folds:
             self._fold(session)
             return "folded"
         return sequence.session_status
 
+    def put(self, session: Session, table: KVTable, row: int | None) -> None:
+        """The session holds this KV and row."""
+        session.table, session.row = table, row
+        self._holding[id(session)] = session
+
+    def reset(self, session: Session) -> None:
+        """Empty log, KV and banks."""
+        self.drop(session)
+        self._log_bytes -= session.log_bytes
+        session.log, session.context, session.origin = [], array("i"), None
+        session.stub, session.num_tokens, session.commits, session.banks = False, 0, 0, {}
+        session.status, session.kept = "new", True
+        session.generation += 1
+
+    def remove(self, session: Session, *, lost: bool = False) -> None:
+        """Take a session out; what the worker or a request still uses is freed when that ends."""
+        session.deleted = True
+        self._log_bytes -= session.log_bytes
+        if self._sessions.get(session.key) is session:
+            del self._sessions[session.key]
+        self.forgotten(session)
+        if not session.moving and not session.busy:
+            self.drop(session)
+        if lost:
+            self._lost[session.key] = None
+            self.losses += 1
+            while len(self._lost) > _TOMBSTONES:
+                self._lost.popitem(last=False)
+
+    def take_log_out(self, session: Session) -> None:
+        """The log is on disk: its memory is given back."""
+        self._log_bytes -= session.log_bytes
+        session.num_tokens, session.stub = len(session.context), True
+        session.log, session.context, session.origin = [], array("i"), None
+
+    def put_log_in(self, session: Session, log: list[Turn], origin: dict[int, BankState] | None) -> None:
+        """The log is back."""
+        session.log, session.context, session.origin, session.stub = log, context_of(log), origin, False
+        session.num_tokens = len(session.context)
+        self._log_bytes += session.log_bytes
+
+    # -- room ----------------------------------------------------------------------------------------------
+
     def trim(self) -> None:
-        """Drop idle state beyond the byte budgets, least recently used first."""
-        while self.resident_bytes > self._memory and self.evict_one():
+        """Move or drop idle state beyond the budgets."""
+        while self._over_memory() and self.evict_one():
             pass
+        while self._pool is not None and self._resting_rows() > self._max_rows and self.evict_one(needs_row=True):
+            pass
+        if self._log_bytes > self._log_memory:
+            self._trim_logs()
+        if len(self._sessions) > _STUBS:
+            self._trim_stubs()
+
+    def _over_memory(self) -> bool:
+        blocks = {
+            block
+            for session in self._holding.values()
+            if session.table is not None and not session.moving and not session.wanted
+            for block in session.table.blocks
+        }
+        return len(blocks) * self._block_bytes > self._memory
+
+    def _resting_rows(self) -> int:
+        return sum(session.row is not None and not session.moving for session in self._holding.values())
+
+    def _trim_logs(self) -> None:
+        over = self._log_bytes - self._log_memory
+        for session in list(self._sessions.values()):
+            if over <= 0:
+                return
+            if session.busy or session.moving or session.wanted or not session.log:
+                continue
+            over -= session.log_bytes
+            if not self.spill_log(session):
+                self.remove(session, lost=True)
+
+    def _trim_stubs(self) -> None:
         for key in list(self._sessions):
-            if self._log_bytes <= self._log_memory:
-                break
-            if not self._sessions[key].busy:
-                self._lose(self._sessions[key])
+            if len(self._sessions) <= _STUBS:
+                return
+            session = self._sessions[key]
+            if session.stub and not (session.moving or session.busy or session.wanted):
+                del self._sessions[key]  # the disk still knows it
+
+    @property
+    def may_expire(self) -> bool:
+        """It is time to look for expired sessions."""
+        return time.time() >= self._next_expiry
+
+    def expired(self) -> list[Session]:
+        """Sessions whose time has come, looked for once a second."""
+        now = time.time()
+        if now < self._next_expiry:
+            return []
+        self._next_expiry = now + 1.0
+        return [
+            session
+            for session in self._sessions.values()
+            if session.expires is not None and session.expires < now and not (session.busy or session.wanted)
+        ]
 
     def evict_one(self, *, needs_row: bool = False) -> bool:
-        """Drop the KV and banks of the idle session used longest ago. False where there is none."""
-        for session in self._sessions.values():
-            if session.is_resident and not session.busy and (session.row is not None or not needs_row):
-                self.evict(session)
-                return True
-        return False
+        """Move or drop the state of an idle session. False where there is none."""
+        session = self._victim(needs_row)
+        if session is None:
+            return False
+        self.evict(session)
+        return True
+
+    def _victim(self, needs_row: bool) -> Session | None:
+        """Of the tenant that holds most, the session used longest ago; those brought back for a request last."""
+        idle = [
+            session
+            for session in self._holding.values()
+            if not (session.busy or session.moving) and (session.row is not None or not needs_row)
+        ]
+        if not idle:
+            return None
+        held: Counter[str] = Counter()
+        for session in self._holding.values():
+            held[session.key[0]] += 1 if needs_row else len(session.table.blocks) if session.table is not None else 0
+        return min(idle, key=lambda session: (session.wanted, -held[session.key[0]], session.last_used))
 
     def evict(self, session: Session) -> None:
-        """Drop a session's KV and banks; its log stays."""
-        self._drop_state(session)
+        """Take a session's KV and banks off the device, into the tier below where there is one; its log stays."""
         self.evictions += 1
+        session.wanted = False
+        if not self.spill(session):
+            self.drop(session)
 
-    def idle_blocks(self) -> int:
-        """Blocks that evicting every idle session would free."""
-        held: dict[int, int] = {}
-        for session in self._sessions.values():
-            if session.table is not None and not session.busy:
-                for block in session.table.blocks:
-                    held[block] = held.get(block, 0) + 1
+    def idle_blocks(self, others: list[KVTable]) -> int:
+        """Blocks that evicting every idle session, and other idle tables, would free; those being moved included."""
+        held: Counter[int] = Counter()
+        for table in others:
+            held.update(table.blocks)
+        for session in self._holding.values():
+            if session.table is not None and not session.busy and not session.loading:
+                held.update(session.table.blocks)
         return sum(self._allocator.references(block) == count for block, count in held.items())
 
+    def leaving(self) -> tuple[int, int]:
+        """(blocks, rows) that sessions on their way down will free."""
+        moving = [s for s in self._holding.values() if s.moving and not s.loading and s.table is not None]
+        held: Counter[int] = Counter()
+        for session in moving:
+            held.update(session.table.blocks if session.table is not None else ())
+        blocks = sum(self._allocator.references(block) == count for block, count in held.items())
+        return blocks, sum(session.row is not None for session in moving)
+
     def tables(self) -> list[KVTable]:
-        """Every resident session's table."""
-        return [session.table for session in self._sessions.values() if session.table is not None]
+        """Every table that a session holds."""
+        return [session.table for session in list(self._holding.values()) if session.table is not None]
 
     def rows(self) -> list[int]:
-        """Every resident session's bank row."""
-        return [session.row for session in self._sessions.values() if session.row is not None]
+        """Every bank row that a session holds."""
+        return [session.row for session in list(self._holding.values()) if session.row is not None]
 
-    def _bytes(self, session: Session) -> int:
-        kv = len(session.table.blocks) * self._block_bytes if session.table is not None else 0
-        return kv + (self._pool.bytes_per_row if self._pool is not None and session.row is not None else 0)
+    def drop(self, session: Session) -> None:
+        """Let a session's KV and banks go from device and host, and forget what of them is on disk."""
+        self.release(session)
+        session.host, session.stored, session.wanted = None, None, False
 
-    def _drop_state(self, session: Session) -> None:
+    def release(self, session: Session) -> None:
+        """Give a session's blocks and row back."""
         if session.table is not None:
             self._allocator.release(session.table.blocks)
             session.table = None
         if session.row is not None and self._pool is not None:
             self._pool.release(session.row)
             session.row = None
+        session.loading = False
+        self._holding.pop(id(session), None)
 
     def _fold(self, session: Session) -> None:
         """The banks become the origin that the log starts from; the context is forgotten."""
         if session.row is not None and self._pool is not None:
-            session.origin = {
-                layer: BankState(*(tensor.detach().cpu().clone() for tensor in bank))
-                for layer, bank in self._pool.banks(session.row).items()
-            }
-        self._log_bytes -= sum(turn.ids.itemsize * len(turn.ids) for turn in session.log)
+            session.origin = self._pool.copy_out(session.row)
+        self._log_bytes -= session.log_bytes
         session.log, session.context = [], array("i")
+        session.folds += 1
         if session.table is not None:
             self._allocator.release(session.table.blocks)
             session.table = KVTable()
 
-    def _lose(self, session: Session) -> None:
-        self._drop_state(session)
-        self._log_bytes -= sum(turn.ids.itemsize * len(turn.ids) for turn in session.log)
-        del self._sessions[session.key]
-        self._lost[session.key] = None
-        self.losses += 1
-        while len(self._lost) > _TOMBSTONES:
-            self._lost.popitem(last=False)
+
+def context_of(log: list[Turn]) -> array[int]:
+    """The ids that a log's KV stands for."""
+    context: array[int] = array("i")
+    for turn in log:
+        del context[turn.start :]
+        context.extend(turn.ids)
+    return context

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pacellm.engine.sequence import Sequence
 from pacellm.memory.pool import BankPool
 from pacellm.memory.state import COUNTERS
-from pacellm.types import BankReads
+from pacellm.types import BankReads, LayerReads
 
 
 @dataclass
@@ -42,13 +42,17 @@ def bank_reads(pool: BankPool | None, sequence: Sequence, stats: EngineStats) ->
     if pool is None or sequence.row is None or sequence.turn.pa == "off":
         return None
     totals: Counter[str] = Counter()
+    layers: dict[int, LayerReads] = {}
+    filled = pool.filled(sequence.row)
     for layer, counters in pool.counters(sequence.row).items():
         before = sequence.counters_before[layer]
         done = {name: now - then for name, now, then in zip(COUNTERS, counters, before, strict=True)}
         stats.bank.setdefault(layer, Counter()).update(done)
         totals.update(done)
+        layers[layer] = LayerReads(**done, filled=filled[layer])
     stats.effective_rank = pool.effective_ranks(sequence.row)
     stats.slot_age = pool.slot_ages(sequence.row)
-    stats.filled = pool.filled(sequence.row)
+    stats.filled = filled
     ranks = list(stats.effective_rank.values())
-    return BankReads(**totals, filled=sum(stats.filled.values()), effective_rank=sum(ranks) / len(ranks))
+    rank = sum(ranks) / len(ranks)
+    return BankReads(**totals, filled=sum(filled.values()), effective_rank=rank, layers=layers)

@@ -12,8 +12,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
 
 from pacellm.engine.engine import Engine
+from pacellm.engine.session_ops import Operation
 from pacellm.errors import Aborted, Draining, EngineDead, Overloaded, PaceError
 from pacellm.types import Admitted, Event, Failed, Finished, GenerationRequest
 
@@ -32,7 +35,8 @@ class EngineThread:
 
     def __init__(self, engine: Engine, deliver: Deliver) -> None:
         self.engine, self._deliver = engine, deliver
-        self._inbox: deque[GenerationRequest | str] = deque()  # a string is the id of a request to abort
+        # a string is the id of a request to abort, a pair a session operation
+        self._inbox: deque[GenerationRequest | str | tuple[Operation, Future[Any]]] = deque()
         self._wake = threading.Condition()
         self._queued: dict[str, GenerationRequest] = {}  # in order of arrival, not yet admitted
         self._submitted: set[str] = set()
@@ -40,6 +44,8 @@ class EngineThread:
         self._draining = False
         self._error: BaseException | None = None
         self.heartbeat = time.monotonic()
+        self._is_saving = False
+        engine.worker.on_done = self._nudge
         self._thread = threading.Thread(target=self._main, name="pacellm-engine", daemon=True)
 
     def start(self) -> None:
@@ -115,6 +121,24 @@ class EngineThread:
                 self._inbox.append(request_id)
                 self._wake.notify()
 
+    def call(self, operation: Operation) -> Future[Any]:
+        """Run a session operation between steps, as often as it asks for.
+
+        Raises:
+            EngineDead: the loop has ended.
+        """
+        future: Future[Any] = Future()
+        with self._wake:
+            if not self.is_alive or self._stopping:
+                raise EngineDead("the engine has stopped; restart the server")
+            self._inbox.append((operation, future))
+            self._wake.notify()
+        return future
+
+    def _nudge(self) -> None:
+        with self._wake:
+            self._wake.notify()
+
     def drain(self) -> None:
         """Take no new requests; those submitted run to their end."""
         with self._wake:
@@ -122,12 +146,15 @@ class EngineThread:
             self._wake.notify()
 
     def stop(self, timeout: float = 30.0) -> None:
-        """End the loop after its current step; whatever is unfinished fails with Draining."""
+        """End the loop after its current step; whatever is unfinished fails with Draining. Then sessions are written
+        out, which takes the time it takes; ``timeout`` seconds are for the step."""
         with self._wake:
             self._draining = self._stopping = True
             self._wake.notify()
         if self._thread.is_alive():
             self._thread.join(timeout)
+            if self._is_saving:
+                self._thread.join()
 
     # -- the engine thread ---------------------------------------------------------------------------------
 
@@ -136,22 +163,31 @@ class EngineThread:
         try:
             while not self._stopping:
                 self._take_inbox()
-                if self.engine.has_work:
+                if self.engine.has_work or self.engine.has_news or self.engine.has_expired:
                     self._emit(self.engine.step())
         except BaseException as failure:
             logger.critical("the engine loop ended", exc_info=failure)
             self._error, error = failure, EngineDead(f"the engine failed: {failure}")
         finally:
             self._end_all(error)
+            self._is_saving = True
+            try:
+                self.engine.close()
+            except Exception:
+                logger.exception("sessions could not be written")
+            self._is_saving = False
 
     def _take_inbox(self) -> None:
         with self._wake:
-            if not self._inbox and not self.engine.has_work and not self._stopping:
+            if not (self._inbox or self.engine.has_work or self.engine.has_news or self._stopping):
                 self._wake.wait(_IDLE_BEAT)
             self.heartbeat = time.monotonic()
             items = list(self._inbox)
             self._inbox.clear()
         for item in items:
+            if isinstance(item, tuple):
+                self.engine.ops.submit(*item)
+                continue
             if isinstance(item, str):
                 if self.engine.abort(item):
                     self._emit([(item, Failed(Aborted("the request was cancelled")))])
@@ -179,7 +215,11 @@ class EngineThread:
         """Nobody is left waiting in silence."""
         with self._wake:
             left = list(self._submitted)
+            calls = [item for item in self._inbox if isinstance(item, tuple)]
             self._inbox.clear()
         for request_id in left:
             self.engine.abort(request_id)
+        for operation, future in calls:
+            self.engine.ops.submit(operation, future)
+        self.engine.ops.end(error)
         self._emit([(request_id, Failed(error)) for request_id in left])

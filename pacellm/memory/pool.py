@@ -15,6 +15,7 @@ from pacellm.config import PAConfig
 from pacellm.errors import EngineError
 from pacellm.memory.bank import effective_rank
 from pacellm.memory.state import COUNTERS, BankState, Stage, new_stage
+from pacellm.memory.tiers import copy_banks
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,27 @@ class BankPool:
     def check_out(self, source: int | None = None) -> int:
         """A working row with a stage: a copy of row ``source``, or empty banks."""
         if not self._free or not self._free_stages:
-            raise EngineError("no free bank row; raise session_memory or lower max_num_seqs")
+            raise EngineError("no free bank row; raise pa_memory or lower max_num_seqs")
         row, stage = self._free.pop(), self._free_stages.pop()
         self._stage_of[row] = stage
         for layer, bank in self._views[row].items():
             self._stages[stage][layer].clear()
+            if source is None:
+                bank.clear()
+            else:
+                bank.copy_(self._views[source][layer])
+        return row
+
+    def take(self, source: int | None = None) -> int:
+        """A row without a stage, for a session at rest: a copy of row ``source``, or empty banks.
+
+        Raises:
+            EngineError: there is none.
+        """
+        if not self._free:
+            raise EngineError("no free bank row; raise pa_memory or lower max_num_seqs")
+        row = self._free.pop()
+        for layer, bank in self._views[row].items():
             if source is None:
                 bank.clear()
             else:
@@ -97,6 +114,10 @@ class BankPool:
     def banks(self, row: int) -> dict[int, BankState]:
         """The row's bank of each patched layer; changing the tensors changes the row."""
         return self._views[row]
+
+    def copy_out(self, row: int) -> dict[int, BankState]:
+        """Copies of a row's banks in host memory."""
+        return copy_banks(self._views[row])
 
     def stages(self, row: int) -> dict[int, Stage]:
         """The stages of a working row."""

@@ -44,7 +44,6 @@ Metadata = Annotated[
 
 # Accepted where the value means "as usual"; anything else would change the result and is refused.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -60,6 +59,7 @@ class ChatCompletionRequest(SamplingFields):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
     response_format: ResponseFormat | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
@@ -72,7 +72,6 @@ class ChatCompletionRequest(SamplingFields):
     prompt_cache_key: Annotated[str, Field(max_length=512)] | None = None
     parallel_tool_calls: bool | None = None
     # accepted only with their neutral value
-    n: Any = None
     tools: Any = None
     tool_choice: Any = None
     functions: Any = None

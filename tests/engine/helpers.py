@@ -26,7 +26,7 @@ def prompt(length, seed=0, vocabulary=97):
 def request(name, ids, sampling=GREEDY, session=None, **changes):
     """A request, in the session of that name if one is given."""
     key = None if session is None else ("tenant", session)
-    return GenerationRequest(name, ids, sampling, session=key, **changes)
+    return GenerationRequest(name, ids, sampling, session=key, tenant="tenant", **changes)
 
 
 def tokens(events):
@@ -54,6 +54,7 @@ def banks(engine, session):
         (layer, name): tensor.clone()
         for layer, bank in engine.pool.banks(found.row).items()
         for name, tensor in zip(bank._fields, bank, strict=True)
+        if name != "counters"
     }
 
 

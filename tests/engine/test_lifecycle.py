@@ -64,6 +64,8 @@ def test_abort_returns_everything_and_leaves_the_session_as_it_was(model, moment
         steps_until(engine, lambda e: len(e.scheduler.running[0].generated) > 3)
     assert engine.abort("victim")
     assert not engine.abort("victim")
+    assert len(engine.scheduler.progress) == (0 if moment == "waiting" else 1 if moment == "prefill" else 5)
+    engine.scheduler.progress.clear()
     assert (engine.allocator.num_free, engine.pool.num_free) == (free_blocks, free_rows)
     assert_nothing_held(engine)
     assert_same_banks(banks(engine, "s"), before)
@@ -98,6 +100,21 @@ def test_a_failure_inside_a_step_fails_one_request(model, monkeypatch):
     assert "out of memory" in str(events["bad"][-1].error)
     assert tokens(events["good"]) == wanted
     assert_nothing_held(engine)
+
+
+def test_a_failure_leaves_the_kv_that_a_session_shares(model, monkeypatch):
+    kept, engine = new_engine(model), new_engine(model)
+    for e in (kept, engine):
+        run(e, request("1", LONG, session="s"))
+    from pacellm.engine import engine as module
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "sample", lambda *_: 1 / 0)
+        assert isinstance(run(engine, request("2", LONG + SHORT, session="s"))["2"][-1], Failed)
+    found = [run(e, request("3", LONG + SHORT, session="s"))["3"] for e in (kept, engine)]
+    assert finish(found[1]).session == "resident"
+    assert tokens(found[0]) == tokens(found[1])
+    assert_same_banks(banks(engine, "s"), banks(kept, "s"))
 
 
 def test_logits_that_are_not_finite_fail_one_request_and_stay_behind_nowhere(model):

@@ -73,6 +73,23 @@ def test_sessions_belong_to_the_tenant_not_to_the_key(guarded):
         found("some-other-key")
 
 
+def test_session_routes_know_the_tenant(guarded):
+    ask(guarded, ALICE, extra_body={"session_id": "theirs"})
+    http = guarded.http
+    assert http.get("/v1/sessions").status_code == 401
+    assert http.delete("/v1/sessions").status_code == 401
+    listed = {key: [item["id"] for item in http.get("/v1/sessions", headers=bearer(key)).json()["data"]]
+              for key in (ALICE, ALICE_NEW, BOB)}  # fmt: skip
+    assert "theirs" in listed[ALICE]
+    assert listed[ALICE_NEW] == listed[ALICE]
+    assert "theirs" not in listed[BOB]
+    for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/reset"), ("POST", "/fork"), ("GET", "/snapshot")):
+        answer = http.request(method, f"/v1/sessions/theirs{path}", headers=bearer(BOB))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "session_not_found")
+    http.delete("/v1/sessions", headers=bearer(BOB))
+    assert http.get("/v1/sessions/theirs", headers=bearer(ALICE_NEW)).status_code == 200
+
+
 def test_a_key_has_its_limit(guarded):
     body = {"messages": HI, "max_tokens": 20_000, "ignore_eos": True, "stream": True}
     with guarded.http.stream("POST", "/v1/chat/completions", json=body, headers=bearer(ALICE)) as response:

@@ -124,7 +124,7 @@ def test_a_queued_stream_is_told_its_place_and_priority_goes_first():
             return thread
 
         threads = [ask("first", max_tokens=700, ignore_eos=True)]
-        while not live.engine.scheduler.running:
+        while not live.engine.scheduler.running or live.service.thread.num_queued:
             time.sleep(0.01)
         for name, priority in (("usual", 0), ("late", 5), ("urgent", -5)):
             queued = live.service.thread.num_queued

@@ -1,0 +1,205 @@
+"""Sessions to named tensors and back: what a log file, a state file and a snapshot hold, checked when read."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pacellm.engine.sequence import Turn
+from pacellm.engine.sessions import Session
+from pacellm.errors import SnapshotRefused
+from pacellm.memory.snapshot import bank_tensors, take_banks
+from pacellm.memory.tiers import Banks, HostState, Span, cut
+from pacellm.types import PAMode
+
+_MODES: tuple[PAMode, ...] = ("on", "off", "read_only")
+
+
+class Records:
+    """Reads and writes sessions of one model and config.
+
+    Args:
+        fingerprint: of the model, the banks' config, the layout and the tokenizer.
+        vocab_size: ids of a log are below it.
+        slabs: KV memory, for shapes and dtypes.
+        like: one row of banks, for the same; {} without PA.
+        max_tokens: longest context.
+    """
+
+    def __init__(self, fingerprint: str, *, vocab_size: int, slabs: list[Tensor], like: Banks, max_tokens: int) -> None:
+        self.fingerprint = fingerprint
+        self._vocab_size, self._slabs, self.like, self._max_tokens = vocab_size, slabs, like, max_tokens
+
+    def metadata(self, session: Session, generation: int | None = None) -> dict[str, str]:
+        """What a file of this session says beside its tensors."""
+        return {
+            "fingerprint": self.fingerprint,
+            "generation": str(session.generation if generation is None else generation),
+            "tokens": str(len(session.context)),
+            "commits": str(session.commits),
+            "folds": str(session.folds),
+            "banks": json.dumps(session.banks),
+            **({"keep_foreign": "1"} if session.foreign else {}),
+        }
+
+    # -- logs ----------------------------------------------------------------------------------------------
+
+    def log_tensors(self, log: list[Turn], origin: Banks | None) -> dict[str, Tensor]:
+        """A log as tensors: ``turns`` [T, 4] int64 (start, prompt end, tokens, mode), ``ids`` [N] int32, ``origin``."""
+        turns = [[turn.start, turn.prompt_end, len(turn.ids), _MODES.index(turn.pa)] for turn in log]
+        ids = np.concatenate([np.asarray(turn.ids, dtype=np.int32) for turn in log] or [np.empty(0, np.int32)])
+        return {
+            "turns": torch.tensor(turns, dtype=torch.int64).reshape(-1, 4),
+            "ids": torch.from_numpy(ids),
+            **bank_tensors("origin", origin or {}),
+        }
+
+    def take_log(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[list[Turn], Banks | None]:
+        """The log and origin, checked; taken out of ``tensors``.
+
+        Raises:
+            SnapshotRefused: of another model or config, or no log.
+        """
+        self.check_fingerprint(metadata)
+        turns, ids = tensors.pop("turns", None), tensors.pop("ids", None)
+        if turns is None or turns.dtype != torch.int64 or turns.ndim != 2 or turns.shape[1] != 4:
+            raise SnapshotRefused("snapshot has no log")
+        if ids is None or ids.dtype != torch.int32 or ids.ndim != 1:
+            raise SnapshotRefused("snapshot has no ids")
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:
+            raise SnapshotRefused("snapshot's log has ids outside the vocabulary")
+        log: list[Turn] = []
+        length, offset, numbers = 0, 0, ids.numpy()
+        for start, prompt_end, count, mode in turns.tolist():
+            if not (0 <= start <= length and start < prompt_end <= start + count <= self._max_tokens):
+                raise SnapshotRefused("snapshot's log contradicts itself")
+            if not 0 <= mode < len(_MODES) or offset + count > len(numbers):
+                raise SnapshotRefused("snapshot's log contradicts itself")
+            log.append(Turn(start, prompt_end, array("i", numbers[offset : offset + count].tobytes()), _MODES[mode]))
+            length, offset = start + count, offset + count
+        if offset != len(numbers):
+            raise SnapshotRefused("snapshot's log contradicts itself")
+        return log, take_banks("origin", tensors, self.like) or None
+
+    def check_fingerprint(self, metadata: dict[str, str]) -> None:
+        """Refuse the files of another model or config.
+
+        Raises:
+            SnapshotRefused: its fingerprint is another.
+        """
+        if metadata.get("fingerprint") != self.fingerprint:
+            raise SnapshotRefused(
+                f"snapshot belongs to another model, PA config, layout or tokenizer (fingerprint "
+                f"{metadata.get('fingerprint', '')[:12]}, here {self.fingerprint[:12]})"
+            )
+
+    def take_facts(self, session: Session, metadata: dict[str, str]) -> None:
+        """Put what a file says about a session into it."""
+        try:
+            session.commits, session.folds = int(metadata["commits"]), int(metadata["folds"])
+            found = json.loads(metadata["banks"])
+            session.banks = {int(layer): {str(k): int(v) for k, v in facts.items()} for layer, facts in found.items()}
+        except (KeyError, ValueError, TypeError, AttributeError):
+            raise SnapshotRefused("snapshot's metadata is malformed") from None
+
+    # -- states --------------------------------------------------------------------------------------------
+
+    def kv_tensors(self, slabs: list[Tensor], spans: list[Span], tokens: int) -> dict[str, Tensor]:
+        """KV as views that need no copy: ``kv.SLAB.HEAD.START`` [tokens, size]."""
+        return {
+            f"kv.{number}.{head}.{span.start}": slab[head, span.slot : span.slot + span.length]
+            for number, slab in enumerate(slabs)
+            for head in range(slab.shape[0])
+            for span in cut(spans, tokens)
+        }
+
+    def bank_tensors(self, banks: Banks) -> dict[str, Tensor]:
+        """Banks as tensors."""
+        return bank_tensors("bank", banks)
+
+    def host_tensors(self, state: HostState) -> dict[str, Tensor]:
+        """A state in host memory as tensors."""
+        return {**self.kv_tensors(state.kv, [Span(0, 0, state.tokens)], state.tokens), **self.bank_tensors(state.banks)}
+
+    def fill(
+        self, tensors: dict[str, Tensor], metadata: dict[str, str], generation: int, tokens: int, spans: list[Span],
+        banks: Banks,
+    ) -> None:  # fmt: skip
+        """Put a state file into the slabs' spans and into ``banks``.
+
+        Raises:
+            SnapshotRefused: of another model, config or generation, or with parts missing; nothing was written.
+        """
+        self.check_fingerprint(metadata)
+        if metadata.get("generation") != str(generation) or metadata.get("tokens") != str(tokens):
+            raise SnapshotRefused("snapshot is of another generation of the session")
+        found = take_banks("bank", tensors, self.like)
+        if bool(found) != bool(banks):
+            raise SnapshotRefused("snapshot has no banks")
+        self.check_kv(tensors, tokens, is_trusted=True)
+        self.place(tensors, tokens, spans, found, banks)
+
+    def place(self, kv: dict[str, Tensor], tokens: int, spans: list[Span], found: Banks, banks: Banks) -> None:
+        """Put checked KV into the slabs' spans and banks into ``banks``."""
+        with torch.inference_mode():
+            for name, tensor in kv.items():
+                number, head, start = (int(part) for part in name.removeprefix("kv.").split("."))
+                _place(tensor, start, self._slabs[number][head], cut(spans, tokens))
+            for layer, bank in banks.items():
+                bank.copy_(found[layer])
+        if self._slabs[0].is_cuda:
+            torch.cuda.current_stream().synchronize()
+
+    def check_kv(self, tensors: dict[str, Tensor], tokens: int, *, is_trusted: bool = False) -> None:
+        """Whether tensors are the KV of ``tokens`` tokens of this model. Whether every number is finite is asked where
+        this server has not written them itself.
+
+        Raises:
+            SnapshotRefused: they are not.
+        """
+        covered = [[0] * slab.shape[0] for slab in self._slabs]
+        for name, tensor in tensors.items():
+            try:
+                number, head, start = (int(part) for part in name.removeprefix("kv.").split("."))
+                slab = self._slabs[number]
+                known = 0 <= head < slab.shape[0] and 0 <= start == covered[number][head]
+            except (ValueError, IndexError):
+                raise SnapshotRefused(f"snapshot has an entry {name[:40]!r}") from None
+            right = tensor.ndim == 2 and tensor.shape[1] == slab.shape[2] and tensor.dtype == slab.dtype
+            if not known or not right or start + tensor.shape[0] > tokens:
+                raise SnapshotRefused(f"snapshot's {name[:40]} does not fit this model")
+            if not is_trusted and tensor.shape[0] and not torch.isfinite(tensor).all():
+                raise SnapshotRefused(f"snapshot's {name[:40]} has numbers that are not finite")
+            covered[number][head] += tensor.shape[0]
+        if any(length != tokens for heads in covered for length in heads):
+            raise SnapshotRefused("snapshot's KV is not whole")
+
+    # -- for clients ---------------------------------------------------------------------------------------
+
+    def about(self, session: Session) -> dict[str, Any]:
+        """What a list of sessions shows without opening its files."""
+        return {
+            "tokens": len(session.context) or session.num_tokens,
+            "created": session.created,
+            "last_used": session.last_used,
+            "ttl": session.ttl,
+            "commits": session.commits,
+            "kept": session.kept,
+            "stored": session.stored,
+            "saved": session.saved,
+            "banks": session.banks,
+        }
+
+
+def _place(tensor: Tensor, start: int, target: Tensor, spans: list[Span]) -> None:
+    """Positions ``start`` on of one head, [tokens, size], into the spans' slots of ``target``."""
+    for span in spans:
+        first, last = max(span.start, start), min(span.start + span.length, start + tensor.shape[0])
+        if first < last:
+            slot = span.slot + first - span.start
+            target[slot : slot + last - first] = tensor[first - start : last - start]

@@ -1,0 +1,134 @@
+"""Sessions as things of their own: list, show, create, delete, reset, fork, snapshot."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from pacellm.errors import RequestError
+from server.auth import tenant_of
+from server.body import timed_body
+from server.service import Service
+
+router = APIRouter(prefix="/v1/sessions")
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,256}")
+_MAX_BODY = 64 * 1024
+_MAX_TTL = 10 * 365 * 86400
+
+
+@router.get("")
+async def list_sessions(request: Request) -> dict[str, Any]:
+    """The caller's sessions: metadata only, most recently used first."""
+    service: Service = request.app.state.service
+    found = await service.operate(service.engine.ops.list(tenant_of(request)))
+    return {"object": "list", "data": found}
+
+
+@router.post("")
+async def create_session(request: Request) -> Response:
+    """An empty session, so that it has a time to live or is there before its first request."""
+    service: Service = request.app.state.service
+    name, ttl = await _named(request)
+    made = await service.operate(service.engine.ops.create((tenant_of(request), name), ttl))
+    return JSONResponse(made, status_code=201)
+
+
+@router.delete("")
+async def delete_sessions(request: Request) -> dict[str, Any]:
+    """Erase all of the caller's sessions and everything else that is kept of its requests."""
+    service: Service = request.app.state.service
+    service.tokenizer.forget(f"{tenant_of(request)}/", below=True)
+    count = await service.operate(service.engine.ops.delete_all(tenant_of(request)))
+    return {"object": "list.deleted", "deleted": count}
+
+
+@router.get("/{name}")
+async def show_session(request: Request, name: str) -> dict[str, Any]:
+    """One session's metadata."""
+    service: Service = request.app.state.service
+    return await service.operate(service.engine.ops.show(_key(request, name)))
+
+
+@router.delete("/{name}")
+async def delete_session(request: Request, name: str) -> dict[str, Any]:
+    """Delete a session; requests that use it end with an error."""
+    service: Service = request.app.state.service
+    service.tokenizer.forget("/".join(_key(request, name)))
+    return await service.operate(service.engine.ops.delete(_key(request, name)))
+
+
+@router.post("/{name}/reset")
+async def reset_session(request: Request, name: str) -> dict[str, Any]:
+    """Empty a session."""
+    service: Service = request.app.state.service
+    return await service.operate(service.engine.ops.reset(_key(request, name)))
+
+
+@router.post("/{name}/fork")
+async def fork_session(request: Request, name: str) -> Response:
+    """A second session that goes on from this one's last commit."""
+    service: Service = request.app.state.service
+    target, ttl = await _named(request)
+    fork = service.engine.ops.fork(_key(request, name), (tenant_of(request), target), ttl)
+    return JSONResponse(await service.operate(fork), status_code=201)
+
+
+@router.get("/{name}/snapshot")
+async def get_snapshot(request: Request, name: str, kv: bool = False) -> Response:
+    """The session as signed bytes: its log and banks, with ``?kv=true`` also its KV."""
+    service: Service = request.app.state.service
+    await service.off_loop(lambda: service.engine.records)  # hashes the weights when first asked
+    export = service.engine.snapshots.export(_key(request, name), kv=kv, limit=service.settings.max_snapshot_bytes)
+    data = await service.operate(export)
+    return Response(data, media_type="application/vnd.safetensors")
+
+
+@router.put("/{name}/snapshot")
+async def put_snapshot(request: Request, name: str) -> dict[str, Any]:
+    """Make a snapshot the session's state; what is refused changes nothing."""
+    service: Service = request.app.state.service
+    key = _key(request, name)
+    data = await timed_body(request, service.settings.max_snapshot_bytes)
+    checked = await service.off_loop(
+        lambda: service.engine.snapshots.check(data, trust_unsigned=service.settings.allow_unsigned_snapshots)
+    )
+    return await service.operate(service.engine.snapshots.put(key, checked, None))
+
+
+def _key(request: Request, name: str) -> tuple[str, str]:
+    if not _ID.fullmatch(name):
+        raise RequestError("a session id is 1 to 256 of A-Z a-z 0-9 . _ : -", param="session_id")
+    return tenant_of(request), name
+
+
+async def _named(request: Request) -> tuple[str, float | None]:
+    """``session_id`` (made up where it is missing) and ``ttl`` of a small JSON body, which may be empty.
+
+    Raises:
+        RequestError: names the field.
+    """
+    raw = await timed_body(request, _MAX_BODY)
+    try:
+        body = json.loads(raw) if raw.strip() else {}
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise RequestError("the body must be a JSON object", code="invalid_value")
+    for field in body:
+        if field not in ("session_id", "ttl"):
+            raise RequestError(f"{field[:80]} is not a parameter of this endpoint", param=field[:80],
+                               code="unsupported_parameter")  # fmt: skip
+    name, ttl = body.get("session_id"), body.get("ttl")
+    if name is None:
+        name = uuid.uuid4().hex
+    if not isinstance(name, str) or not _ID.fullmatch(name):
+        raise RequestError("session_id must be 1 to 256 of A-Z a-z 0-9 . _ : -", param="session_id",
+                           code="invalid_value")  # fmt: skip
+    if ttl is not None and (type(ttl) not in (int, float) or not 0 < ttl <= _MAX_TTL):
+        raise RequestError(f"ttl must be seconds above 0 and at most {_MAX_TTL}", param="ttl", code="invalid_value")
+    return name, ttl

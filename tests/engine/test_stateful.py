@@ -1,0 +1,185 @@
+"""Random histories of several sessions against an oracle that runs each alone and never evicts: the same bits."""
+
+import os
+import shutil
+import tempfile
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from pacellm.engine.engine import run_until_idle
+from pacellm.model.load import prepare
+from pacellm.types import Finished, SamplingParams
+from tests.engine.helpers import assert_nothing_held, assert_same_banks, banks, new_engine, prompt, request, tokens
+from tests.models import tiny
+
+NAMES = "abcd"
+MODEL = prepare(tiny("smollm3"))
+ANSWER = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+names = st.sampled_from(NAMES)
+
+
+class Oracle:
+    """One session, alone in an engine that never evicts."""
+
+    def __init__(self, asked=()):
+        self.engine, self.asked = new_engine(MODEL, check_integrity=False), []
+        for ids in asked:
+            self.ask(ids)
+
+    def ask(self, ids):
+        self.asked.append(ids)
+        self.engine.scheduler.progress.clear()
+        self.engine.add(request("x", ids, ANSWER, session="s"))
+        return tokens(run_until_idle(self.engine)["x"])
+
+
+class Sessions(RuleBasedStateMachine):
+    """The engine under test has room for two or three sessions, host memory for one, and a directory."""
+
+    def __init__(self):
+        super().__init__()
+        self.path = tempfile.mkdtemp(prefix="pacellm-sessions-")
+        self.oracles, self.history, self.number = {}, {}, 0
+        self.engine = None
+
+    @initialize(host=st.sampled_from([0, 300_000]), sync=st.booleans(), has_disk=st.booleans(), log=st.booleans())
+    def begin(self, host, sync, has_disk, log):
+        self.has_disk, self.sync = has_disk, sync and has_disk
+        disk = {"session_dir": self.path, "session_sync": self.sync} if has_disk else {}
+        if log and has_disk:
+            disk["session_log_memory"] = 3000
+        self.settings = {
+            "kv_cache_memory": 8 * 512 * MODEL.bytes_per_token, "session_memory": 4 * 512 * MODEL.bytes_per_token,
+            "session_host_memory": host, "max_num_batched_tokens": 150, "max_num_seqs": 3, **disk,
+        }  # fmt: skip
+        self.engine = new_engine(MODEL, **self.settings)
+
+    def _prompt(self, name, length, keep):
+        self.number += 1
+        history = self.history.get(name, [])
+        return [*history[: round(len(history) * keep)], *prompt(length, self.number)][-900:]
+
+    def _compare(self, name, ids, events):
+        end = events[-1]
+        assert isinstance(end, Finished), end
+        assert end.session != "lost"
+        oracle = self.oracles.setdefault(name, Oracle())
+        assert tokens(events) == oracle.ask(ids)
+        self.history[name] = ids + tokens(events)
+        session = self.engine.sessions.get(("tenant", name))
+        if session is not None and session.is_resident and not session.moving:
+            assert_same_banks(banks(self.engine, name), banks(oracle.engine, "s"))
+
+    @rule(chosen=st.lists(names, min_size=1, max_size=3, unique=True), length=st.integers(1, 300),
+          keep=st.sampled_from([1, 1, 1, 0.6, 0]))  # fmt: skip
+    def ask(self, chosen, length, keep):
+        asked = {name: self._prompt(name, length, keep) for name in chosen}
+        for name, ids in asked.items():
+            self.engine.add(request(name, ids, ANSWER, session=name))
+        events = run_until_idle(self.engine)
+        for name, ids in asked.items():
+            self._compare(name, ids, events[name])
+
+    @rule(name=names, length=st.integers(1, 400), steps=st.integers(0, 8))
+    def abort(self, name, length, steps):
+        ids, events = self._prompt(name, length, 1), []
+        self.engine.add(request("gone", ids, ANSWER, session=name))
+        for _ in range(steps):
+            events += [event for _, event in self.engine.step()]
+        if not self.engine.abort("gone"):  # it had ended, or was about to
+            events += run_until_idle(self.engine).get("gone", [])
+            self._compare(name, ids, events)
+
+    @rule(settle=st.booleans())
+    def evict(self, settle):
+        self.engine.sessions.evict_one()
+        if settle:
+            run_until_idle(self.engine)
+
+    @rule()
+    def drop(self):
+        for session in self.engine.sessions:
+            if session.is_resident and not session.moving:
+                self.engine.sessions.drop(session)
+
+    def _operate(self, operation):
+        future = self.engine.ops.submit(operation)
+        run_until_idle(self.engine)
+        return future.result(1)
+
+    @precondition(lambda self: self.oracles)
+    @rule(data=st.data(), into=names)
+    def fork(self, data, into):
+        source = data.draw(st.sampled_from(sorted(self.oracles)))
+        if into in self.oracles or not self.history.get(source):
+            return
+        self._operate(self.engine.ops.fork(("tenant", source), ("tenant", into), None))
+        self.oracles[into] = Oracle(self.oracles[source].asked)
+        self.history[into] = list(self.history[source])
+
+    @precondition(lambda self: self.oracles)
+    @rule(data=st.data(), delete=st.booleans())
+    def reset_or_delete(self, data, delete):
+        name = data.draw(st.sampled_from(sorted(self.oracles)))
+        ops = self.engine.ops
+        self._operate(ops.delete(("tenant", name)) if delete else ops.reset(("tenant", name)))
+        self.history.pop(name, None)
+        if delete:
+            self.oracles.pop(name)
+        else:
+            self.oracles[name] = Oracle()
+
+    @precondition(lambda self: self.has_disk)
+    @rule(clean=st.booleans())
+    def restart(self, clean):
+        if clean or not self.sync:
+            self.engine.close()
+        else:
+            self.engine.worker.finish()
+            os.close(self.engine.mover.disk._life)
+        self.engine = new_engine(MODEL, **self.settings)
+
+    @invariant()
+    def adds_up(self):
+        if self.engine is not None:
+            self.engine.check_integrity()
+            assert self.engine.mover.host_bytes <= self.settings["session_host_memory"]
+
+    def teardown(self):
+        if self.engine is not None:
+            run_until_idle(self.engine)
+            self._operate(self.engine.ops.delete_all("tenant"))
+            assert_nothing_held(self.engine)
+            assert self.engine.allocator.num_free == self.engine.num_blocks
+            assert self.engine.pool.num_free == self.engine.pool.num_rows
+            assert self.engine.mover.host_bytes == self.engine.sessions.log_bytes == 0
+            self.engine.close()
+        shutil.rmtree(self.path)
+
+
+def check(examples, steps):
+    run_state_machine_as_test(
+        Sessions,
+        settings=settings(
+            max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
+
+
+def test_random_histories():
+    check(12, 15)
+
+
+@pytest.mark.slow
+def test_many_random_histories():
+    check(300, 30)
