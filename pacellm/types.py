@@ -168,6 +168,13 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class PromptScores:
+    """Log-probabilities of the prompt's next tokens, in order; the first token of a prompt has none."""
+
+    logprobs: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True)
 class Delta:
     """New text, maybe empty while a stop string or a split character is held back."""
 
@@ -197,4 +204,4 @@ class Failed:
     error: PaceError
 
 
-Event = Admitted | Progress | Delta | Finished | Failed
+Event = Admitted | Progress | PromptScores | Delta | Finished | Failed

@@ -25,6 +25,7 @@ class Batch:
         wanted: [S] int64 rows whose logits are needed, padded likewise with row 0.
         chunks: one per sequence of the step, in row order.
         sampled: the sequences that get a token, in the order of ``wanted``.
+        scored: after those, the sequences whose prompt's next tokens are scored, and by how many rows each.
     """
 
     ids: Tensor
@@ -32,6 +33,7 @@ class Batch:
     wanted: Tensor
     chunks: list[Chunk]
     sampled: list[Sequence]
+    scored: list[tuple[Sequence, int]]
 
 
 def build(step: Step, pool: BankPool | None, segment: int, device: torch.device) -> Batch:
@@ -47,6 +49,7 @@ def build(step: Step, pool: BankPool | None, segment: int, device: torch.device)
         if work.count == sequence.pending:
             wanted.append(len(ids) - 1)
             sampled.append(sequence)
+    scored = _add_scored(step, wanted)
     missing = missing_rows(len(ids))
     ids.extend([0] * missing)
     positions.append(np.zeros(missing, dtype=np.int64))
@@ -57,7 +60,23 @@ def build(step: Step, pool: BankPool | None, segment: int, device: torch.device)
         wanted=_upload(np.array(wanted, dtype=np.int64), device),
         chunks=chunks,
         sampled=sampled,
+        scored=scored,
     )
+
+
+def _add_scored(step: Step, wanted: list[int]) -> list[tuple[Sequence, int]]:
+    """Rows that predict a prompt token not scored yet, for requests that want its log-probability."""
+    scored, row = [], 0
+    for work in step.work:
+        sequence = work.sequence
+        if sequence.request.sampling.prompt_logprobs is not None:
+            first = max(sequence.position, sequence.num_scored)
+            end = min(sequence.position + work.count, len(sequence.prompt) - 1)
+            if first < end:
+                wanted.extend(range(row + first - sequence.position, row + end - sequence.position))
+                scored.append((sequence, end - first))
+        row += work.count
+    return scored
 
 
 def _chunk(work: Work, row: int, pool: BankPool | None, segment: int) -> Chunk:

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from pacellm.config import EngineConfig
 from pacellm.engine.kv import BLOCK, BlockAllocator
-from pacellm.engine.runner import Runner, StepFailed
-from pacellm.engine.sampler import sample
+from pacellm.engine.runner import Output, Runner, StepFailed
+from pacellm.engine.sampler import sample, score
 from pacellm.engine.scheduler import Scheduler, Step
 from pacellm.engine.sequence import Sequence
 from pacellm.engine.sessions import SessionStore
@@ -42,6 +42,7 @@ from pacellm.types import (
     FinishReason,
     GenerationRequest,
     Progress,
+    PromptScores,
     TokenLogprob,
     Usage,
 )
@@ -142,6 +143,8 @@ class Engine:
             RequestError: names the field.
         """
         self.scheduler.check(len(request.prompt), request.sampling.max_tokens)
+        if request.sampling.prompt_logprobs is not None and request.session is not None:
+            raise RequestError("log-probabilities of a prompt are not available in a session", param="echo")
         vocabulary = self.model.vocab_size
         for token, _ in request.sampling.logit_bias:
             if token >= vocabulary:
@@ -193,18 +196,18 @@ class Engine:
         if step is None:
             return events + self._stuck()
         try:
-            logits, sampled = self.runner.run(step)
+            output = self.runner.run(step)
         except StepFailed as error:
             return events + self._recover(step, error)
-        return events + self._commit(step, logits, sampled)
+        return events + self._commit(step, output)
 
     def _admissions(self) -> list[tuple[str, Event]]:
         admitted, self.scheduler.admitted = self.scheduler.admitted, []
         return [(sequence.id, Admitted(sequence.session_status, sequence.cached)) for sequence in admitted]
 
-    def _commit(self, step: Step, logits: Tensor, sampled: list[Sequence]) -> list[tuple[str, Event]]:
-        events: list[tuple[str, Event]] = []
-        rows = {sequence.id: row for row, sequence in enumerate(sampled)}
+    def _commit(self, step: Step, output: Output) -> list[tuple[str, Event]]:
+        events = self._scores(output)
+        logits, rows = output.logits, {sequence.id: row for row, sequence in enumerate(output.sampled)}
         self.stats.steps += 1
         for work in step.work:
             sequence = work.sequence
@@ -217,6 +220,19 @@ class Engine:
                 events += self._sample(sequence, logits[rows[sequence.id]])
         if self.config.check_integrity:
             self.check_integrity()
+        return events
+
+    def _scores(self, output: Output) -> list[tuple[str, Event]]:
+        """Log-probabilities of prompt tokens, for the requests that want them."""
+        events: list[tuple[str, Event]] = []
+        row = len(output.sampled)
+        for sequence, count in output.scored:
+            top = sequence.request.sampling.prompt_logprobs or 0
+            tokens = sequence.prompt[sequence.num_scored + 1 : sequence.num_scored + 1 + count]
+            scores = score(output.logits[row : row + count], tokens, top)
+            sequence.num_scored += count
+            row += count
+            events.append((sequence.id, PromptScores(scores)))
         return events
 
     def _sample(self, sequence: Sequence, logits: Tensor) -> list[tuple[str, Event]]:

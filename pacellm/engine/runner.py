@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,21 @@ class StepFailed(EngineError):
         self.sequence = sequence
 
 
+@dataclass(frozen=True)
+class Output:
+    """What a forward pass gave.
+
+    Attributes:
+        logits: [S + P, V] in float32 or wider: a row for each sampled sequence, then those of scored prompt tokens.
+        sampled: the S sequences that get a token.
+        scored: sequences with the number of their rows, P together.
+    """
+
+    logits: Tensor
+    sampled: list[Sequence]
+    scored: list[tuple[Sequence, int]]
+
+
 class Runner:
     """Runs steps of one model.
 
@@ -42,11 +59,8 @@ class Runner:
         self._values = slab([shape[1] for shape in model.kv_shapes], slots, model.dtype, model.device)
 
     @torch.inference_mode()
-    def run(self, step: Step) -> tuple[Tensor, list[Sequence]]:
+    def run(self, step: Step) -> Output:
         """One forward pass.
-
-        Returns:
-            (logits [S, V] in float32 or wider, the S sequences that get a token).
 
         Raises:
             StepFailed: names the sequence where it can.
@@ -64,8 +78,9 @@ class Runner:
                 )
         except Exception as error:
             raise StepFailed(f"{type(error).__name__}: {error}", _blame(step, packed, context)) from error
-        logits = output.logits[0, : len(packed.sampled)]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)), packed.sampled
+        rows = len(packed.sampled) + sum(count for _, count in packed.scored)
+        logits = output.logits[0, :rows]
+        return Output(logits.to(torch.promote_types(logits.dtype, torch.float32)), packed.sampled, packed.scored)
 
     def scrub(self, table: KVTable) -> None:
         """Zero a failed sequence's KV, so that no non-finite number stays behind in a masked slot."""

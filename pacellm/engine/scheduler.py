@@ -23,6 +23,8 @@ from pacellm.engine.sessions import Session, SessionStore
 from pacellm.errors import ContextLengthExceeded, RequestError
 from pacellm.memory.pool import BankPool
 
+_MAX_SCORED = 256  # rows of logits that one request may ask of a step
+
 
 @dataclass(frozen=True)
 class Work:
@@ -157,6 +159,8 @@ class Scheduler:
         )
         for number, sequence in enumerate(prefilling):
             share = -(-budget // (len(prefilling) - number))
+            if sequence.request.sampling.prompt_logprobs is not None:
+                share = min(share, _MAX_SCORED)
             count = min(share, len(sequence.turn.ids) - sequence.cursor)
             if count:
                 step.work.append(Work(sequence, count))

@@ -69,6 +69,7 @@ class Sequence:
         work: turns still to feed: those of the log that must be replayed, then the request's own.
         cursor: tokens of ``work[0]`` fed so far.
         table, row: the working copy: KV blocks and bank row.
+        num_scored: prompt tokens after the first whose log-probability was reported.
         cached, replayed: prompt tokens not computed again; tokens of the log that are.
     """
 
@@ -83,6 +84,7 @@ class Sequence:
     table: KVTable = field(default_factory=KVTable)
     row: int | None = None
     session_status: SessionStatus = "none"
+    num_scored: int = 0
     cached: int = 0
     replayed: int = 0
     total_work: int = 0

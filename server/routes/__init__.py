@@ -3,10 +3,10 @@
 from fastapi import APIRouter, Depends
 
 from server.auth import require_key
-from server.routes import chat, health, models, requests
+from server.routes import chat, completions, health, models, requests, tokens
 
 private = APIRouter(dependencies=[Depends(require_key)])
-for noun in (chat.router, models.router, requests.router, health.router):
+for noun in (chat.router, completions.router, tokens.router, models.router, requests.router, health.router):
     private.include_router(noun)
 admin = APIRouter(dependencies=[Depends(require_key)])
 admin.include_router(health.admin)
