@@ -1,20 +1,25 @@
 """A patched FFN layer against the plain one: ``python load_tests/ffn_bench.py``.
 
 One segment of ``--tokens`` at Qwen2.5-0.5B's sizes, plain and patched in turn. The bank is filled by earlier segments
-and every kind of read occurs. The last line is JSON; ``ratio`` is the median of the pairs' ratios.
+and every kind of read occurs. ``--peer`` takes a checkout of the authors' released code and times its module beside
+them on the same segments, and compares outputs. ``floor`` is the arithmetic of similarities and recall over that of
+the plain layer. The last line is JSON; ratios are medians of pairs.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
@@ -37,6 +42,20 @@ def hidden_states(shared: Tensor, tokens: int, generator: torch.Generator) -> Te
     return shared + spread * torch.randn(1, tokens, len(shared), generator=generator)
 
 
+def released(checkout: Path, mlp: nn.Module, bank_size: int, segment: int) -> nn.Module:
+    """The authors' module around the same weights."""
+    path = checkout / "pacellm" / "activation_memory_bank.py"
+    spec = importlib.util.spec_from_file_location("released", path)
+    if spec is None or spec.loader is None or not path.exists():
+        raise SystemExit(f"{path} is not there; --peer takes a checkout of the authors' released code")
+    module = sys.modules["released"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.ActivationMemoryConfig(bank_size=bank_size, chunk_size=segment)
+    return module.AMBFeedForward(
+        mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn, memory_config=config
+    ).eval()  # fmt: skip
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -46,6 +65,7 @@ def main() -> None:
     parser.add_argument("--bank-size", type=int, default=100)
     parser.add_argument("--preset", choices=("reference", "paper"), default="reference")
     parser.add_argument("--pairs", type=int, default=21)
+    parser.add_argument("--peer", type=Path, help="checkout of the authors' released code")
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -57,16 +77,23 @@ def main() -> None:
     pieces = (Piece(0, args.tokens, ends=True),)
     chunk = Chunk(0, args.tokens, 0, (), pieces, Banks({0: bank}, {0: stage}, "on"))
     patched = PersistentFFN(mlp, 0, "gate_up_down")
+    peer = None if args.peer is None else released(args.peer, mlp, args.bank_size, args.tokens)
 
     generator = torch.Generator().manual_seed(1)
     shared = 3 * torch.randn(args.hidden, generator=generator)
-    pairs = []
+    pairs: list[tuple[float, float]] = []
+    peers: list[float] = []
+    apart, found = 0.0, dict[str, Tensor]()
     with torch.inference_mode():
         for number in range(args.pairs + 3):
             x = hidden_states(shared, args.tokens, generator)
             plain = seconds(lambda x=x: mlp(x))
             with step_context(StepContext([chunk], [], [], config)):
-                ours = seconds(lambda x=x: patched(x))
+                ours = seconds(lambda x=x: found.update(ours=patched(x)))
+            if peer is not None:
+                released_seconds = seconds(lambda x=x: found.update(theirs=peer(x)))
+                apart = max(apart, float((found["theirs"] - found["ours"]).abs().max()))
+                peers.append(released_seconds / plain)
             if number >= 3:
                 pairs.append((plain, ours))
     result = {
@@ -75,10 +102,15 @@ def main() -> None:
         "machine": platform.machine(), "pairs": len(pairs),
         "plain_ms": round(1e3 * statistics.median(plain for plain, _ in pairs), 2),
         "patched_ms": round(1e3 * statistics.median(ours for _, ours in pairs), 2),
+        "floor": round(1 + args.bank_size * (args.inner + args.hidden) / (3 * args.inner * args.hidden), 3),
+        "peer_ratio": round(statistics.median(peers), 1) if peers else None,
+        "peer_largest_difference": apart if peers else None,
         "ratio": round(statistics.median(ours / plain for plain, ours in pairs), 3),
         "reads": dict(zip(COUNTERS, bank.counters.tolist(), strict=True)),
     }  # fmt: skip
     print(f"plain {result['plain_ms']} ms, patched {result['patched_ms']} ms: {result['ratio']} times")
+    if peers:
+        print(f"the authors' module {result['peer_ratio']} times; outputs differ by at most {apart:.1e}")
     print(json.dumps(result))
 
 

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 ROWS = 16
 
 
-def missing_rows(count: int) -> int:
+def missing_rows(count: int, multiple: int = ROWS) -> int:
     """Rows to add to ``count`` rows."""
-    return -count % ROWS
+    return -count % multiple
 
 
-def pad_rows(matrix: Tensor) -> Tensor:
-    """[..., n, D] with zero rows added on a CPU; elsewhere as it is."""
-    missing = missing_rows(matrix.shape[-2])
+def pad_rows(matrix: Tensor, multiple: int = ROWS) -> Tensor:
+    """[..., n, D] with zero rows added on a CPU, to a multiple of ``multiple``; elsewhere as it is."""
+    missing = missing_rows(matrix.shape[-2], multiple)
     return F.pad(matrix, (0, 0, 0, missing)) if missing and matrix.device.type == "cpu" else matrix

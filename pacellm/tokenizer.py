@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pacellm.errors import ContextLengthExceeded, ModelError, RequestError, UnsupportedParameter
+from pacellm.pieces import PieceMemo
 
 # what the template is given by other means; a request sets none of these as a variable
 _RESERVED = frozenset(
@@ -40,6 +41,7 @@ class ChatTokenizer:
             raise ModelError(f"{path} has no fast tokenizer")
         self._tokenizer = tokenizer
         self.backend = backend
+        self._memo = PieceMemo(backend)
         self._longest = max((len(token) for token in backend.get_vocab()), default=1)
 
     @property
@@ -96,13 +98,16 @@ class ChatTokenizer:
         assert isinstance(rendered, str)
         return rendered
 
-    def encode(self, text: str, *, limit: int | None = None, add_special_tokens: bool = False) -> list[int]:
+    def encode(
+        self, text: str, *, limit: int | None = None, scope: str | None = None, add_special_tokens: bool = False
+    ) -> list[int]:
         """Ids of a rendered prompt. The interpreter is not held meanwhile.
 
         Args:
             text: may contain special tokens.
             limit: refuse before tokenising what cannot have so few tokens.
             add_special_tokens: add those that the tokenizer puts around a text.
+            scope: whose texts these are, as a session's name; long pieces are remembered within it.
 
         Raises:
             ContextLengthExceeded: the text has more than ``limit`` tokens for certain.
@@ -113,7 +118,9 @@ class ChatTokenizer:
                 f"the prompt has at least {at_least:,} tokens; this model's context is {limit:,} tokens",
                 param="messages",
             )
-        return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        if add_special_tokens:
+            return self.backend.encode_batch_fast([text], add_special_tokens=True)[0].ids
+        return self._memo.encode(text, scope)
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens included."""

@@ -10,11 +10,14 @@ from server.schema.chat import ChatCompletionRequest
 from server.schema.completions import CompletionRequest
 
 
-def chat_prompt(tokenizer: ChatTokenizer, body: ChatCompletionRequest, limit: int | None) -> list[int]:
+def chat_prompt(
+    tokenizer: ChatTokenizer, body: ChatCompletionRequest, limit: int | None, scope: str | None
+) -> list[int]:
     """Ids of a conversation.
 
     Args:
         limit: the model's context; a prompt that is longer for certain is refused before tokenising.
+        scope: whose texts these are.
 
     Raises:
         RequestError: the template refuses it, or it is too long.
@@ -28,7 +31,8 @@ def chat_prompt(tokenizer: ChatTokenizer, body: ChatCompletionRequest, limit: in
         continue_final_message=body.continue_final_message,
         variables=body.chat_template_kwargs,
     )
-    return tokenizer.encode(rendered, limit=None if body.truncate_prompt_tokens is not None else limit)
+    limit = None if body.truncate_prompt_tokens is not None else limit
+    return tokenizer.encode(rendered, limit=limit, scope=scope)
 
 
 def text_prompt(
@@ -52,5 +56,7 @@ def check_text(text: str, param: str) -> None:
     Raises:
         RequestError: unpaired surrogates.
     """
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise RequestError("text has unpaired surrogates", param=param)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RequestError("text has unpaired surrogates", param=param) from None

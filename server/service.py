@@ -125,7 +125,8 @@ class Service:
         """
         self.check_options(body, session_id)
         sampling = body.sampling()
-        prompt = await self.off_loop(chat_prompt, self.tokenizer, body, self.engine.config.max_model_len)
+        scope = None if session_id is None else f"{caller.tenant}/{session_id}"
+        prompt = await self.off_loop(chat_prompt, self.tokenizer, body, self.engine.config.max_model_len, scope)
         return await self.submit(self.request("chatcmpl", body, prompt, sampling, caller, session_id), caller)
 
     def check_model(self, name: str | None) -> None:

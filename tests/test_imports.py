@@ -12,6 +12,7 @@ LEVELS = {
     "pacellm.config": 0,
     "pacellm.types": 0,
     "pacellm.rows": 0,
+    "pacellm.pieces": 0,
     "pacellm.memory": 1,
     "pacellm.experts": 1,
     "pacellm.model": 2,

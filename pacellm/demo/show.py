@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
-import socket
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,12 +12,9 @@ from typing import Any
 
 import httpx
 
-from pacellm.demo import MODEL_PATH
-from pacellm.demo.generator import Document, make_document
+from pacellm.demo.generator import Document
+from pacellm.demo.local import running_server, sample_document
 from pacellm.errors import PaceError
-from pacellm.tokenizer import ChatTokenizer
-
-_START_LIMIT = 120.0
 
 
 @dataclass
@@ -37,20 +31,11 @@ class Answer:
 def show(num_tokens: int, seed: int, serve_arguments: Sequence[str]) -> int:
     """Run the demo; returns 0 where every answer was right."""
     print(f"Writing a document of {num_tokens:,} tokens …", flush=True)
-    document = _document(num_tokens, seed)
+    document = sample_document(num_tokens, seed)
     first, second = document.facts[len(document.facts) // 3], document.facts[-1]
-    port = _free_port()
-    command = [sys.executable, "-m", "pacellm.cli", "serve", "--port", str(port), "--log-level", "warning"]
-    print(f"Starting the server: pacellm serve {' '.join(command[4:])} {' '.join(serve_arguments)}", flush=True)
-    # a server's log never blocks on a pipe nobody reads
-    with tempfile.TemporaryFile() as log, subprocess.Popen([*command, *serve_arguments], stderr=log) as server:
-        try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=httpx.Timeout(None, connect=10)) as client:
-                _wait_until_ready(client, server, log)
-                right = _talk(client, document, first, second)
-        finally:
-            server.terminate()
-            server.wait()
+    print(f"Starting the server: pacellm serve {' '.join(serve_arguments)}", flush=True)
+    with running_server(serve_arguments) as client:
+        right = _talk(client, document, first, second)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(f"\nPeak memory of the server: {peak / 2**30:.2f} GiB")
     return 0 if right else 1
@@ -150,32 +135,3 @@ def _report_bank(pace: dict[str, Any]) -> None:
     print(f"  bank writes            {bank['merges']:,} merges, {bank['replacements']:,} replacements")
     print(f"  slots filled           {bank['filled']}")
     print(f"  keys' effective rank   {bank['effective_rank']:.2f}   (a high hit rate with a low rank is no memory)")
-
-
-def _document(num_tokens: int, seed: int) -> Document:
-    tokenizer = ChatTokenizer(MODEL_PATH)
-    return make_document(num_tokens=num_tokens, num_facts=max(2, min(200, num_tokens // 500)), seed=seed,
-                         tokenizer=tokenizer)  # fmt: skip
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _wait_until_ready(client: httpx.Client, server: subprocess.Popen[bytes], log: Any) -> None:
-    deadline = time.monotonic() + _START_LIMIT
-    while time.monotonic() < deadline:
-        try:
-            if client.get("/ready").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        try:
-            server.wait(0.2)
-        except subprocess.TimeoutExpired:
-            continue
-        break
-    log.seek(0)
-    raise PaceError(f"the server did not start:\n{log.read().decode()}")

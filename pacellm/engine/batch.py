@@ -86,7 +86,10 @@ def _chunk(work: Work, row: int, pool: BankPool | None, segment: int) -> Chunk:
     if pool is not None and sequence.row is not None and turn.pa != "off":
         banks = Banks(pool.banks(sequence.row), pool.stages(sequence.row), turn.pa)
         pieces = tuple(turn.pieces(sequence.cursor, work.count, row, segment))
-    return Chunk(row, row + work.count, sequence.position, sequence.table.runs(), pieces, banks)
+    num_decoded = min(work.count, max(0, sequence.position + work.count - turn.prompt_end))
+    return Chunk(
+        row, row + work.count, sequence.position, sequence.table.runs(), pieces, banks, num_decoded=num_decoded
+    )
 
 
 def _upload(numbers: np.ndarray, device: torch.device) -> Tensor:

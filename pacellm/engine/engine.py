@@ -151,7 +151,7 @@ class Engine:
                 raise RequestError(
                     f"logit_bias names token {token}; the vocabulary has {vocabulary} tokens", param="logit_bias"
                 )
-        if not all(0 <= token < vocabulary for token in request.prompt):
+        if min(request.prompt) < 0 or max(request.prompt) >= vocabulary:
             raise RequestError(f"the prompt has a token outside the vocabulary of {vocabulary}", param="messages")
 
     def add(self, request: GenerationRequest) -> None:

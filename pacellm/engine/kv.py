@@ -1,8 +1,9 @@
 """KV memory as refcounted blocks in runs. No torch: this decides *where*, the runner's slab holds *what*.
 
 A block is ``BLOCK`` tokens. A table's blocks need not be adjacent, but the allocator keeps them so where it can:
-it extends the last run while the next block is free, and starts a new run in the smallest hole that fits what
-is asked for, else in the largest.
+it extends the last run while the next block is free, and starts a new run in the smallest hole that fits what is asked
+for with ``GAP`` blocks to spare on both sides, so that runs can grow; else in the smallest that fits, else in the
+largest.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from pacellm.model.context import Run
 
 BLOCK = 512
+GAP = 8
 
 
 class OutOfBlocks(Exception):
@@ -65,17 +67,24 @@ class BlockAllocator:
                 self._num_free += 1
 
     def _hole(self, wanted: int) -> int:
-        """First block of the smallest free stretch of at least ``wanted`` blocks, else of the largest."""
-        best, best_size, size = -1, 0, 0
+        """Where a run of ``wanted`` blocks begins, or the best part of it."""
+        holes = self._holes()
+        roomy = [hole for hole in holes if hole[0] >= wanted + 2 * GAP]
+        if roomy:
+            return min(roomy)[1] + GAP
+        fitting = [hole for hole in holes if hole[0] >= wanted]
+        return min(fitting)[1] if fitting else max(holes)[1]
+
+    def _holes(self) -> list[tuple[int, int]]:
+        """(blocks, first block) of every free stretch."""
+        holes, size = [], 0
         for block in range(self.num_blocks + 1):
             if block < self.num_blocks and not self._references[block]:
                 size += 1
-                continue
-            fits, fitted = size >= wanted, best_size >= wanted
-            if size and (best < 0 or (fits and (not fitted or size < best_size)) or (not fitted and size > best_size)):
-                best, best_size = block - size, size
-            size = 0
-        return best
+            elif size:
+                holes.append((size, block - size))
+                size = 0
+        return holes
 
 
 class KVTable:

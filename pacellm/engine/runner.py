@@ -58,7 +58,6 @@ class Runner:
         self._keys = slab([shape[0] for shape in model.kv_shapes], slots, model.dtype, model.device)
         self._values = slab([shape[1] for shape in model.kv_shapes], slots, model.dtype, model.device)
 
-    @torch.inference_mode()
     def run(self, step: Step) -> Output:
         """One forward pass.
 
@@ -66,21 +65,28 @@ class Runner:
             StepFailed: names the sequence where it can.
         """
         packed = batch.build(step, self.pool, self.pa.segment, self.model.device)
+        num_rows = len(packed.sampled) + sum(count for _, count in packed.scored)
+        logits = self.forward(step, packed, packed.wanted)[:num_rows]
+        return Output(logits, packed.sampled, packed.scored)
+
+    @torch.inference_mode()
+    def forward(self, step: Step, packed: batch.Batch, rows: Tensor) -> Tensor:
+        """Logits [R, V], in float32 or wider, of R ``rows`` of a packed step.
+
+        Raises:
+            StepFailed: names the sequence where it can.
+        """
         context = StepContext(packed.chunks, self._keys, self._values, self.pa)
         try:
             self._copy(step.copies)
             with step_context(context):
                 output = self.model.module(
-                    input_ids=packed.ids,
-                    position_ids=packed.positions,
-                    use_cache=False,
-                    logits_to_keep=packed.wanted,
+                    input_ids=packed.ids, position_ids=packed.positions, use_cache=False, logits_to_keep=rows
                 )
         except Exception as error:
             raise StepFailed(f"{type(error).__name__}: {error}", _blame(step, packed, context)) from error
-        rows = len(packed.sampled) + sum(count for _, count in packed.scored)
-        logits = output.logits[0, :rows]
-        return Output(logits.to(torch.promote_types(logits.dtype, torch.float32)), packed.sampled, packed.scored)
+        logits = output.logits[0]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def scrub(self, table: KVTable) -> None:
         """Zero a failed sequence's KV, so that no non-finite number stays behind in a masked slot."""

@@ -88,13 +88,12 @@ def stage(staged: Stage, result: Read, x: Tensor, config: PAConfig) -> None:
         x: [n, F] their inner activations.
         config: the same config.
     """
-    _count_slots(staged.touched, result, result.mid)
-    mid = _selected(result.mid)
     if config.preset == "paper":
         _count_slots(staged.raised, result, result.high)
-        _add_per_slot(staged, result, x, mid)
-    else:
-        _add_all(staged, result, x, mid)
+    mid = _selected(result.mid)
+    if mid is None or len(mid):
+        _count_slots(staged.touched, result, result.mid)
+        (_add_per_slot if config.preset == "paper" else _add_all)(staged, result, x, mid)
     _keep_low(staged, result, x)
 
 
@@ -302,6 +301,8 @@ def _add_per_slot(staged: Stage, result: Read, x: Tensor, mid: Tensor | None) ->
 def _keep_low(staged: Stage, result: Read, x: Tensor) -> None:
     """The segment's first M low tokens, in token order."""
     slots = staged.low_keys.shape[0] - 1
+    if x.device.type == "cpu" and not result.low.any():
+        return
     rank = staged.num_low + result.low.long().cumsum(0) - 1
     staged.num_low.add_(result.low.sum())
     keep = result.low & (rank < slots)

@@ -9,6 +9,9 @@ What a query's result is made of depends on its absolute position alone:
   beside it if there is a multiple of ``ROWS`` of them, and if keys come in multiples of ``BLOCK``, its own
   split. So rows are padded and the tail is read in whole blocks, which the KV allocator hands out whole.
 * A part that does not lie in one run is gathered first: where the allocator put it changes no bit.
+* Decoded tokens, and those that a replay feeds again, are each attended to alone, in calls whose shapes follow from
+  the position, so they need no masks and only ``ROWS_ALONE`` rows, which keep the bits apart from the number of
+  threads.
 
 The heads of a KV group are packed as query rows, so grouped keys are never repeated.
 """
@@ -19,11 +22,12 @@ import torch
 from torch import Tensor
 
 from pacellm.model.context import Chunk, Run, StepContext
-from pacellm.rows import pad_rows
+from pacellm.rows import ROWS, pad_rows
 
 BLOCK = 512  # the kernel's split of the keys
 TILE = 1024
 WINDOW = 8192
+ROWS_ALONE = 4
 _SMALL_WINDOW = 128  # sliding windows up to this wide use tiles of this many positions
 
 _kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -39,8 +43,32 @@ def attend(step: StepContext, layer: int, query: Tensor, scale: float, window: i
             _attend_full(chunk, query, keys, values, scale, output)
         else:
             _attend_window(chunk, query, keys, values, scale, window, output)
+        for row in range(chunk.stop - chunk.num_decoded, chunk.stop):
+            _attend_alone(chunk, row, query, keys, values, scale, window, output)
     step.failing = None
     return output
+
+
+def _attend_alone(
+    chunk: Chunk,
+    row: int,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    window: int | None,
+    output: Tensor,
+) -> None:
+    """One decoded token over the keys it sees, in windows of ``WINDOW``."""
+    group = query.shape[0] // keys.shape[0]
+    packed, _ = _pack(query[:, row : row + 1], group, ROWS_ALONE)
+    end = chunk.position + row - chunk.start + 1
+    total, lse = None, None
+    for start in range(0 if window is None else max(0, end - window), end, WINDOW):
+        part = _read(chunk.runs, keys, values, start, min(start + WINDOW, end))
+        total, lse = _merge(total, lse, *_kernel(packed, *part, scale=scale))
+    assert total is not None
+    output[row] = _unpack(total, 1, group)[0]
 
 
 def _attend_full(chunk: Chunk, query: Tensor, keys: Tensor, values: Tensor, scale: float, output: Tensor) -> None:
@@ -81,20 +109,20 @@ def _attend_window(
 
 
 def _tiles(chunk: Chunk, size: int) -> list[tuple[int, slice]]:
-    """(position of the first query, its rows) for each part of the chunk within one tile of ``size`` positions."""
-    tiles, position, row = [], chunk.position, chunk.start
-    while row < chunk.stop:
-        count = min(chunk.stop - row, size - position % size)
+    """(position of the first query, its rows) for each part of the chunk's prompt in one tile of ``size`` positions."""
+    tiles, position, row, stop = [], chunk.position, chunk.start, chunk.stop - chunk.num_decoded
+    while row < stop:
+        count = min(stop - row, size - position % size)
         tiles.append((position, slice(row, row + count)))
         position, row = position + count, row + count
     return tiles
 
 
-def _pack(query: Tensor, group: int) -> tuple[Tensor, int]:
-    """[H, n, D] -> [1, Hkv, n * group rounded up to ROWS, D], a token's group side by side; and n."""
+def _pack(query: Tensor, group: int, multiple: int = ROWS) -> tuple[Tensor, int]:
+    """[H, n, D] -> [1, Hkv, n * group rounded up to ``multiple``, D], a token's group side by side; and n."""
     heads, count, size = query.shape
     packed = query.reshape(heads // group, group, count, size).transpose(1, 2).reshape(heads // group, -1, size)
-    return pad_rows(packed)[None], count
+    return pad_rows(packed, multiple)[None], count
 
 
 def _unpack(packed: Tensor, count: int, group: int) -> Tensor:

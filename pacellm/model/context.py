@@ -58,6 +58,7 @@ class Chunk:
         runs: where its KV lies, from position 0, with room for the chunk's own tokens.
         pieces: its rows cut at segment ends.
         banks: None where this request's FFNs are left alone.
+        num_decoded: how many of its last rows are decoded tokens, now or in the log that is replayed.
     """
 
     start: int
@@ -66,6 +67,7 @@ class Chunk:
     runs: tuple[Run, ...]
     pieces: tuple[Piece, ...] = ()
     banks: Banks | None = None
+    num_decoded: int = 0
 
 
 @dataclass

@@ -8,10 +8,10 @@ from pacellm.model.context import Chunk, Run, StepContext
 from tests.model.attention_reference import plain, scatter
 
 
-def attend(query, key, value, runs, start, window, scale=0.3):
+def attend(query, key, value, runs, start, window, scale=0.3, num_decoded=0):
     """Attention of queries that stand at ``start`` on, with KV scattered over ``runs``."""
     size = max(run.slot + run.length for run in runs)
-    chunk = Chunk(0, query.shape[1], start, runs)
+    chunk = Chunk(0, query.shape[1], start, runs, num_decoded=num_decoded)
     step = StepContext([chunk], [scatter(key, runs, size)], [scatter(value, runs, size)])
     return attention_cpu.attend(step, 0, query, scale, window)
 
@@ -51,3 +51,21 @@ def test_a_prompt_in_one_go(window):
             attend(query[:, cut:], key, value, ONE_RUN, cut, window),
         ]
         assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("window", [None, 4, 700, 9000])
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
+def test_decoded_tokens_alone_and_in_a_replay(window, heads):
+    generator = torch.Generator().manual_seed(2)
+    length, size, count = 9300, 16, 40
+    query = torch.randn(heads[0], count, size, generator=generator)
+    key, value = (torch.randn(heads[1], length, size, generator=generator) for _ in range(2))
+    start = length - count
+    replay = attend(query, key, value, ONE_RUN, start, window, num_decoded=30)
+    torch.testing.assert_close(replay.double(), plain(query, key, value, 0.3, window), rtol=1e-4, atol=1e-5)
+    assert torch.equal(attend(query, key, value, SCATTERED, start, window, num_decoded=30), replay)
+    prompt = attend(query[:, :10], key, value, ONE_RUN, start, window)
+    assert torch.equal(replay[:10], prompt)
+    for row in range(10, count):
+        alone = attend(query[:, row : row + 1], key, value, ONE_RUN, start + row, window, num_decoded=1)
+        assert torch.equal(replay[row : row + 1], alone)

@@ -1,0 +1,70 @@
+"""A server on the bundled model as a process of its own, and documents for it."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+
+from pacellm.demo import MODEL_PATH
+from pacellm.demo.generator import Document, make_document
+from pacellm.errors import PaceError
+from pacellm.tokenizer import ChatTokenizer
+
+_START_LIMIT = 120.0
+
+
+def sample_document(num_tokens: int, seed: int) -> Document:
+    """A document of about ``num_tokens`` tokens, with a fact for every 500 up to 200."""
+    facts = max(2, min(200, num_tokens // 500))
+    return make_document(num_tokens=num_tokens, num_facts=facts, seed=seed, tokenizer=ChatTokenizer(MODEL_PATH))
+
+
+@contextmanager
+def running_server(serve_arguments: Sequence[str] = ()) -> Iterator[httpx.Client]:
+    """``pacellm serve`` on a free port, and a client of it; the server ends with the context.
+
+    Raises:
+        PaceError: it did not become ready; carries its log.
+    """
+    port = _free_port()
+    command = [sys.executable, "-m", "pacellm.cli", "serve", "--port", str(port), "--log-level", "warning"]
+    # a server's log never blocks on a pipe nobody reads
+    with tempfile.TemporaryFile() as log, subprocess.Popen([*command, *serve_arguments], stderr=log) as server:
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=httpx.Timeout(None, connect=10)) as client:
+                _wait_until_ready(client, server, log)
+                yield client
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _wait_until_ready(client: httpx.Client, server: subprocess.Popen[bytes], log: Any) -> None:
+    deadline = time.monotonic() + _START_LIMIT
+    while time.monotonic() < deadline:
+        try:
+            if client.get("/ready").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        try:
+            server.wait(0.2)
+        except subprocess.TimeoutExpired:
+            continue
+        break
+    log.seek(0)
+    raise PaceError(f"the server did not start:\n{log.read().decode()}")
