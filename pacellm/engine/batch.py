@@ -69,7 +69,14 @@ def _chunk(work: Work, row: int, pool: BankPool | None, segment: int) -> Chunk:
         pieces = tuple(turn.pieces(sequence.cursor, work.count, row, segment))
     num_decoded = min(work.count, max(0, sequence.position + work.count - turn.prompt_end))
     return Chunk(
-        row, row + work.count, sequence.position, sequence.table.runs(), pieces, banks, num_decoded=num_decoded
+        row,
+        row + work.count,
+        sequence.position,
+        sequence.table.runs(),
+        pieces,
+        banks,
+        num_decoded=num_decoded,
+        num_wanted=int(work.count == sequence.pending),
     )
 
 

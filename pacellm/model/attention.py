@@ -6,8 +6,10 @@ function is registered under its name, so models build no masks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -81,5 +83,14 @@ def register() -> None:
 
 
 def slab(shapes: list[tuple[int, int]], num_slots: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Zeroed KV memory, [kv heads, slots, head size] per layer; untouched CPU pages cost nothing."""
-    return [torch.zeros(heads, num_slots, size, dtype=dtype, device=device) for heads, size in shapes]
+    """Zeroed KV memory, [kv heads, slots, head size] per layer.
+
+    On a CPU it is memory that the system zeroes when it is first touched, so what no request has used costs nothing;
+    ``torch.zeros`` would touch it all.
+    """
+    sizes = [(heads, num_slots, size) for heads, size in shapes]
+    if device.type != "cpu":
+        return [torch.zeros(size, dtype=dtype, device=device) for size in sizes]
+    return [
+        torch.from_numpy(np.zeros(math.prod(size) * dtype.itemsize, np.uint8)).view(dtype).view(size) for size in sizes
+    ]

@@ -39,11 +39,12 @@ def attend(step: StepContext, layer: int, query: Tensor, scale: float, window: i
     output = query.new_zeros(query.shape[1], query.shape[0], values.shape[-1])
     for chunk in step.chunks:
         step.failing = chunk
+        first = chunk.first_row(layer, len(step.keys))
         if window is None:
-            _attend_full(chunk, query, keys, values, scale, output)
+            _attend_full(chunk, first, query, keys, values, scale, output)
         else:
-            _attend_window(chunk, query, keys, values, scale, window, output)
-        for row in range(chunk.stop - chunk.num_decoded, chunk.stop):
+            _attend_window(chunk, first, query, keys, values, scale, window, output)
+        for row in range(max(first, chunk.stop - chunk.num_decoded), chunk.stop):
             _attend_alone(chunk, row, query, keys, values, scale, window, output)
     step.failing = None
     return output
@@ -71,9 +72,11 @@ def _attend_alone(
     output[row] = _unpack(total, 1, group)[0]
 
 
-def _attend_full(chunk: Chunk, query: Tensor, keys: Tensor, values: Tensor, scale: float, output: Tensor) -> None:
+def _attend_full(
+    chunk: Chunk, first: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, output: Tensor
+) -> None:
     group = query.shape[0] // keys.shape[0]
-    for position, rows in _tiles(chunk, TILE):
+    for position, rows in _tiles(chunk, first, TILE):
         tile = position - position % TILE
         end = position + rows.stop - rows.start
         packed, count = _pack(query[:, rows], group)
@@ -93,24 +96,34 @@ def _attend_full(chunk: Chunk, query: Tensor, keys: Tensor, values: Tensor, scal
 
 
 def _attend_window(
-    chunk: Chunk, query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int, output: Tensor
+    chunk: Chunk,
+    first: int,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    window: int,
+    output: Tensor,
 ) -> None:
     group = query.shape[0] // keys.shape[0]
     size = _SMALL_WINDOW if window <= _SMALL_WINDOW else BLOCK
-    for position, rows in _tiles(chunk, size):
+    for position, rows in _tiles(chunk, first, size):
         tile = position - position % size
         end = position + rows.stop - rows.start
-        first = max(0, tile - _round_up(window - 1, size))
+        oldest = max(0, tile - _round_up(window - 1, size))
         packed, count = _pack(query[:, rows], group)
-        part = _read(chunk.runs, keys, values, first, tile + size)
-        mask = _banded(position - first, end - first, tile + size - first, window, group, packed.shape[2], packed.dtype)
+        part = _read(chunk.runs, keys, values, oldest, tile + size)
+        mask = _banded(
+            position - oldest, end - oldest, tile + size - oldest, window, group, packed.shape[2], packed.dtype
+        )
         result, _ = _kernel(packed, *part, attn_mask=mask, scale=scale)
         output[rows] = _unpack(result, count, group)
 
 
-def _tiles(chunk: Chunk, size: int) -> list[tuple[int, slice]]:
-    """(position of the first query, its rows) for each part of the chunk's prompt in one tile of ``size`` positions."""
-    tiles, position, row, stop = [], chunk.position, chunk.start, chunk.stop - chunk.num_decoded
+def _tiles(chunk: Chunk, row: int, size: int) -> list[tuple[int, slice]]:
+    """(position of the first query, its rows) for each part of the chunk's prompt in one tile of ``size`` positions,
+    from ``row`` on."""
+    tiles, position, stop = [], chunk.position + row - chunk.start, chunk.stop - chunk.num_decoded
     while row < stop:
         count = min(stop - row, size - position % size)
         tiles.append((position, slice(row, row + count)))

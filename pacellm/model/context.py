@@ -59,6 +59,7 @@ class Chunk:
         pieces: its rows cut at segment ends.
         banks: None where this request's FFNs are left alone.
         num_decoded: how many of its last rows are decoded tokens, now or in the log that is replayed.
+        num_wanted: how many of its last rows the model's head reads; None is all of them.
     """
 
     start: int
@@ -68,6 +69,18 @@ class Chunk:
     pieces: tuple[Piece, ...] = ()
     banks: Banks | None = None
     num_decoded: int = 0
+    num_wanted: int | None = None
+
+    def first_row(self, layer: int, num_layers: int) -> int:
+        """The first of its rows whose attention in ``layer`` anybody reads.
+
+        Behind the last layer's attention every row stands for itself, so rows that the head does not read matter only
+        to a bank of that layer. At 200K tokens that is half of the bundled model's work, which has two full layers.
+        """
+        is_read = self.banks is not None and layer in self.banks.banks
+        return (
+            self.start if self.num_wanted is None or is_read or layer + 1 < num_layers else self.stop - self.num_wanted
+        )
 
 
 @dataclass

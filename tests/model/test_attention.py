@@ -69,3 +69,23 @@ def test_decoded_tokens_alone_and_in_a_replay(window, heads):
     for row in range(10, count):
         alone = attend(query[:, row : row + 1], key, value, ONE_RUN, start + row, window, num_decoded=1)
         assert torch.equal(replay[row : row + 1], alone)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("num_decoded", [0, 1])
+@pytest.mark.parametrize("num_wanted", [0, 1])
+def test_the_last_layer_attends_only_what_the_head_reads(window, num_decoded, num_wanted):
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = (torch.randn(2, 700, 8, generator=generator) for _ in range(3))
+    found = {}
+    for wanted in (None, num_wanted):
+        chunk = Chunk(0, 700, 0, ONE_RUN, num_decoded=num_decoded, num_wanted=wanted)
+        slabs = [scatter(key, ONE_RUN, 12288)] * 2, [scatter(value, ONE_RUN, 12288)] * 2
+        found[wanted] = [
+            attention_cpu.attend(StepContext([chunk], *slabs), layer, query, 0.3, window) for layer in (0, 1)
+        ]
+    whole, part = found[None], found[num_wanted]
+    assert torch.equal(whole[0], whole[1])
+    assert torch.equal(part[0], whole[0])
+    assert torch.equal(part[1][700 - num_wanted :], whole[1][700 - num_wanted :])
+    assert not part[1][: 700 - num_wanted].any()
