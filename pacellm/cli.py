@@ -6,9 +6,14 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pacellm.config import EngineConfig, PAConfig
 from pacellm.errors import ConfigError, PaceError
+
+if TYPE_CHECKING:
+    from server.settings import Settings
 
 logger = logging.getLogger("pacellm")
 _UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -29,42 +34,60 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def serve(options: argparse.Namespace) -> int:
     """Load a model and answer HTTP until told to stop."""
-    import uvicorn
-
     from pacellm.demo import MODEL_PATH
     from pacellm.engine.engine import Engine
     from pacellm.model.load import load
     from pacellm.tokenizer import ChatTokenizer
-    from server.app import create_app
+    from server import logs
+    from server.auth import read_keys
+    from server.listen import run
     from server.service import Service
-    from server.settings import Settings
 
-    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(options.log_level, options.log_format)
+    keys = read_keys(options.api_key, options.api_key_file)
     config = engine_config(options)
     path = options.model or MODEL_PATH
+    name = options.served_model_name or ("pacellm-demo" if options.model is None else options.model)
+    settings = server_settings(options, name, has_keys=bool(keys))
     model = load(path, dtype=options.dtype, device=_device(options.device))
     tokenizer = ChatTokenizer(path)
     engine = Engine(model, config, tokenizer.backend)
     _describe(engine, str(path), config.max_model_len or model.context_length)
-    if options.host not in _LOOPBACK:
+    if not keys and options.host not in _LOOPBACK:
         logger.warning("listening on %s without API keys: anyone who reaches it can use it", options.host)
-    name = options.served_model_name or ("pacellm-demo" if options.model is None else options.model)
-    settings = Settings(
-        model_name=name,
-        max_body_bytes=options.max_body_bytes,
-        max_snapshot_bytes=options.max_snapshot_bytes,
-        allow_unsigned_snapshots=options.allow_unsigned_snapshots,
-    )
-    service = Service(engine, tokenizer, settings)
-    uvicorn.run(
-        create_app(service),
+    elif not keys:
+        logger.warning("no API keys: everyone on this machine can use this server, in one namespace of sessions")
+    run(
+        Service(engine, tokenizer, settings),
+        keys,
         host=options.host,
         port=options.port,
         log_level=options.log_level,
-        timeout_graceful_shutdown=options.shutdown_timeout,
-        h11_max_incomplete_event_size=64 * 1024,
+        shutdown_timeout=options.shutdown_timeout,
+        tls=(options.ssl_certfile, options.ssl_keyfile),
     )
     return 0
+
+
+def server_settings(options: argparse.Namespace, model_name: str, *, has_keys: bool) -> Settings:
+    """The HTTP side's settings from the flags. Without keys on loopback only loopback names are served, so that no
+    web page can reach the server under a name of its own."""
+    from server.settings import Settings
+
+    hosts = tuple(options.allowed_host)
+    if not hosts and not has_keys and options.host in _LOOPBACK:
+        hosts = _LOOPBACK
+    return Settings(
+        model_name=model_name,
+        max_body_bytes=options.max_body_bytes,
+        max_snapshot_bytes=options.max_snapshot_bytes,
+        allow_unsigned_snapshots=options.allow_unsigned_snapshots,
+        request_timeout=options.request_timeout,
+        max_requests_per_key=options.max_requests_per_key,
+        allowed_hosts=hosts,
+        cors_origins=tuple(options.cors_origin),
+        admin_port=options.admin_port,
+    )
 
 
 def demo(options: argparse.Namespace) -> int:
@@ -135,6 +158,21 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--pa-bank-size", type=int, default=bank.bank_size, help="slots of a bank")
     add("--pa-segment", type=int, default=bank.segment, help="prompt tokens that read the bank as one")
     add("--max-body-bytes", type=_size, default=64 * 2**20, help="larger request bodies are refused")
+    add("--request-timeout", type=_seconds, help="seconds from arrival to the end of an answer (default: no deadline)")
+    add("--api-key", action="append", default=[], help="a key that lets callers in; repeatable, each its own tenant")
+    add("--api-key-file", type=Path, help="lines of 'tenant: key'; a tenant is a namespace of sessions")
+    add("--max-requests-per-key", type=int, help="requests that one tenant may have queued or running")
+    add(
+        "--allowed-host",
+        action="append",
+        default=[],
+        help="Host header to serve, or *.domain; repeatable",
+    )
+    add("--cors-origin", action="append", default=[], help="origin whose pages may use the server; repeatable")
+    add("--admin-port", type=int, help="serve /metrics on this port and not on the main one")
+    add("--ssl-certfile", type=Path, help="TLS certificate chain, PEM")
+    add("--ssl-keyfile", type=Path, help="its private key, PEM")
+    add("--log-format", default="text", choices=("text", "json"))
     add("--shutdown-timeout", type=int, default=60, help="seconds that running requests get to end")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     parser.set_defaults(run=serve)
@@ -154,6 +192,16 @@ def _size(text: str) -> int:
         return int(float(text[:-1]) * unit) if unit else int(text.replace(",", "").replace("_", ""))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it as 200000 or 8G") from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return seconds
 
 
 def _layers(text: str) -> tuple[int, ...]:

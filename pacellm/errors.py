@@ -9,15 +9,20 @@
     │   ├── UnsupportedParameter a parameter that would change the result and is not implemented
     │   ├── ModelNotFound        an unknown model name
     │   ├── ContextLengthExceeded  prompt (or prompt + max_tokens) longer than the model's context
+    │   ├── NotFound             a thing named in the path is not there, or not the caller's
+    │   ├── Conflict             the same request is still being answered
+    │   ├── BodyTimeout          the request's body did not come in time
     │   ├── BodyTooLarge         the request body is over the limit
     │   ├── SessionNotFound      no such session in the caller's namespace; another's looks the same
     │   ├── SessionExists        a session of that id is already there
     │   ├── SessionDeleted       the session was deleted while the request worked on it
     │   ├── SessionConflict      another server owns the session's latest state
     │   └── SnapshotRefused      a snapshot that is damaged, foreign or not signed here
+    ├── InvalidApiKey            no key, or a wrong one
     ├── Overloaded               the queue is full: try again after ``retry_after`` seconds
     ├── Draining                 the server is shutting down
     ├── Aborted                  the request was cancelled
+    ├── DeadlineExceeded         the request's deadline passed before it ended
     └── EngineError              a failure inside a step; fails one request
         └── EngineDead           the engine loop has ended; nothing can be served any more
 
@@ -85,6 +90,36 @@ class BodyTooLarge(RequestError):
     status = 413
 
 
+class NotFound(RequestError):
+    """Not there, or another caller's: the two look the same."""
+
+    status = 404
+    code = "not_found"
+
+
+class Conflict(RequestError):
+    """An equal request is still being answered; ``retry_after`` is in seconds."""
+
+    status = 409
+    code = "request_in_progress"
+    retry_after = 1
+
+
+class BodyTimeout(RequestError):
+    """The body stopped coming."""
+
+    status = 408
+    code = "body_timeout"
+
+
+class InvalidApiKey(PaceError):
+    """No key, or a wrong one."""
+
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+
 class SessionNotFound(RequestError):
     """No such session in the caller's namespace."""
 
@@ -126,9 +161,10 @@ class Overloaded(PaceError):
     type = "rate_limit_error"
     code = "queue_full"
 
-    def __init__(self, message: str, *, retry_after: int = 5) -> None:
+    def __init__(self, message: str, *, retry_after: int = 5, code: str | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.code = code if code is not None else type(self).code
 
 
 class Draining(PaceError):
@@ -145,6 +181,15 @@ class Aborted(PaceError):
 
     status = 499
     type = "request_cancelled"
+    code = "cancelled"
+
+
+class DeadlineExceeded(PaceError):
+    """The request's deadline passed before it ended; what it held is free again."""
+
+    status = 504
+    type = "timeout"
+    code = "deadline_exceeded"
 
 
 class EngineError(PaceError):

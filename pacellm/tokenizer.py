@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError, meta
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pacellm.errors import ContextLengthExceeded, ModelError, RequestError
+from pacellm.errors import ContextLengthExceeded, ModelError, RequestError, UnsupportedParameter
 from pacellm.pieces import PieceMemo
+
+# what the template is given by other means; a request sets none of these as a variable
+_RESERVED = frozenset(
+    ("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now", "bos_token",
+     "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token", "additional_special_tokens")
+)  # fmt: skip
 
 
 class ChatTokenizer:
@@ -41,22 +49,51 @@ class ChatTokenizer:
         """Chat requests can be rendered."""
         return bool(self._tokenizer.chat_template)
 
-    def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> str:
+    @cached_property
+    def template_variables(self) -> frozenset[str]:
+        """Names that the chat template reads and does not set itself."""
+        template = self._tokenizer.chat_template
+        sources = template.values() if isinstance(template, dict) else [template or ""]
+        environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+        try:
+            return frozenset().union(*(meta.find_undeclared_variables(environment.parse(text)) for text in sources))
+        except TemplateError:  # tags of transformers' own
+            return frozenset()
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """The prompt of a conversation.
 
         Args:
             messages: dicts with ``role`` and ``content`` (a string).
+            continue_final_message: leave the last message open.
+            variables: for the template; only such as it reads.
 
         Raises:
-            RequestError: the model's template refuses the messages, or there is none.
+            RequestError: the model's template refuses the messages, reads no such variable, or there is none.
         """
         if not self.has_chat_template:
             raise RequestError("this model has no chat template", param="messages")
+        for name in variables or ():
+            if name in _RESERVED or name not in self.template_variables:
+                raise UnsupportedParameter(
+                    f"this model's chat template has no variable {name!r}", param=f"chat_template_kwargs.{name}"
+                )
         try:
             rendered = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **(variables or {}),
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError) as error:
             raise RequestError(f"the model's chat template refuses the messages: {error}", param="messages") from error
         assert isinstance(rendered, str)
         return rendered

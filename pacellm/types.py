@@ -39,7 +39,9 @@ class SamplingParams:
         stop: strings that end the answer and are cut from it.
         stop_token_ids: tokens that end the answer, beside the model's own end tokens.
         ignore_eos: go on after the model's end tokens.
+        skip_special_tokens: leave special tokens out of the text.
         logprobs: how many alternatives to report per token; None reports nothing.
+        prompt_logprobs: the same for the prompt's tokens, all but the first.
         logit_bias: added to the logits of token ids.
     """
 
@@ -55,7 +57,9 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
@@ -78,6 +82,8 @@ class SamplingParams:
             _require("seed", -(2**63) <= self.seed < 2**63, "a 64-bit integer", self.seed)
         if self.logprobs is not None:
             _require("top_logprobs", 0 <= self.logprobs <= 20, "between 0 and 20", self.logprobs)
+        if self.prompt_logprobs is not None:
+            _require("prompt_logprobs", 0 <= self.prompt_logprobs <= 20, "between 0 and 20", self.prompt_logprobs)
         _require("stop", len(self.stop) <= 16, "at most 16 strings", len(self.stop))
         for stop in self.stop:
             _require("stop", 0 < len(stop) <= 1024, "made of strings of 1 to 1,024 characters", len(stop))
@@ -99,6 +105,7 @@ class GenerationRequest:
         tenant: whose request it is; kept progress is never shared between tenants. A session's tenant goes first.
         pa: whether banks are read and written, only read, or left alone.
         commit: whether the session keeps what this request did.
+        priority: lower goes first in the queue; equal ones go by arrival.
         n: choices; each goes on from a copy of the state after the prompt, and the first is what a session keeps.
         arrival: monotonic seconds.
     """
@@ -110,6 +117,7 @@ class GenerationRequest:
     tenant: str = "default"
     pa: PAMode = "on"
     commit: bool = True
+    priority: int = 0
     n: int = 1
     arrival: float = field(default_factory=time.monotonic)
 

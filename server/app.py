@@ -6,16 +6,22 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 import pacellm
-from server import errors
-from server.routes import router
+from server import errors, routes
+from server.auth import Keys
+from server.edge import Edge
 from server.service import Service
-from server.session_routes import router as session_router
 
 
-def create_app(service: Service) -> FastAPI:
-    """An app that starts the service's engine when it starts, and ends it when it ends."""
+def create_app(service: Service, keys: Keys | None = None) -> ASGIApp:
+    """An app that starts the service's engine when it starts, and ends it when it ends.
+
+    Args:
+        keys: who may use it; None lets everybody in as one tenant.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -23,9 +29,35 @@ def create_app(service: Service) -> FastAPI:
         yield
         await service.stop()
 
-    app = FastAPI(title="PaceLLM", version=pacellm.__version__, lifespan=lifespan)
-    app.state.service = service
-    app.include_router(router)
-    app.include_router(session_router)
+    settings = service.settings
+    app = _new_app(service, keys, lifespan)
+    app.include_router(routes.public)
+    app.include_router(routes.private)
+    if settings.admin_port is None:
+        app.include_router(routes.admin)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-ID", "X-PaceLLM-Session", "Retry-After", "x-should-retry"],
+        )
+    return Edge(app, settings.allowed_hosts)
+
+
+def create_admin_app(service: Service, keys: Keys | None = None) -> ASGIApp:
+    """What is served on the admin port: metrics and health. The main app owns the engine."""
+    app = _new_app(service, keys, None)
+    app.include_router(routes.public)
+    app.include_router(routes.admin)
+    return Edge(app, service.settings.allowed_hosts)
+
+
+def _new_app(service: Service, keys: Keys | None, lifespan) -> FastAPI:
+    app = FastAPI(
+        title="PaceLLM", version=pacellm.__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
+    )
+    app.state.service, app.state.keys = service, keys or Keys({})
     errors.install(app)
     return app

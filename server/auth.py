@@ -1,10 +1,92 @@
-"""Who is calling."""
+"""Who is calling. A key names a tenant; a tenant's name is the namespace of its sessions, so a key can be rotated."""
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
 from fastapi import Request
+
+from pacellm.errors import ConfigError, InvalidApiKey
+
+DEFAULT_TENANT = "default"
+_MIN_KEY = 8
+
+
+class Keys:
+    """API keys by the tenant that each stands for. Without any, every caller is the default tenant.
+
+    Args:
+        tenants: tenant names by key.
+    """
+
+    def __init__(self, tenants: Mapping[str, str]) -> None:
+        self._tenants = [(_digest(key), tenant) for key, tenant in tenants.items()]
+
+    def __bool__(self) -> bool:
+        return bool(self._tenants)
+
+    def tenant(self, key: str) -> str | None:
+        """The tenant of a key, None for a wrong one. Every known key is compared, each in constant time."""
+        digest, found = _digest(key), None
+        for known, tenant in self._tenants:
+            if hmac.compare_digest(known, digest):
+                found = tenant
+        return found
+
+
+def read_keys(keys: Iterable[str], file: Path | None) -> Keys:
+    """Keys from the flags.
+
+    Args:
+        keys: each a tenant of its own, named by the key's hash.
+        file: lines of ``tenant: key``; empty lines and those that begin with # are skipped. Several keys may name one
+            tenant.
+
+    Raises:
+        ConfigError: an unreadable file or a line that is none of these; the key is not shown.
+    """
+    tenants = {key: f"key-{hashlib.sha256(key.encode()).hexdigest()[:16]}" for key in keys}
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the key file {file}: {error}", param="api_key_file") from error
+        for number, line in enumerate(lines, 1):
+            if line.strip() and not line.lstrip().startswith("#"):
+                tenant, colon, key = (part.strip() for part in line.partition(":"))
+                if not (tenant and colon and key):
+                    raise ConfigError(f"{file}, line {number} is not 'tenant: key'", param="api_key_file")
+                tenants[key] = tenant
+    for key in tenants:
+        if len(key) < _MIN_KEY or not key.isascii() or not key.isprintable() or " " in key:
+            raise ConfigError(f"an API key needs at least {_MIN_KEY} printable ASCII characters", param="api_key")
+    return Keys(tenants)
+
+
+async def require_key(request: Request) -> None:
+    """Route dependency: let a request in whose bearer key is known, and note its tenant.
+
+    Raises:
+        InvalidApiKey: there is none, or it is wrong.
+    """
+    keys: Keys = request.app.state.keys
+    if not keys:
+        request.state.tenant = DEFAULT_TENANT
+        return
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    tenant = keys.tenant(key.strip()) if scheme.lower() == "bearer" else None
+    if tenant is None:
+        raise InvalidApiKey("a valid API key is needed: Authorization: Bearer KEY")
+    request.state.tenant = tenant
 
 
 def tenant_of(request: Request) -> str:
-    """The namespace of the caller's sessions. Without keys there is one caller."""
-    return "default"
+    """The caller's tenant, once :func:`require_key` has let it in."""
+    return request.state.tenant
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

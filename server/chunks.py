@@ -7,10 +7,10 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from pacellm.tokenizer import ChatTokenizer
-from pacellm.types import Admitted, ChoiceEnded, Delta, Failed, Finished, FinishReason, Progress, TokenLogprob
-from server.schema import ChatCompletionRequest
-from server.service import Generation
+from pacellm.types import Admitted, ChoiceEnded, Delta, Event, Failed, Finished, FinishReason, TokenLogprob
+from server.progress import PromptProgress
+from server.schema.chat import ChatCompletionRequest
+from server.service import Generation, Service
 
 Chunk = dict[str, Any]
 
@@ -21,23 +21,20 @@ class Chunks:
     Args:
         generation: submitted.
         body: what the client asked for.
-        model: the name to show.
-        tokenizer: for the tokens of log-probabilities.
+        service: where it was submitted.
     """
 
-    def __init__(
-        self, generation: Generation, body: ChatCompletionRequest, model: str, tokenizer: ChatTokenizer
-    ) -> None:
-        self._generation, self._body, self._tokenizer = generation, body, tokenizer
+    def __init__(self, generation: Generation, body: ChatCompletionRequest, service: Service) -> None:
+        self._generation, self._body, self._service = generation, body, service
+        self._tokenizer = service.tokenizer
         self._head = {
             "id": generation.request.request_id,
             "object": "chat.completion.chunk",
             "created": int(time.time()),
-            "model": model,
+            "model": service.settings.model_name,
         }
+        self._progress = PromptProgress(generation, service)
         self._several = generation.request.n > 1
-        self._started = time.monotonic()
-        self._cached = 0
         self.found: str | None = None  # what admission found of the session
         self._has_role: set[int] = set()  # choices that have begun
 
@@ -47,15 +44,17 @@ class Chunks:
         Raises:
             PaceError: the request failed.
         """
-        async for event in self._generation.events(timeout):
+        events: AsyncIterator[Event | dict[str, Any] | None] = self._generation.events(timeout)
+        if self._body.return_progress and timeout is not None:
+            events = self._progress.events(timeout)
+        async for event in events:
             match event:
                 case None:
                     yield None
+                case dict():
+                    yield {**self._head, "choices": [], "prompt_progress": event}
                 case Admitted():
-                    self._cached = event.cached_tokens
                     self.found = self.found or event.session
-                case Progress() if self._body.return_progress:
-                    yield {**self._head, "choices": [], "prompt_progress": self._progress(event)}
                 case Delta():
                     yield self._delta(event)
                 case ChoiceEnded():
@@ -65,14 +64,6 @@ class Chunks:
                         yield chunk
                 case Failed():
                     raise event.error
-
-    def _progress(self, event: Progress) -> dict[str, int]:
-        return {
-            "total": event.total + self._cached,
-            "cached": self._cached,
-            "processed": event.processed + self._cached,
-            "time_ms": round(1000 * (time.monotonic() - self._started)),
-        }
 
     def _delta(self, event: Delta) -> Chunk:
         delta: dict[str, Any] = {"content": event.text}

@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from pacellm.errors import Draining, Overloaded, PaceError
+from pacellm.errors import Conflict, Draining, InvalidApiKey, Overloaded, PaceError
 
 logger = logging.getLogger("pacellm.server")
 
@@ -22,8 +22,10 @@ def body_of(error: PaceError) -> dict[str, Any]:
 def response_of(error: PaceError) -> JSONResponse:
     """The answer to a request that failed before its stream began."""
     headers = {}
-    if isinstance(error, Overloaded | Draining):
+    if isinstance(error, Overloaded | Draining | Conflict):
         headers["Retry-After"] = str(error.retry_after)
+    elif isinstance(error, InvalidApiKey):
+        headers["WWW-Authenticate"] = "Bearer"
     elif error.status >= 500:
         headers["x-should-retry"] = "false"  # a prompt that made the engine fail once would do it again
     return JSONResponse(body_of(error), status_code=error.status, headers=headers)

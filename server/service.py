@@ -13,11 +13,23 @@ from typing import Any
 from pacellm.engine.engine import Engine
 from pacellm.engine.session_ops import Operation
 from pacellm.engine.thread import EngineThread
-from pacellm.errors import ModelNotFound, RequestError, UnsupportedParameter
+from pacellm.errors import (
+    Aborted,
+    DeadlineExceeded,
+    ModelNotFound,
+    Overloaded,
+    PaceError,
+    RequestError,
+    UnsupportedParameter,
+)
 from pacellm.tokenizer import ChatTokenizer
-from pacellm.types import Admitted, Event, Failed, Finished, GenerationRequest
+from pacellm.types import Admitted, Event, Failed, Finished, GenerationRequest, SamplingParams
+from server.callers import Caller
+from server.idempotency import Idempotency
 from server.metrics import Metrics
-from server.schema import ChatCompletionRequest
+from server.prompts import chat_prompt
+from server.schema.chat import ChatCompletionRequest
+from server.schema.sampling import SamplingFields
 from server.settings import Settings
 
 logger = logging.getLogger("pacellm.server")
@@ -26,9 +38,10 @@ logger = logging.getLogger("pacellm.server")
 class Generation:
     """A submitted request's events, as they come. Iterate it to its end, or close it: that cancels the request."""
 
-    def __init__(self, service: Service, request: GenerationRequest) -> None:
-        self.request = request
+    def __init__(self, service: Service, request: GenerationRequest, caller: Caller | None = None) -> None:
+        self.request, self.caller = request, caller
         self._service = service
+        self.timer: asyncio.TimerHandle | None = None
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._first: Event | None = None
         self._ended = False
@@ -88,6 +101,8 @@ class Service:
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pacellm-tokenizer")
         self._generations: dict[str, Generation] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.idempotency = Idempotency()
+        self.prefill_rate: float | None = None  # tokens per second, of late
         self.created = int(time.time())
 
     async def start(self) -> None:
@@ -112,11 +127,24 @@ class Service:
         """
         return await asyncio.wrap_future(self.thread.call(operation))
 
-    async def submit(self, body: ChatCompletionRequest, session_id: str | None, tenant: str) -> Generation:
+    async def submit_chat(self, body: ChatCompletionRequest, caller: Caller, session_id: str | None) -> Generation:
         """Render, tokenise, check and queue a chat request.
 
         Raises:
             PaceError: it is refused; nothing was queued.
+        """
+        self.check_options(body, session_id)
+        sampling = body.sampling()
+        scope = None if session_id is None else f"{caller.tenant}/{session_id}"
+        prompt = await self.off_loop(chat_prompt, self.tokenizer, body, self.engine.config.max_model_len, scope)
+        request = self.request("chatcmpl", body, prompt, sampling, caller, session_id, body.n or 1)
+        return await self.submit(request, caller)
+
+    def check_options(self, body: SamplingFields, session_id: str | None) -> None:
+        """Refuse what this server does not do, before any work.
+
+        Raises:
+            RequestError: names the field.
         """
         if body.model is not None and body.model != self.settings.model_name:
             raise ModelNotFound(
@@ -124,38 +152,97 @@ class Service:
             )
         if body.pacellm.pa in ("on", "read_only") and not self.engine.config.pa:
             raise UnsupportedParameter("this server runs with --no-pa", param="pacellm.pa")
-        sampling = body.sampling()
-        prompt = await self.off_loop(self._encode, body, session_id, tenant)
-        request = GenerationRequest(
-            request_id=f"chatcmpl-{uuid.uuid4().hex}",
-            prompt=prompt,
+        if body.truncate_prompt_tokens is not None and session_id is not None:
+            raise RequestError("a session's prompt cannot be truncated", param="truncate_prompt_tokens")
+
+    def request(
+        self,
+        kind: str,
+        body: SamplingFields,
+        prompt: list[int],
+        sampling: SamplingParams,
+        caller: Caller,
+        session_id: str | None,
+        n: int = 1,
+    ) -> GenerationRequest:
+        """The engine's request; its id begins with ``kind``."""
+        return GenerationRequest(
+            request_id=f"{kind}-{uuid.uuid4().hex}",
+            prompt=prompt if body.truncate_prompt_tokens is None else prompt[-body.truncate_prompt_tokens :],
             sampling=sampling,
-            session=None if session_id is None else (tenant, session_id),
-            tenant=tenant,
-            n=body.n or 1,
+            session=None if session_id is None else (caller.tenant, session_id),
+            tenant=caller.tenant,
+            n=n,
             pa=body.pacellm.pa or "on",
             commit=body.pacellm.commit,
+            priority=body.priority,
         )
+
+    async def submit(self, request: GenerationRequest, caller: Caller) -> Generation:
+        """Check and queue a request.
+
+        Raises:
+            PaceError: it is refused, or its deadline has already passed; nothing was queued.
+        """
         await self.off_loop(self.engine.check, request)  # it walks the prompt
+        limit = self.settings.max_requests_per_key
+        if limit is not None and self._count(caller.tenant) >= limit:
+            raise Overloaded(
+                f"this key has {limit} requests queued or running, its limit", retry_after=1, code="rate_limit_exceeded"
+            )
+        left = self._seconds_left(caller)
+        if left is not None and left <= 0:
+            raise _late()
         self.thread.submit(request)  # its first event needs this loop, so it cannot come before the next line
-        self._generations[request.request_id] = generation = Generation(self, request)
+        self._generations[request.request_id] = generation = Generation(self, request, caller)
+        if left is not None:
+            generation.timer = asyncio.get_running_loop().call_later(left, self._end, generation, _late())
         return generation
 
-    def _encode(self, body: ChatCompletionRequest, session_id: str | None, tenant: str) -> list[int]:
-        messages = [{"role": message.role, "content": message.text()} for message in body.messages]
-        for number, message in enumerate(messages):
-            try:
-                message["content"].encode()
-            except UnicodeEncodeError:
-                raise RequestError("text has unpaired surrogates", param=f"messages.{number}.content") from None
-        scope = None if session_id is None else f"{tenant}/{session_id}"
-        return self.tokenizer.encode(
-            self.tokenizer.render(messages), limit=self.engine.config.max_model_len, scope=scope
-        )
+    def cancel(self, tenant: str, request_id: str) -> int:
+        """End a tenant's requests with this X-Request-ID or this answer id; how many there were."""
+        found = [
+            generation
+            for generation in self._generations.values()
+            if generation.caller is not None
+            and generation.caller.tenant == tenant
+            and request_id in (generation.caller.request_id, generation.request.request_id)
+        ]
+        for generation in found:
+            self._end(generation, Aborted("the request was cancelled"))
+        return len(found)
+
+    def place(self, generation: Generation) -> dict[str, int | None] | None:
+        """Where a queued request stands: requests and prompt tokens before it, and the milliseconds until its turn as
+        far as the rate of earlier prefills tells; None where it is not queued."""
+        ahead = self.thread.ahead_of(generation.request.request_id)
+        if ahead is None:
+            return None
+        pending = ahead[1] + self.engine.pending_tokens
+        rate = self.prefill_rate
+        return {
+            "position": ahead[0] + 1,
+            "prompt_tokens_ahead": pending,
+            "estimated_ms": round(1000 * pending / rate) if rate else None,
+        }
+
+    def _seconds_left(self, caller: Caller) -> float | None:
+        limits = [limit for limit in (caller.timeout, self.settings.request_timeout) if limit is not None]
+        return caller.arrival + min(limits) - time.monotonic() if limits else None
+
+    def _count(self, tenant: str) -> int:
+        return sum(one.caller is not None and one.caller.tenant == tenant for one in self._generations.values())
+
+    def _end(self, generation: Generation, error: PaceError) -> None:
+        """Fail a request from this side; what it held is returned at the engine's next step."""
+        self.forget(generation, abort=True)
+        generation.push(Failed(error))
 
     def forget(self, generation: Generation, *, abort: bool) -> None:
         """Stop routing events to a generation."""
         known = self._generations.pop(generation.request.request_id, None)
+        if generation.timer is not None:
+            generation.timer.cancel()
         if abort and known is not None:
             self.thread.abort(generation.request.request_id)
 
@@ -167,6 +254,14 @@ class Service:
     def _dispatch(self, events: list[tuple[str, Event]]) -> None:
         for request_id, event in events:
             self.metrics.observe(request_id, event)
+            if isinstance(event, Finished) and event.prefill_seconds > 0:
+                computed = event.usage.prompt_tokens - event.usage.cached_tokens + event.usage.replayed_tokens
+                rate = computed / event.prefill_seconds
+                self.prefill_rate = rate if self.prefill_rate is None else 0.7 * self.prefill_rate + 0.3 * rate
             generation = self._generations.get(request_id)
             if generation is not None:
                 generation.push(event)
+
+
+def _late() -> DeadlineExceeded:
+    return DeadlineExceeded("the request's deadline passed before its answer was complete")

@@ -12,17 +12,31 @@ class Settings:
     Attributes:
         model_name: the name that clients ask for.
         max_body_bytes: larger request bodies are refused with 413.
+        body_seconds: seconds in which a body must have come, else 408.
         keep_alive_seconds: longest silence of a stream before a comment is sent.
+        progress_seconds: how often a queued stream that asked for progress is told its place.
         heartbeat_limit: seconds without an engine heartbeat before /health fails.
         max_snapshot_bytes: larger session snapshots are neither made nor taken.
         allow_unsigned_snapshots: take session snapshots that another server signed, or nobody.
         header_wait: seconds that a stream's headers wait for admission, to say what it found.
+        request_timeout: seconds from arrival to the end of an answer, None for no deadline.
+        max_requests_per_key: requests that one tenant may have queued or running, None for no limit.
+        allowed_hosts: what the Host header may name; empty lets everything pass.
+        cors_origins: origins whose pages may read answers; empty: none.
+        admin_port: /metrics is served on this port instead of the main one.
     """
 
     model_name: str
     max_body_bytes: int = 64 * 2**20
+    body_seconds: float = 60.0
     keep_alive_seconds: float = 15.0
+    progress_seconds: float = 1.0
     heartbeat_limit: float = 120.0
     header_wait: float = 1.0
+    request_timeout: float | None = None
+    max_requests_per_key: int | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    admin_port: int | None = None
     max_snapshot_bytes: int = 2**30
     allow_unsigned_snapshots: bool = False

@@ -37,6 +37,18 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._source, self._close = source, close
 
+    def wrap(
+        self, source: Callable[[AsyncIterator[bytes]], AsyncIterator[bytes]], also_close: Callable[[], None]
+    ) -> None:
+        """Let ``source`` see all that is sent, and ``also_close`` be called when the response is over."""
+        self._source, close = source(self._source), self._close
+
+        def both() -> None:
+            close()
+            also_close()
+
+        self._close = both
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the head, then events until the source or the client ends."""
         pump = asyncio.create_task(self._pump(send))

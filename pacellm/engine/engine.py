@@ -230,6 +230,11 @@ class Engine:
         """The worker has results to take."""
         return self.worker.has_results
 
+    @property
+    def pending_tokens(self) -> int:
+        """Prompt tokens that running requests have yet to feed; a glimpse, any thread may take it."""
+        return sum(sequence.pending for sequence in list(self.scheduler.running) if not sequence.is_decoding)
+
     def check(self, request: GenerationRequest) -> None:
         """Refuse what can never run; touches nothing, so any thread may call it.
 
@@ -272,7 +277,9 @@ class Engine:
             sequence.num_branches = request.n - 1
 
     def _new_text(self, request: GenerationRequest) -> TextStream | None:
-        return TextStream(self.tokenizer, request.sampling.stop) if self.tokenizer is not None else None
+        if self.tokenizer is None:
+            return None
+        return TextStream(self.tokenizer, request.sampling.stop, skip_special=request.sampling.skip_special_tokens)
 
     def _choice(self, first: _Live, index: int) -> _Live:
         """A further choice, with a seed of its own that follows from the request's."""

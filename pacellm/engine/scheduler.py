@@ -5,8 +5,8 @@ most an equal share of what is left of the budget, so that a long prompt never h
 step decodes, its prompt tokens are capped, so that streams keep flowing.
 
 Memory: a request is admitted when its prompt and one more block per running sequence fit. Room is made by
-evicting idle sessions, least recently used first, and then by preempting the youngest sequence, which starts
-again from its session's state and feeds its own tokens with the same cuts.
+evicting idle sessions, least recently used first, and then by preempting the youngest sequence of the lowest priority,
+which starts again from its session's state and feeds its own tokens with the same cuts.
 """
 
 from __future__ import annotations
@@ -129,8 +129,20 @@ class Scheduler:
             )
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a checked request."""
-        self.waiting.append(sequence)
+        """Queue a checked request, behind those of its priority, those of its own session and the choices of running
+        requests, which hold on to their memory until their choices end."""
+        self._enqueue(sequence, len(self.waiting))
+
+    def _enqueue(self, sequence: Sequence, place: int) -> None:
+        own = sequence.request
+        while place:
+            other = self.waiting[place - 1]
+            before = other.request
+            is_own = own.session is not None and before.session == own.session
+            if other.is_branch or is_own or before.priority <= own.priority:
+                break
+            place -= 1
+        self.waiting.insert(place, sequence)
 
     def remove(self, sequence: Sequence, *, keep: bool = False) -> None:
         """Take a request out wherever it is and free what it holds; its session stays as it was. With ``keep`` its
@@ -423,11 +435,16 @@ class Scheduler:
                     continue
                 if self.sessions.leaving()[0]:
                     return False  # its turn comes when the worker has freed them; the others go on
-                youngest = next(other for other in reversed(self.running) if other not in _members(step))
-                self.preempt(youngest)
-                if youngest is sequence:
+                victim = self._least_urgent(step)
+                self.preempt(victim)
+                if victim is sequence:
                     return False
         return True
+
+    def _least_urgent(self, step: Step) -> Sequence:
+        """The youngest of the lowest priority, of those that the step does not hold yet."""
+        candidates = [other for other in reversed(self.running) if other not in _members(step)]
+        return max(candidates, key=lambda other: other.request.priority)
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's working copy away; it waits, first in line, to start again."""

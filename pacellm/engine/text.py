@@ -12,11 +12,12 @@ class TextStream:
     Args:
         tokenizer: the fast tokenizer's backend.
         stop: strings that end the answer and are cut from it.
+        skip_special: leave special tokens out.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
-        self._tokenizer, self._stop = tokenizer, stop
-        self._stream = DecodeStream(skip_special_tokens=True)
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], *, skip_special: bool = True) -> None:
+        self._tokenizer, self._stop, self._skip_special = tokenizer, stop, skip_special
+        self._stream = DecodeStream(skip_special_tokens=skip_special)
         self._undecoded: list[int] = []
         self._held = ""
         self.stopped_by: str | None = None
@@ -34,7 +35,9 @@ class TextStream:
         """What was held back, once no more tokens come."""
         if self.stopped_by is not None:
             return ""
-        rest = self._tokenizer.decode(self._undecoded, skip_special_tokens=True) if self._undecoded else ""
+        rest = (
+            self._tokenizer.decode(self._undecoded, skip_special_tokens=self._skip_special) if self._undecoded else ""
+        )
         text = self._release(rest)
         if self.stopped_by is not None:
             return text

@@ -38,7 +38,7 @@ class EngineThread:
         # a string is the id of a request to abort, a pair a session operation
         self._inbox: deque[GenerationRequest | str | tuple[Operation, Future[Any]]] = deque()
         self._wake = threading.Condition()
-        self._queued: dict[str, int] = {}  # prompt tokens of requests that are not yet admitted
+        self._queued: dict[str, GenerationRequest] = {}  # in order of arrival, not yet admitted
         self._submitted: set[str] = set()
         self._stopping = False
         self._draining = False
@@ -72,6 +72,21 @@ class EngineThread:
         """Requests admitted and not yet ended."""
         return len(self._submitted) - len(self._queued)
 
+    def ahead_of(self, request_id: str) -> tuple[int, int] | None:
+        """How many queued requests, and how many of their prompt tokens, go before a queued one; None where it is
+        not queued."""
+        with self._wake:
+            request = self._queued.get(request_id)
+            if request is None:
+                return None
+            before, is_earlier = [], True
+            for other in self._queued.values():
+                if other is request:
+                    is_earlier = False
+                elif other.priority < request.priority or (is_earlier and other.priority == request.priority):
+                    before.append(len(other.prompt))
+            return len(before), sum(before)
+
     def submit(self, request: GenerationRequest) -> None:
         """Hand a request over; its place in the queue is reserved before this returns.
 
@@ -87,14 +102,14 @@ class EngineThread:
                 raise EngineDead("the engine has stopped; restart the server")
             if self._draining:
                 raise Draining("the server is shutting down")
-            queued = sum(self._queued.values())
+            queued = sum(len(waiting.prompt) for waiting in self._queued.values())
             if len(self._queued) >= config.max_waiting:
                 raise Overloaded(f"{len(self._queued)} requests are waiting; try again later")
             if queued and queued + tokens > (config.max_waiting_tokens or 0):
                 raise Overloaded(f"{queued:,} prompt tokens are waiting; try again later")
             if request.request_id in self._submitted:
                 raise Overloaded(f"request id {request.request_id} is still running")
-            self._queued[request.request_id] = tokens
+            self._queued[request.request_id] = request
             self._submitted.add(request.request_id)
             self._inbox.append(request)
             self._wake.notify()

@@ -22,12 +22,12 @@ NAME = "pacellm-demo"
 class Live:
     """A running server."""
 
-    def __init__(self, config, settings):
+    def __init__(self, config, settings, keys=None):
         tokenizer = ChatTokenizer(MODEL_PATH)
         self.engine = Engine(load(MODEL_PATH), config, tokenizer.backend)
         self.service = Service(self.engine, tokenizer, settings)
         self._server = uvicorn.Server(
-            uvicorn.Config(create_app(self.service), host="127.0.0.1", port=0, log_level="warning", ws="none")
+            uvicorn.Config(create_app(self.service, keys), host="127.0.0.1", port=0, log_level="warning", ws="none")
         )
         self._thread = threading.Thread(target=self._server.run, daemon=True)
 
@@ -60,9 +60,9 @@ class Live:
         raise AssertionError("requests are still in the engine")
 
 
-def start(config=None, **settings):
+def start(config=None, keys=None, **settings):
     """A server whose KV memory holds the whole context; pages that are not touched cost nothing."""
-    return Live(config or EngineConfig(kv_cache_memory=2**31), Settings(model_name=NAME, **settings))
+    return Live(config or EngineConfig(kv_cache_memory=2**31), Settings(model_name=NAME, **settings), keys)
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from pacellm.errors import BodyTooLarge, RequestError
+from pacellm.errors import RequestError
 from server.auth import tenant_of
+from server.body import timed_body
 from server.service import Service
 
 router = APIRouter(prefix="/v1/sessions")
@@ -92,7 +93,7 @@ async def put_snapshot(request: Request, name: str) -> dict[str, Any]:
     """Make a snapshot the session's state; what is refused changes nothing."""
     service: Service = request.app.state.service
     key = _key(request, name)
-    data = await _read(request, service.settings.max_snapshot_bytes)
+    data = await timed_body(request, service.settings.max_snapshot_bytes)
     checked = await service.off_loop(
         lambda: service.engine.snapshots.check(data, trust_unsigned=service.settings.allow_unsigned_snapshots)
     )
@@ -111,7 +112,7 @@ async def _named(request: Request) -> tuple[str, float | None]:
     Raises:
         RequestError: names the field.
     """
-    raw = await _read(request, _MAX_BODY)
+    raw = await timed_body(request, _MAX_BODY)
     try:
         body = json.loads(raw) if raw.strip() else {}
     except (ValueError, RecursionError) as error:
@@ -131,21 +132,3 @@ async def _named(request: Request) -> tuple[str, float | None]:
     if ttl is not None and (type(ttl) not in (int, float) or not 0 < ttl <= _MAX_TTL):
         raise RequestError(f"ttl must be seconds above 0 and at most {_MAX_TTL}", param="ttl", code="invalid_value")
     return name, ttl
-
-
-async def _read(request: Request, limit: int) -> bytearray:
-    """The body, refused as soon as it is over the limit.
-
-    Raises:
-        BodyTooLarge: it is.
-    """
-    declared = request.headers.get("content-length", "")
-    data = bytearray()
-    if not declared.isdigit() or int(declared) <= limit:
-        async for part in request.stream():
-            data += part
-            if len(data) > limit:
-                break
-        else:
-            return data
-    raise BodyTooLarge(f"the body is over the limit of {limit:,} bytes")

@@ -1,0 +1,91 @@
+"""Chunks to HTTP: server-sent events, or one JSON object, unless the client goes first."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Protocol
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+
+from pacellm.errors import Aborted, PaceError
+from server import sse
+from server.errors import body_of
+from server.service import Generation, Service
+
+Chunk = dict[str, Any]
+ChunkSource = Callable[..., AsyncIterator[Chunk | None]]
+
+
+class Closable(Protocol):
+    """What an answer is made from; closing it cancels what has not ended."""
+
+    def close(self) -> None:
+        """Forget it."""
+
+
+async def streamed(
+    service: Service, generation: Generation, chunks: ChunkSource, *, wants_usage: bool
+) -> sse.EventStream:
+    """The answer as server-sent events, once admission is known or ``header_wait`` has passed.
+
+    Raises:
+        PaceError: the request failed before that.
+    """
+    headers = await session_headers(service, generation)
+    return sse.EventStream(_events(service, chunks, wants_usage), generation.close, headers)
+
+
+async def session_headers(service: Service, generation: Generation) -> dict[str, str]:
+    """What admission found, as headers of a stream; "queued" where it has not come yet.
+
+    Raises:
+        PaceError: the request failed before that; it is closed.
+    """
+    try:
+        found = await generation.admitted(service.settings.header_wait)
+    except BaseException:
+        generation.close()
+        raise
+    return {"X-PaceLLM-Session": found.session if found is not None else "queued"}
+
+
+async def _events(service: Service, chunks: ChunkSource, wants_usage: bool) -> AsyncIterator[bytes]:
+    """Bytes of whole events; a failure after the head is an event too."""
+    try:
+        async for chunk in chunks(service.settings.keep_alive_seconds):
+            if chunk is None:
+                yield sse.KEEP_ALIVE
+            elif chunk["choices"] or "prompt_progress" in chunk or "pacellm" in chunk or wants_usage:
+                yield sse.event(chunk)
+        yield sse.DONE
+    except PaceError as error:
+        yield sse.event(body_of(error))
+
+
+async def whole(
+    request: Request, generation: Closable, answer: Awaitable[Chunk], found: Callable[[], str | None] = lambda: None
+) -> Response:
+    """The answer in one piece.
+
+    Args:
+        found: once the answer is there: what admission found of the session.
+
+    Raises:
+        PaceError: the request failed, or its client disconnected.
+    """
+    folded = asyncio.ensure_future(answer)
+    gone = asyncio.create_task(sse.disconnected(request.receive))
+    try:
+        await asyncio.wait({folded, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not folded.done():
+            raise Aborted("the client disconnected")
+        session = found()
+        headers = {"X-PaceLLM-Session": session} if session is not None else {}
+        return JSONResponse(folded.result(), headers=headers)
+    finally:
+        for task in (folded, gone):
+            task.cancel()
+        await asyncio.gather(folded, gone, return_exceptions=True)
+        generation.close()

@@ -1,0 +1,31 @@
+"""Who asks, as the rest of the server needs to know it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from server.auth import tenant_of
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks, under which name, and until when.
+
+    Attributes:
+        tenant: namespace of the sessions.
+        request_id: the X-Request-ID.
+        arrival: monotonic seconds.
+        timeout: what the request allows itself, in seconds from arrival.
+    """
+
+    tenant: str
+    request_id: str
+    arrival: float
+    timeout: float | None = None
+
+    @classmethod
+    def of(cls, request: Request, timeout: float | None = None) -> Caller:
+        """The caller of an HTTP request that was let in."""
+        return cls(tenant_of(request), request.state.request_id, request.state.arrival, timeout)

@@ -1,0 +1,93 @@
+"""The outermost layer: request ids, the Host check, and one log line a request. It never looks into bodies."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pacellm.errors import RequestError
+from server import logs
+from server.errors import response_of
+
+logger = logging.getLogger("pacellm.access")
+REQUEST_ID = r"^[A-Za-z0-9._:-]{1,128}$"
+MAX_HEADERS = 128
+
+
+class Edge:
+    """ASGI middleware around the whole app.
+
+    Args:
+        app: what answers.
+        allowed_hosts: names that the Host header may have, ``*.example.org`` for subdomains; empty lets all pass.
+    """
+
+    def __init__(self, app: ASGIApp, allowed_hosts: Sequence[str] = ()) -> None:
+        self._app, self._hosts = app, tuple(host.lower() for host in allowed_hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers, started = Headers(scope=scope), time.monotonic()
+        given = headers.get("x-request-id")
+        known = given if given is not None and re.match(REQUEST_ID, given) else None
+        request_id = known or uuid.uuid4().hex
+        state = scope.setdefault("state", {})
+        state["request_id"], state["arrival"] = request_id, started
+        status = 0
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+            await send(message)
+
+        token = logs.request_id.set(request_id)
+        try:
+            problem = self._problem(headers, given, known)
+            app = self._app if problem is None else response_of(problem)
+            await app(scope, receive, answer)
+        finally:
+            _log(scope, status, time.monotonic() - started)
+            logs.request_id.reset(token)
+
+    def _problem(self, headers: Headers, given: str | None, known: str | None) -> RequestError | None:
+        if len(headers) > MAX_HEADERS:
+            return RequestError(f"more than {MAX_HEADERS} headers", code="too_many_headers")
+        if given is not None and known is None:
+            return RequestError("X-Request-ID must be 1 to 128 of A-Z a-z 0-9 . _ : -", param="X-Request-ID")
+        if self._hosts and not self._is_allowed(_host(headers.get("host", ""))):
+            return RequestError("this Host is not served here", param="Host", code="invalid_host")
+        return None
+
+    def _is_allowed(self, host: str) -> bool:
+        return any(host == name or (name.startswith("*.") and host.endswith(name[1:])) for name in self._hosts)
+
+
+def _host(header: str) -> str:
+    """The name without the port; IPv6 addresses without brackets."""
+    if header.startswith("["):
+        return header[1:].partition("]")[0].lower()
+    return header.partition(":")[0].lower()
+
+
+def _log(scope: Scope, status: int, seconds: float) -> None:
+    """Method, route and outcome; neither the query nor anything from a body."""
+    route = scope.get("route")
+    fields = {
+        "method": scope["method"] if scope["method"].isalpha() else "?",
+        "route": getattr(route, "path", None) or "unknown",
+        "status": status,
+        "duration_ms": round(1000 * seconds, 1),
+        "tenant": scope.get("state", {}).get("tenant"),
+    }
+    logger.info("%(method)s %(route)s %(status)s %(duration_ms)s ms", fields, extra={"fields": fields})

@@ -1,0 +1,15 @@
+"""The endpoints, one HTTP noun a file. Every route needs a key, but for ``health.public``."""
+
+from fastapi import APIRouter, Depends
+
+from server.auth import require_key
+from server.routes import chat, health, models, requests, sessions
+
+private = APIRouter(dependencies=[Depends(require_key)])
+for noun in (chat.router, models.router, requests.router, sessions.router, health.router):
+    private.include_router(noun)
+admin = APIRouter(dependencies=[Depends(require_key)])
+admin.include_router(health.admin)
+public = health.public
+
+__all__ = ["admin", "private", "public"]

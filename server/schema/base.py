@@ -1,0 +1,75 @@
+"""What all bodies share: strictness, and problems in OpenAI's form."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pacellm.errors import RequestError, UnsupportedParameter
+
+SESSION_ID = r"^[A-Za-z0-9._:-]{1,256}$"
+MAX_TEXT = 64 * 2**20
+_UNION_BRANCHES = ("str", "int", "float", "bool", "TextPart", "dict", "list")
+
+
+class Strict(BaseModel):
+    """No conversions between types and no unknown fields."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+Body = TypeVar("Body", bound=Strict)
+
+
+def parse(kind: type[Body], body: bytes) -> Body:
+    """A checked body.
+
+    Raises:
+        RequestError: names the field.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _request_error(error) from None
+
+
+def refuse_unless_neutral(body: Strict, neutral: dict[str, tuple[Any, ...]]) -> None:
+    """Refuse fields that are accepted only where their value means "as usual".
+
+    Raises:
+        UnsupportedParameter: another value, which would change the result.
+    """
+    for name, usual in neutral.items():
+        value = getattr(body, name)
+        if value is not None and not any(type(value) is type(one) and value == one for one in usual):
+            raise UnsupportedParameter(f"{name} is not supported here with this value", param=name)
+
+
+def _places(problem: Any) -> list[str]:
+    """The fields on the way to a problem; a union's branches are part of the location, but no fields."""
+    return [
+        str(place)
+        for place in problem["loc"]
+        if isinstance(place, int) or ("[" not in place and place not in _UNION_BRANCHES and not place[:1].isupper())
+    ]
+
+
+def _most_telling(problems: list[Any]) -> Any:
+    """Of the first wrong field's problems, one for each branch of a union, the one of the branch that fits furthest."""
+    location = problems[0]["loc"]
+    field = location[: 3 if location[:1] in (("messages",), ("input",)) else 1]
+    return max((p for p in problems if p["loc"][: len(field)] == field), key=lambda p: len(_places(p)))
+
+
+def _request_error(error: ValidationError) -> RequestError:
+    """The first problem, in OpenAI's form."""
+    first = _most_telling(error.errors(include_url=False, include_context=False, include_input=False))
+    param = ".".join(_places(first)) or None
+    if first["type"] == "json_invalid":
+        return RequestError(f"the body is not valid JSON: {first['msg']}", code="invalid_json")
+    if first["type"] == "extra_forbidden":
+        return UnsupportedParameter(f"{param} is not a parameter of this endpoint", param=param)
+    if first["type"] == "too_short" and param == "messages":
+        return RequestError("messages must have at least one message", param="messages", code="invalid_value")
+    return RequestError(f"{param or 'body'}: {first['msg']}", param=param, code="invalid_value")

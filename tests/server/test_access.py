@@ -1,0 +1,157 @@
+"""Who gets in, what the edge lets through, and what the log says."""
+
+import json
+import logging
+
+import openai
+import pytest
+from fastapi.routing import APIRoute
+
+from pacellm.errors import ConfigError
+from server import logs, routes
+from server.auth import Keys, read_keys, require_key
+from tests.server.conftest import NAME, start
+
+ALICE, ALICE_NEW, BOB = "alice-key-1", "alice-key-2", "bob-key-22"
+HI = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    file.write_text(f"# tenants\n\nalice: {ALICE}\nalice:{ALICE_NEW}\nbob: {BOB}\n")
+    with start(keys=read_keys([], file), allowed_hosts=("127.0.0.1", "*.example.org"), admin_port=1,
+               cors_origins=("https://app.example.org",), max_requests_per_key=1) as server:  # fmt: skip
+        yield server
+
+
+def bearer(key):
+    return {"Authorization": f"Bearer {key}"}
+
+
+def ask(live, key, **changes):
+    with openai.OpenAI(base_url=f"{live.url}/v1", api_key=key, max_retries=0) as client:
+        return client.chat.completions.create(model=NAME, messages=HI, max_tokens=2, **changes)
+
+
+@pytest.mark.parametrize(
+    "header", [{}, bearer("wrong-key-1"), {"Authorization": "Bearer"}, {"Authorization": ALICE}, bearer("é")]
+)
+def test_no_key_no_answer(guarded, header):
+    header = {name: value.encode() for name, value in header.items()}
+    for method, path in (("GET", "/v1/models"), ("POST", "/v1/chat/completions"), ("GET", "/version")):
+        answer = guarded.http.request(method, path, headers=header)
+        assert answer.status_code == 401
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+        assert answer.headers["www-authenticate"] == "Bearer"
+
+
+def test_every_route_but_health_depends_on_a_key():
+    open_paths = {route.path for route in routes.public.routes}
+    assert open_paths == {"/health", "/ready"}
+    for router in (routes.private, routes.admin):
+        for route in router.routes:
+            if isinstance(route, APIRoute):
+                assert any(needed.call is require_key for needed in route.dependant.dependencies), route.path
+
+
+def test_health_needs_no_key_and_metrics_are_elsewhere(guarded):
+    assert guarded.http.get("/health").status_code == 200
+    assert guarded.http.get("/ready").status_code == 200
+    assert guarded.http.get("/metrics", headers=bearer(ALICE)).status_code == 404
+
+
+def test_sessions_belong_to_the_tenant_not_to_the_key(guarded):
+    def found(key):
+        return ask(guarded, key, extra_body={"session_id": "mine"}).pacellm["session"]
+
+    assert found(ALICE) == "new"
+    assert found(BOB) == "new"
+    assert found(ALICE_NEW) == "resident"
+    assert guarded.engine.sessions.get(("alice", "mine")) is not None
+    with pytest.raises(openai.AuthenticationError):
+        found("some-other-key")
+
+
+def test_session_routes_know_the_tenant(guarded):
+    ask(guarded, ALICE, extra_body={"session_id": "theirs"})
+    http = guarded.http
+    assert http.get("/v1/sessions").status_code == 401
+    assert http.delete("/v1/sessions").status_code == 401
+    listed = {key: [item["id"] for item in http.get("/v1/sessions", headers=bearer(key)).json()["data"]]
+              for key in (ALICE, ALICE_NEW, BOB)}  # fmt: skip
+    assert "theirs" in listed[ALICE]
+    assert listed[ALICE_NEW] == listed[ALICE]
+    assert "theirs" not in listed[BOB]
+    for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/reset"), ("POST", "/fork"), ("GET", "/snapshot")):
+        answer = http.request(method, f"/v1/sessions/theirs{path}", headers=bearer(BOB))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "session_not_found")
+    http.delete("/v1/sessions", headers=bearer(BOB))
+    assert http.get("/v1/sessions/theirs", headers=bearer(ALICE_NEW)).status_code == 200
+
+
+def test_a_key_has_its_limit(guarded):
+    body = {"messages": HI, "max_tokens": 20_000, "ignore_eos": True, "stream": True}
+    with guarded.http.stream("POST", "/v1/chat/completions", json=body, headers=bearer(ALICE)) as response:
+        lines = response.iter_lines()
+        next(lines)
+        with pytest.raises(openai.RateLimitError) as caught:
+            ask(guarded, ALICE)
+        assert caught.value.code == "rate_limit_exceeded"
+        ask(guarded, BOB)
+    guarded.wait_until_idle()
+
+
+@pytest.mark.parametrize(("host", "status"), [("evil.test", 400), ("a.example.org", 200), ("127.0.0.1:1", 200)])
+def test_hosts(guarded, host, status):
+    assert guarded.http.get("/health", headers={"Host": host}).status_code == status
+
+
+def test_cors_only_for_the_listed_origin(guarded, live):
+    listed, other = "https://app.example.org", "https://evil.test"
+    for server, origin, allowed in ((guarded, listed, listed), (guarded, other, None), (live, listed, None)):
+        answer = server.http.get("/health", headers={"Origin": origin})
+        assert answer.headers.get("access-control-allow-origin") == allowed
+
+
+def test_request_ids_go_in_and_out(live):
+    assert live.http.get("/health", headers={"X-Request-ID": "abc.1"}).headers["x-request-id"] == "abc.1"
+    assert len(live.http.get("/v1/nothing").headers["x-request-id"]) == 32
+    bad = live.http.get("/health", headers={"X-Request-ID": "a b"})
+    assert (bad.status_code, bad.json()["error"]["param"]) == (400, "X-Request-ID")
+    many = live.http.get("/health", headers=[(f"x-{number}", "1") for number in range(200)])
+    assert (many.status_code, many.json()["error"]["code"]) == (400, "too_many_headers")
+
+
+def test_the_log_has_ids_and_no_content(live, caplog):
+    with caplog.at_level(logging.DEBUG):
+        for content in ("secretword", 5, "\ud800secretword"):
+            messages = [{"role": "user", "content": content}]
+            live.http.post(
+                "/v1/chat/completions?q=secretword",
+                content=json.dumps({"messages": messages, "max_tokens": 1, "stop": "secretword"}),
+                headers={"X-Request-ID": "logged", **bearer("secretkey")},
+            )
+    records = [record for record in caplog.records if not record.name.startswith("http")]  # the client's own log
+    lines = [record for record in records if record.name == "pacellm.access"]
+    assert lines[0].fields["route"] == "/v1/chat/completions"
+    assert lines[0].fields["status"] == 200
+    token = logs.request_id.set("logged")
+    shown = [logs.JsonFormatter().format(record) for record in records]
+    logs.request_id.reset(token)
+    assert all(json.loads(line)["request_id"] == "logged" for line in shown)
+    assert not any(word in line for line in shown for word in ("secretword", "secretkey"))
+
+
+def test_key_files(tmp_path):
+    file = tmp_path / "keys"
+    for content in ("no colon here", "alice:", ": key12345", "alice: short", "alice: two words here"):
+        file.write_text(content)
+        with pytest.raises(ConfigError) as caught:
+            read_keys([], file)
+        assert "two words" not in str(caught.value)
+    with pytest.raises(ConfigError):
+        read_keys([], tmp_path / "absent")
+    first, second = (read_keys(["key-number-1", "key-number-2"], None).tenant(f"key-number-{n}") for n in (1, 2))
+    assert first != second
+    assert not Keys({})
