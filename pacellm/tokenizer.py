@@ -98,13 +98,16 @@ class ChatTokenizer:
         assert isinstance(rendered, str)
         return rendered
 
-    def encode(self, text: str, *, limit: int | None = None, scope: str | None = None) -> list[int]:
+    def encode(
+        self, text: str, *, limit: int | None = None, scope: str | None = None, add_special_tokens: bool = False
+    ) -> list[int]:
         """Ids of a rendered prompt. The interpreter is not held meanwhile.
 
         Args:
-            text: may contain special tokens; none are added.
+            text: may contain special tokens.
             limit: refuse before tokenising what cannot have so few tokens.
             scope: whose texts these are, as a session's name; long pieces are remembered within it.
+            add_special_tokens: add those that the tokenizer puts around a text.
 
         Raises:
             ContextLengthExceeded: the text has more than ``limit`` tokens for certain.
@@ -115,11 +118,17 @@ class ChatTokenizer:
                 f"the prompt has at least {at_least:,} tokens; this model's context is {limit:,} tokens",
                 param="messages",
             )
+        if add_special_tokens:
+            return self.backend.encode_batch_fast([text], add_special_tokens=True)[0].ids
         return self._memo.encode(text, scope)
 
     def forget(self, scope: str, *, below: bool = False) -> None:
         """Drop the pieces remembered for a scope; with ``below`` for every scope whose name begins so."""
         self._memo.forget(scope, below=below)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids, special tokens included."""
+        return self.backend.decode(ids, skip_special_tokens=False)
 
     def token_text(self, token: int) -> str:
         """A token as text; a part of a character comes out as U+FFFD."""

@@ -186,6 +186,13 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class PromptScores:
+    """Log-probabilities of the prompt's next tokens, in order; the first token of a prompt has none."""
+
+    logprobs: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True)
 class Delta:
     """New text of a choice, maybe empty while a stop string or a split character is held back."""
 
@@ -226,4 +233,4 @@ class Failed:
     error: PaceError
 
 
-Event = Admitted | Progress | Delta | ChoiceEnded | Finished | Failed
+Event = Admitted | Progress | PromptScores | Delta | ChoiceEnded | Finished | Failed

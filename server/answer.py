@@ -26,28 +26,38 @@ class Closable(Protocol):
 
 
 async def streamed(
-    service: Service, generation: Generation, chunks: ChunkSource, *, wants_usage: bool
+    service: Service,
+    generation: Generation,
+    chunks: ChunkSource,
+    *,
+    wants_usage: bool,
+    whole: Closable | None = None,
 ) -> sse.EventStream:
     """The answer as server-sent events, once admission is known or ``header_wait`` has passed.
+
+    Args:
+        generation: the one whose admission is waited for.
+        whole: what is closed with the answer, where that is more than ``generation``.
 
     Raises:
         PaceError: the request failed before that.
     """
-    headers = await session_headers(service, generation)
-    return sse.EventStream(_events(service, chunks, wants_usage), generation.close, headers)
+    owner = whole or generation
+    try:
+        headers = await session_headers(service, generation)
+    except BaseException:
+        owner.close()
+        raise
+    return sse.EventStream(_events(service, chunks, wants_usage), owner.close, headers)
 
 
 async def session_headers(service: Service, generation: Generation) -> dict[str, str]:
     """What admission found, as headers of a stream; "queued" where it has not come yet.
 
     Raises:
-        PaceError: the request failed before that; it is closed.
+        PaceError: the request failed before that.
     """
-    try:
-        found = await generation.admitted(service.settings.header_wait)
-    except BaseException:
-        generation.close()
-        raise
+    found = await generation.admitted(service.settings.header_wait)
     return {"X-PaceLLM-Session": found.session if found is not None else "queued"}
 
 

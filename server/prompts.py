@@ -7,6 +7,7 @@ from typing import Any
 from pacellm.errors import RequestError
 from pacellm.tokenizer import ChatTokenizer
 from server.schema.chat import ChatCompletionRequest
+from server.schema.completions import CompletionRequest
 
 
 def chat_prompt(
@@ -31,6 +32,21 @@ def chat_prompt(
         variables=body.chat_template_kwargs,
     )
     return tokenizer.encode(rendered, limit=None if body.truncate_prompt_tokens is not None else limit, scope=scope)
+
+
+def text_prompt(
+    tokenizer: ChatTokenizer, prompt: str | list[int], body: CompletionRequest, limit: int | None
+) -> list[int]:
+    """Ids of a completion's prompt; ids stay as they are.
+
+    Raises:
+        RequestError: no text, or too long for certain.
+    """
+    if isinstance(prompt, list):
+        return prompt
+    check_text(prompt, "prompt")
+    limit = None if body.truncate_prompt_tokens is not None else limit
+    return tokenizer.encode(prompt, limit=limit, add_special_tokens=body.add_special_tokens)
 
 
 def check_text(text: str, param: str) -> None:

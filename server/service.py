@@ -140,16 +140,24 @@ class Service:
         request = self.request("chatcmpl", body, prompt, sampling, caller, session_id, body.n or 1)
         return await self.submit(request, caller)
 
+    def check_model(self, name: str | None) -> None:
+        """Refuse another model's name.
+
+        Raises:
+            ModelNotFound: it is not the one served.
+        """
+        if name is not None and name != self.settings.model_name:
+            raise ModelNotFound(
+                f"model {name!r} is not served here; this server has {self.settings.model_name!r}", param="model"
+            )
+
     def check_options(self, body: SamplingFields, session_id: str | None) -> None:
         """Refuse what this server does not do, before any work.
 
         Raises:
             RequestError: names the field.
         """
-        if body.model is not None and body.model != self.settings.model_name:
-            raise ModelNotFound(
-                f"model {body.model!r} is not served here; this server has {self.settings.model_name!r}", param="model"
-            )
+        self.check_model(body.model)
         if body.pacellm.pa in ("on", "read_only") and not self.engine.config.pa:
             raise UnsupportedParameter("this server runs with --no-pa", param="pacellm.pa")
         if body.truncate_prompt_tokens is not None and session_id is not None:

@@ -16,7 +16,6 @@ from pacellm.engine import batch
 from pacellm.engine.engine import Engine
 from pacellm.engine.sequence import Sequence
 from pacellm.memory.state import BankState
-from pacellm.rows import missing_rows
 from pacellm.types import GenerationRequest, PAMode
 
 Banks = dict[int, BankState]
@@ -45,9 +44,8 @@ class Probe:
             if step is None or step.num_tokens != sequence.pending:
                 raise ValueError("a probe must fit into one step; raise max_num_batched_tokens")
             packed = batch.build(step, engine.pool, engine.config.bank.segment, engine.model.device)
-            rows = torch.arange(step.num_tokens - len(answer), step.num_tokens)
-            rows = torch.cat([rows, rows.new_zeros(missing_rows(len(answer)))])
-            return engine.runner.forward(step, packed, rows)[: len(answer)].double().log_softmax(-1)
+            rows = list(range(step.num_tokens - len(answer), step.num_tokens))
+            return engine.runner.forward(step, packed, rows).double().log_softmax(-1)
         finally:
             scheduler.remove(sequence)
             scheduler.admitted.clear()

@@ -22,16 +22,18 @@ class Batch:
 
     Attributes:
         ids, positions: [1, T] int64, padded to a multiple of ``ROWS`` rows.
-        wanted: [S] int64 rows whose logits are needed, padded likewise with row 0.
+        wanted: rows whose logits are needed.
         chunks: one per sequence of the step, in row order.
         sampled: the sequences that get a token, in the order of ``wanted``.
+        scored: after those, the sequences whose prompt's next tokens are scored, and by how many rows each.
     """
 
     ids: Tensor
     positions: Tensor
-    wanted: Tensor
+    wanted: list[int]
     chunks: list[Chunk]
     sampled: list[Sequence]
+    scored: list[tuple[Sequence, int]]
 
 
 def build(step: Step, pool: BankPool | None, segment: int, device: torch.device) -> Batch:
@@ -47,17 +49,39 @@ def build(step: Step, pool: BankPool | None, segment: int, device: torch.device)
         if work.count == sequence.pending:
             wanted.append(len(ids) - 1)
             sampled.append(sequence)
+    scored = _add_scored(step, wanted)
     missing = missing_rows(len(ids))
     ids.extend([0] * missing)
     positions.append(np.zeros(missing, dtype=np.int64))
-    wanted.extend([0] * (missing_rows(len(wanted)) if wanted else ROWS))
     return Batch(
         ids=_upload(np.frombuffer(ids, dtype=np.int32).astype(np.int64), device)[None],
         positions=_upload(np.concatenate(positions), device)[None],
-        wanted=_upload(np.array(wanted, dtype=np.int64), device),
+        wanted=wanted,
         chunks=chunks,
         sampled=sampled,
+        scored=scored,
     )
+
+
+def padded(rows: list[int], device: torch.device) -> Tensor:
+    """[R] int64 on the device, at least ``ROWS`` of them and a multiple: what is missing is row 0."""
+    missing = missing_rows(len(rows)) if rows else ROWS
+    return _upload(np.array([*rows, *[0] * missing], dtype=np.int64), device)
+
+
+def _add_scored(step: Step, wanted: list[int]) -> list[tuple[Sequence, int]]:
+    """Rows that predict a prompt token not scored yet, for requests that want its log-probability."""
+    scored, row = [], 0
+    for work in step.work:
+        sequence = work.sequence
+        if sequence.request.sampling.prompt_logprobs is not None:
+            first = max(sequence.position, sequence.num_scored)
+            end = min(sequence.position + work.count, len(sequence.prompt) - 1)
+            if first < end:
+                wanted.extend(range(row + first - sequence.position, row + end - sequence.position))
+                scored.append((sequence, end - first))
+        row += work.count
+    return scored
 
 
 def _chunk(work: Work, row: int, pool: BankPool | None, segment: int) -> Chunk:
@@ -76,7 +100,6 @@ def _chunk(work: Work, row: int, pool: BankPool | None, segment: int) -> Chunk:
         pieces,
         banks,
         num_decoded=num_decoded,
-        num_wanted=int(work.count == sequence.pending),
     )
 
 

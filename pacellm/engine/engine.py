@@ -26,8 +26,8 @@ from pacellm.config import EngineConfig
 from pacellm.engine.kv import BLOCK, BlockAllocator, KVTable
 from pacellm.engine.mover import Mover
 from pacellm.engine.records import Records
-from pacellm.engine.runner import Runner, StepFailed
-from pacellm.engine.sampler import sample
+from pacellm.engine.runner import Output, Runner, StepFailed
+from pacellm.engine.sampler import sample, score
 from pacellm.engine.scheduler import Copy, Scheduler, Step
 from pacellm.engine.sequence import Sequence
 from pacellm.engine.session_ops import SessionOps
@@ -54,6 +54,7 @@ from pacellm.types import (
     FinishReason,
     GenerationRequest,
     Progress,
+    PromptScores,
     TokenLogprob,
     Usage,
 )
@@ -244,6 +245,8 @@ class Engine:
         self.scheduler.check(len(request.prompt), request.sampling.max_tokens)
         if not 1 <= request.n <= self.config.max_num_seqs:
             raise RequestError(f"n must be 1 to {self.config.max_num_seqs} here, not {request.n}", param="n")
+        if request.sampling.prompt_logprobs is not None and request.session is not None:
+            raise RequestError("log-probabilities of a prompt are not available in a session", param="echo")
         vocabulary = self.model.vocab_size
         for token, _ in request.sampling.logit_bias:
             if token >= vocabulary:
@@ -326,18 +329,18 @@ class Engine:
                 return events
             return events + self._stuck()
         try:
-            logits, sampled = self.runner.run(step)
+            output = self.runner.run(step)
         except StepFailed as error:
             return events + self._recover(step, error)
-        return events + self._commit(step, logits, sampled)
+        return events + self._commit(step, output)
 
     def _admissions(self) -> list[tuple[str, Event]]:
         admitted, self.scheduler.admitted = self.scheduler.admitted, []
         return [(sequence.id, Admitted(sequence.session_status, sequence.cached)) for sequence in admitted]
 
-    def _commit(self, step: Step, logits: Tensor, sampled: list[Sequence]) -> list[tuple[str, Event]]:
-        events: list[tuple[str, Event]] = []
-        rows = {sequence.id: row for row, sequence in enumerate(sampled)}
+    def _commit(self, step: Step, output: Output) -> list[tuple[str, Event]]:
+        events, failed = self._scores(output)
+        logits, rows = output.logits, {sequence.id: row for row, sequence in enumerate(output.sampled)}
         self.stats.steps += 1
         for work in step.work:
             sequence = work.sequence
@@ -348,11 +351,30 @@ class Engine:
                 self.scheduler.keep(sequence)
             if not decoding:
                 events.append((sequence.id, Progress(sequence.total_work, sequence.done_work)))
-            if sequence.id in rows and sequence.id in self._live:  # a failed choice takes the others along
+            is_live = sequence.id in self._live  # a failed choice takes the others along
+            if sequence.id in failed and is_live:
+                events.append(self._fail(sequence, failed[sequence.id]))
+            elif sequence.id in rows and is_live:
                 events += self._sample(sequence, logits[rows[sequence.id]])
         if self.config.check_integrity:
             self.check_integrity()
         return events
+
+    def _scores(self, output: Output) -> tuple[list[tuple[str, Event]], dict[str, PaceError]]:
+        """Log-probabilities of prompt tokens, for the requests that want them; and where that failed, by request."""
+        events: list[tuple[str, Event]] = []
+        failed: dict[str, PaceError] = {}
+        row = len(output.sampled)
+        for sequence, count in output.scored:
+            top = sequence.request.sampling.prompt_logprobs or 0
+            tokens = sequence.prompt[sequence.num_scored + 1 : sequence.num_scored + 1 + count]
+            try:
+                events.append((sequence.id, PromptScores(score(output.logits[row : row + count], tokens, top))))
+            except ValueError as error:
+                failed[sequence.id] = EngineError(f"scoring the prompt failed: {error}")
+            sequence.num_scored += count
+            row += count
+        return events, failed
 
     def _sample(self, sequence: Sequence, logits: Tensor) -> list[tuple[str, Event]]:
         """Choose the sequence's next token; a failure here fails this request alone."""

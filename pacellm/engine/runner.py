@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,21 @@ class StepFailed(EngineError):
         self.sequence = sequence
 
 
+@dataclass(frozen=True)
+class Output:
+    """What a forward pass gave.
+
+    Attributes:
+        logits: [S + P, V] in float32 or wider: a row for each sampled sequence, then those of scored prompt tokens.
+        sampled: the S sequences that get a token.
+        scored: sequences with the number of their rows, P together.
+    """
+
+    logits: Tensor
+    sampled: list[Sequence]
+    scored: list[tuple[Sequence, int]]
+
+
 class Runner:
     """Runs steps of one model.
 
@@ -46,36 +63,36 @@ class Runner:
         """KV memory: the keys of all layers, then the values; each [heads, slots, size]."""
         return [*self._keys, *self._values]
 
-    def run(self, step: Step) -> tuple[Tensor, list[Sequence]]:
+    def run(self, step: Step) -> Output:
         """One forward pass.
-
-        Returns:
-            (logits [S, V] in float32 or wider, the S sequences that get a token).
 
         Raises:
             StepFailed: names the sequence where it can.
         """
         packed = batch.build(step, self.pool, self.pa.segment, self.model.device)
-        logits = self.forward(step, packed, packed.wanted)[: len(packed.sampled)]
-        return logits, packed.sampled
+        return Output(self.forward(step, packed, packed.wanted), packed.sampled, packed.scored)
 
     @torch.inference_mode()
-    def forward(self, step: Step, packed: batch.Batch, rows: Tensor) -> Tensor:
+    def forward(self, step: Step, packed: batch.Batch, rows: list[int]) -> Tensor:
         """Logits [R, V], in float32 or wider, of R ``rows`` of a packed step.
 
         Raises:
             StepFailed: names the sequence where it can.
         """
-        context = StepContext(packed.chunks, self._keys, self._values, self.pa)
+        context = StepContext(packed.chunks, self._keys, self._values, self.pa, wanted=sorted(set(rows)))
         try:
             self._copy(step.copies)
+            kept = batch.padded(rows, self.model.device)
             with step_context(context):
                 output = self.model.module(
-                    input_ids=packed.ids, position_ids=packed.positions, use_cache=False, logits_to_keep=rows
+                    input_ids=packed.ids,
+                    position_ids=packed.positions,
+                    use_cache=False,
+                    logits_to_keep=kept,
                 )
         except Exception as error:
             raise StepFailed(f"{type(error).__name__}: {error}", _blame(step, packed, context)) from error
-        logits = output.logits[0]
+        logits = output.logits[0, : len(rows)]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def scrub(self, table: KVTable) -> None:

@@ -94,3 +94,18 @@ def _logprob(logits: Tensor, token: int, top: int) -> TokenLogprob:
     best = logprobs.topk(top) if top else None
     alternatives = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if best is not None else ()
     return TokenLogprob(token, float(logprobs[token]), alternatives)
+
+
+def score(logits: Tensor, tokens: array[int], top: int) -> tuple[TokenLogprob, ...]:
+    """Log-probabilities of known tokens.
+
+    Args:
+        logits: [N, V] float32, row i predicts ``tokens[i]``.
+        top: how many alternatives to report for each.
+
+    Raises:
+        ValueError: logits that are not finite.
+    """
+    if not torch.isfinite(logits).all():
+        raise ValueError("the model produced logits that are not finite")
+    return tuple(_logprob(row, token, top) for row, token in zip(logits, tokens, strict=True))

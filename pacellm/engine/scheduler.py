@@ -27,6 +27,8 @@ from pacellm.engine.sessions import Session, SessionStore
 from pacellm.errors import ContextLengthExceeded, RequestError
 from pacellm.memory.pool import BankPool
 
+_MAX_SCORED = 256  # rows of logits that one request may ask of a step
+
 
 @dataclass(frozen=True)
 class Work:
@@ -217,6 +219,8 @@ class Scheduler:
         )
         for number, sequence in enumerate(prefilling):
             share = -(-budget // (len(prefilling) - number))
+            if sequence.request.sampling.prompt_logprobs is not None:
+                share = min(share, _MAX_SCORED)
             count = min(share, len(sequence.turn.ids) - sequence.cursor)
             if count:
                 step.work.append(Work(sequence, count))
@@ -362,7 +366,8 @@ class Scheduler:
         log = session.log if session is not None else []
         own = self._own_turn(sequence, session)
         turns = [*log, own]
-        entry = self.progress.find(lineage, turns)
+        is_scored = sequence.request.sampling.prompt_logprobs is not None  # every row of the prompt is needed
+        entry = None if is_scored else self.progress.find(lineage, turns)
         is_best = entry is None or entry.index < len(log)
         if session is not None and session.is_resident and session.table is not None and is_best:
             return Plan(lineage, [own], len(log), 0, own.start, session.table.blocks, session.row, None)

@@ -83,6 +83,7 @@ class Sequence:
         claimed: the session directory was asked about its session.
         note: what was refused on the way to its session's state.
         session: the one it works on, while it runs.
+        num_scored: prompt tokens after the first whose log-probability was reported.
         cached, replayed: prompt tokens not computed again; tokens of the log that are.
     """
 
@@ -100,6 +101,7 @@ class Sequence:
     row: int | None = None
     session: Session | None = None
     session_status: SessionStatus = "none"
+    num_scored: int = 0
     cached: int = 0
     replayed: int = 0
     total_work: int = 0

@@ -39,7 +39,7 @@ def attend(step: StepContext, layer: int, query: Tensor, scale: float, window: i
     output = query.new_zeros(query.shape[1], query.shape[0], values.shape[-1])
     for chunk in step.chunks:
         step.failing = chunk
-        first = chunk.first_row(layer, len(step.keys))
+        first = step.first_row(chunk, layer)
         if window is None:
             _attend_full(chunk, first, query, keys, values, scale, output)
         else:

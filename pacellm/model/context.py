@@ -6,6 +6,7 @@ it, and the attention function, through a context variable that is set around th
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -59,7 +60,6 @@ class Chunk:
         pieces: its rows cut at segment ends.
         banks: None where this request's FFNs are left alone.
         num_decoded: how many of its last rows are decoded tokens, now or in the log that is replayed.
-        num_wanted: how many of its last rows the model's head reads; None is all of them.
     """
 
     start: int
@@ -69,18 +69,6 @@ class Chunk:
     pieces: tuple[Piece, ...] = ()
     banks: Banks | None = None
     num_decoded: int = 0
-    num_wanted: int | None = None
-
-    def first_row(self, layer: int, num_layers: int) -> int:
-        """The first of its rows whose attention in ``layer`` anybody reads.
-
-        Behind the last layer's attention every row stands for itself, so rows that the head does not read matter only
-        to a bank of that layer. At 200K tokens that is half of the bundled model's work, which has two full layers.
-        """
-        is_read = self.banks is not None and layer in self.banks.banks
-        return (
-            self.start if self.num_wanted is None or is_read or layer + 1 < num_layers else self.stop - self.num_wanted
-        )
 
 
 @dataclass
@@ -89,7 +77,8 @@ class StepContext:
 
     ``keys`` and ``values`` are [kv heads, slots, head size] per layer. ``failing`` is the chunk being worked on,
     so that an error can be laid at one request's door. ``scratch`` is the attention backend's. Where ``probe`` is set,
-    attention only records each layer's KV shapes in it.
+    attention only records each layer's KV shapes in it. ``wanted`` are the rows that the model's head reads, in order;
+    None is all of them.
     """
 
     chunks: list[Chunk]
@@ -99,6 +88,19 @@ class StepContext:
     failing: Chunk | None = None
     scratch: dict[str, object] = field(default_factory=dict)
     probe: dict[int, KVShape] | None = None
+    wanted: list[int] | None = None
+
+    def first_row(self, chunk: Chunk, layer: int) -> int:
+        """The first of a chunk's rows whose attention in ``layer`` anybody reads; ``chunk.stop`` where nobody does.
+
+        Behind the last layer's attention every row stands for itself, so rows that the head does not read matter only
+        to a bank of that layer. At 200K tokens that is half of the bundled model's work, which has two full layers.
+        """
+        is_read = chunk.banks is not None and layer in chunk.banks.banks
+        if self.wanted is None or is_read or layer + 1 < len(self.keys):
+            return chunk.start
+        place = bisect_left(self.wanted, chunk.start)
+        return min(self.wanted[place], chunk.stop) if place < len(self.wanted) else chunk.stop
 
 
 _current: ContextVar[StepContext | None] = ContextVar("pacellm_step", default=None)

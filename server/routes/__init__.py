@@ -3,11 +3,11 @@
 from fastapi import APIRouter, Depends
 
 from server.auth import require_key
-from server.routes import chat, health, models, requests, sessions
+from server.routes import chat, completions, health, models, requests, sessions, tokens
 
 private = APIRouter(dependencies=[Depends(require_key)])
-for noun in (chat.router, models.router, requests.router, sessions.router, health.router):
-    private.include_router(noun)
+for noun in (chat, completions, tokens, models, requests, sessions, health):
+    private.include_router(noun.router)
 admin = APIRouter(dependencies=[Depends(require_key)])
 admin.include_router(health.admin)
 public = health.public

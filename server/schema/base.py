@@ -56,10 +56,12 @@ def _places(problem: Any) -> list[str]:
 
 
 def _most_telling(problems: list[Any]) -> Any:
-    """Of the first wrong field's problems, one for each branch of a union, the one of the branch that fits furthest."""
+    """Of the first wrong field's problems, one for each branch of a union, that of the branch that fits best: of the
+    right type before the wrong one, deep before shallow."""
     location = problems[0]["loc"]
     field = location[: 3 if location[:1] in (("messages",), ("input",)) else 1]
-    return max((p for p in problems if p["loc"][: len(field)] == field), key=lambda p: len(_places(p)))
+    candidates = (problem for problem in problems if problem["loc"][: len(field)] == field)
+    return max(candidates, key=lambda p: (not p["type"].endswith(("_type", "_parsing")), len(_places(p))))
 
 
 def _request_error(error: ValidationError) -> RequestError:

@@ -37,7 +37,7 @@ def test_pa_off_gives_the_unpatched_logits(family):
     for name, changes, mode in (("unpatched", {"pa": False}, "on"), ("patched", {"pa": True}, "off")):
         engine = new_engine(prepare(copy.deepcopy(plain)), **changes)
         engine.add(request("x", ids, pa=mode))
-        found[name] = engine.runner.run(engine.scheduler.schedule())[0][0]
+        found[name] = engine.runner.run(engine.scheduler.schedule()).logits[0]
     assert torch.equal(found["patched"], found["unpatched"])
     torch.testing.assert_close(found["patched"], expected, rtol=1e-4, atol=1e-4)
 
@@ -61,12 +61,12 @@ def test_banks_change_the_logits():
         engine = new_engine(prepare(tiny("llama")), max_num_batched_tokens=64)
         engine.add(request("x", PROMPTS[1], pa=mode))
         while True:
-            logits, sampled = engine.runner.run(step := engine.scheduler.schedule())
-            if sampled:
+            output = engine.runner.run(step := engine.scheduler.schedule())
+            if output.sampled:
                 break
             for work in step.work:
                 work.sequence.advance(work.count)
-        found[mode] = logits[0]
+        found[mode] = output.logits[0]
     assert (found["on"] - found["off"]).abs().max() > 1e-3
 
 

@@ -32,7 +32,7 @@ def test_packed_logits_are_those_of_transformers(family):
     expected = plain(torch.tensor([ids], device="cuda")).logits[0, -1].float()
     engine = new_engine(prepare(copy.deepcopy(plain)), pa=False)
     engine.add(request("x", ids))
-    found = engine.runner.run(engine.scheduler.schedule())[0][0].float()
+    found = engine.runner.run(engine.scheduler.schedule()).logits[0].float()
     assert torch.nn.functional.cosine_similarity(found, expected, dim=0) > 0.995
 
 

@@ -78,13 +78,12 @@ def test_the_last_layer_attends_only_what_the_head_reads(window, num_decoded, nu
     generator = torch.Generator().manual_seed(3)
     query, key, value = (torch.randn(2, 700, 8, generator=generator) for _ in range(3))
     found = {}
-    for wanted in (None, num_wanted):
-        chunk = Chunk(0, 700, 0, ONE_RUN, num_decoded=num_decoded, num_wanted=wanted)
+    for name, wanted in (("whole", None), ("part", [699] * num_wanted)):
+        chunk = Chunk(0, 700, 0, ONE_RUN, num_decoded=num_decoded)
         slabs = [scatter(key, ONE_RUN, 12288)] * 2, [scatter(value, ONE_RUN, 12288)] * 2
-        found[wanted] = [
-            attention_cpu.attend(StepContext([chunk], *slabs), layer, query, 0.3, window) for layer in (0, 1)
-        ]
-    whole, part = found[None], found[num_wanted]
+        step = StepContext([chunk], *slabs, wanted=wanted)
+        found[name] = [attention_cpu.attend(step, layer, query, 0.3, window) for layer in (0, 1)]
+    whole, part = found["whole"], found["part"]
     assert torch.equal(whole[0], whole[1])
     assert torch.equal(part[0], whole[0])
     assert torch.equal(part[1][700 - num_wanted :], whole[1][700 - num_wanted :])

@@ -1,0 +1,57 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from pacellm.errors import RequestError
+from server import answer
+from server.body import parsed, session_of
+from server.callers import Caller
+from server.completions import Completions, fold
+from server.prompts import text_prompt
+from server.schema.completions import CompletionRequest, parse_completion
+from server.service import Generation, Service
+
+router = APIRouter()
+
+
+@router.post("/v1/completions")
+async def completions(request: Request) -> Response:
+    """Go on with one text or several, streamed or not; with ``echo`` and ``logprobs`` also score the prompts."""
+    service: Service = request.app.state.service
+    raw, body = await parsed(request, parse_completion)
+    caller = Caller.of(request, body.timeout)
+    session = session_of(request, body.session_id)
+
+    async def start() -> Response:
+        generations = await _submit(service, body, caller, session)
+        chunks = Completions(generations, body, service)
+        if body.stream:
+            return await answer.streamed(service, generations[0], chunks, wants_usage=body.wants_usage(), whole=chunks)
+        return await answer.whole(request, chunks, fold(chunks()))
+
+    return await service.idempotency.answer(request, caller, raw, start)
+
+
+async def _submit(service: Service, body: CompletionRequest, caller: Caller, session: str | None) -> list[Generation]:
+    """A request to the engine for each prompt; where one is refused, none runs."""
+    service.check_options(body, session)
+    sampling, prompts = body.sampling(), body.prompts()
+    if session is not None and len(prompts) > 1:
+        raise RequestError("a session takes one prompt at a time", param="prompt")
+    limit = service.engine.config.max_model_len
+    generations: list[Generation] = []
+    try:
+        for prompt in prompts:
+            ids = await service.off_loop(text_prompt, service.tokenizer, prompt, body, limit)
+            request = service.request("cmpl", body, ids, sampling, caller, session)
+            generations.append(await service.submit(request, caller))
+    except BaseException as error:
+        for generation in generations:
+            generation.close()
+        if isinstance(error, RequestError) and error.param == "messages":
+            error.param = "prompt"
+        raise
+    return generations

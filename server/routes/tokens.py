@@ -1,0 +1,52 @@
+"""POST /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from pacellm.errors import RequestError
+from server.body import parsed
+from server.prompts import check_text
+from server.schema.tokens import TokenizeRequest, parse_detokenize, parse_tokenize
+from server.service import Service
+
+router = APIRouter()
+
+
+@router.post("/tokenize")
+async def tokenize(request: Request) -> dict[str, Any]:
+    """Ids of a text or of a conversation as the model would get it."""
+    service: Service = request.app.state.service
+    _, body = await parsed(request, parse_tokenize)
+    service.check_model(body.model)
+    ids = await service.off_loop(_ids, service, body)
+    answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.engine.config.max_model_len, "tokens": ids}
+    if body.return_token_strs:
+        answer["token_strs"] = [service.tokenizer.token_text(token) for token in ids]
+    return answer
+
+
+@router.post("/detokenize")
+async def detokenize(request: Request) -> dict[str, str]:
+    """Text of ids, special tokens included."""
+    service: Service = request.app.state.service
+    _, body = await parsed(request, parse_detokenize)
+    service.check_model(body.model)
+    if any(token >= service.engine.model.vocab_size for token in body.tokens):
+        raise RequestError("tokens has an id outside the vocabulary", param="tokens")
+    return {"prompt": await service.off_loop(service.tokenizer.decode, body.tokens)}
+
+
+def _ids(service: Service, body: TokenizeRequest) -> list[int]:
+    if (body.prompt is None) == (body.messages is None):
+        raise RequestError("send either prompt or messages", param="prompt")
+    if body.prompt is not None:
+        check_text(body.prompt, "prompt")
+        return service.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+    messages = [{"role": message.role, "content": message.text()} for message in body.messages or ()]
+    for number, message in enumerate(messages):
+        check_text(message["content"], f"messages.{number}.content")
+    rendered = service.tokenizer.render(messages, add_generation_prompt=body.add_generation_prompt)
+    return service.tokenizer.encode(rendered)

@@ -1,0 +1,64 @@
+"""Body of POST /v1/completions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from pacellm.types import SamplingParams
+from server.schema.base import parse, refuse_unless_neutral
+from server.schema.sampling import SamplingFields
+
+_Token = Annotated[int, Field(ge=0, lt=2**31)]
+_Tokens = Annotated[list[_Token], Field(min_length=1)]
+MAX_PROMPTS = 128
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {"n": (1,), "best_of": (1,), "suffix": ("",)}
+
+
+class CompletionRequest(SamplingFields):
+    """Text to go on with: one prompt or several, as strings or token ids."""
+
+    prompt: (
+        str
+        | _Tokens
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[_Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    echo: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    add_special_tokens: bool = True
+    # accepted only with their neutral value
+    n: Any = None
+    best_of: Any = None
+    suffix: Any = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """Every prompt."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+    def sampling(self) -> SamplingParams:
+        """The engine's parameters; OpenAI's default of 16 tokens.
+
+        Raises:
+            RequestError: a value out of range.
+        """
+        return self.sampling_with(
+            max_tokens=16 if self.max_tokens is None else self.max_tokens,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.logprobs if self.echo else None,
+        )
+
+
+def parse_completion(body: bytes) -> CompletionRequest:
+    """A checked request.
+
+    Raises:
+        RequestError: names the field.
+    """
+    request = parse(CompletionRequest, body)
+    refuse_unless_neutral(request, _NEUTRAL)
+    return request

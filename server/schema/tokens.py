@@ -1,0 +1,38 @@
+"""Bodies of POST /tokenize and /detokenize, as vLLM has them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from server.schema.base import Strict, parse
+from server.schema.chat import Message
+
+
+class TokenizeRequest(Strict):
+    """Text, or a conversation, to ids."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=16_384)] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(Strict):
+    """Ids to text."""
+
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
+
+
+def parse_tokenize(body: bytes) -> TokenizeRequest:
+    """A checked request."""
+    return parse(TokenizeRequest, body)
+
+
+def parse_detokenize(body: bytes) -> DetokenizeRequest:
+    """A checked request."""
+    return parse(DetokenizeRequest, body)
