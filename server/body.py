@@ -10,7 +10,7 @@ from typing import TypeVar
 from fastapi import Request
 
 from pacellm.errors import BodyTimeout, BodyTooLarge, RequestError
-from server.schema.base import SESSION_ID
+from server.schema.base import RESPONSE_PREFIX, SESSION_ID
 from server.service import Service
 
 _SMALL_BODY = 256 * 1024
@@ -69,11 +69,26 @@ def session_of(request: Request, named: str | None) -> str | None:
         named: the body's ``session_id``.
 
     Raises:
-        RequestError: they name different ones, or the header's is malformed.
+        RequestError: they name different ones, the header's is malformed, or it is a stored response's.
     """
     header = request.headers.get("x-session-id")
     if header is not None and not re.match(SESSION_ID, header):
         raise RequestError("X-Session-ID must be 1 to 256 of A-Z a-z 0-9 . _ : -", param="X-Session-ID")
     if header is not None and named is not None and header != named:
         raise RequestError("body and X-Session-ID name different sessions", param="session_id")
-    return named or header
+    name = named or header
+    if name is not None:
+        check_writable(name)
+    return name
+
+
+def check_writable(session: str) -> None:
+    """Refuse a session that is a stored response's: it stays as it was.
+
+    Raises:
+        RequestError: it is.
+    """
+    if session.startswith(RESPONSE_PREFIX):
+        raise RequestError(
+            f"a session whose name begins with {RESPONSE_PREFIX} is a stored response's; fork it", param="session_id"
+        )

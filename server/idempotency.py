@@ -86,19 +86,21 @@ class Idempotency:
             self._drop(place, record)
             raise
         if isinstance(response, sse.EventStream):
-            response.wrap(lambda source: self._recorded(source, place, record), lambda: self._over(place, record))
+            response.wrap(
+                lambda source: self._recorded(source, response.ends, place, record), lambda: self._over(place, record)
+            )
         else:
             self._store(place, record, bytes(response.body), response.media_type or "application/json")
         return response
 
     async def _recorded(
-        self, source: AsyncIterator[bytes], place: tuple[str, str], record: _Record
+        self, source: AsyncIterator[bytes], ends: tuple[bytes, ...], place: tuple[str, str], record: _Record
     ) -> AsyncIterator[bytes]:
         parts: list[bytes] = []
         async for part in source:
             if part != sse.KEEP_ALIVE:
                 parts.append(part)
-            if part == sse.DONE:
+            if part.startswith(ends):
                 self._store(place, record, b"".join(parts), "text/event-stream")
             yield part
 

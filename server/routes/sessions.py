@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 
 from pacellm.errors import RequestError
 from server.auth import tenant_of
-from server.body import timed_body
+from server.body import check_writable, timed_body
 from server.service import Service
 
 router = APIRouter(prefix="/v1/sessions")
@@ -43,6 +43,7 @@ async def delete_sessions(request: Request) -> dict[str, Any]:
     """Erase all of the caller's sessions and everything else that is kept of its requests."""
     service: Service = request.app.state.service
     service.tokenizer.forget(f"{tenant_of(request)}/", below=True)
+    service.histories.drop_all(tenant_of(request))
     count = await service.operate(service.engine.ops.delete_all(tenant_of(request)))
     return {"object": "list.deleted", "deleted": count}
 
@@ -59,6 +60,7 @@ async def delete_session(request: Request, name: str) -> dict[str, Any]:
     """Delete a session; requests that use it end with an error."""
     service: Service = request.app.state.service
     service.tokenizer.forget("/".join(_key(request, name)))
+    service.histories.drop(_key(request, name))
     return await service.operate(service.engine.ops.delete(_key(request, name)))
 
 
@@ -66,7 +68,10 @@ async def delete_session(request: Request, name: str) -> dict[str, Any]:
 async def reset_session(request: Request, name: str) -> dict[str, Any]:
     """Empty a session."""
     service: Service = request.app.state.service
-    return await service.operate(service.engine.ops.reset(_key(request, name)))
+    check_writable(name)
+    shown = await service.operate(service.engine.ops.reset(_key(request, name)))
+    service.histories.drop(_key(request, name))
+    return shown
 
 
 @router.post("/{name}/fork")
@@ -74,8 +79,10 @@ async def fork_session(request: Request, name: str) -> Response:
     """A second session that goes on from this one's last commit."""
     service: Service = request.app.state.service
     target, ttl = await _named(request)
-    fork = service.engine.ops.fork(_key(request, name), (tenant_of(request), target), ttl)
-    return JSONResponse(await service.operate(fork), status_code=201)
+    key, new = _key(request, name), (tenant_of(request), target)
+    made = await service.operate(service.engine.ops.fork(key, new, ttl))
+    service.histories.copy(key, new)
+    return JSONResponse(made, status_code=201)
 
 
 @router.get("/{name}/snapshot")
@@ -93,11 +100,14 @@ async def put_snapshot(request: Request, name: str) -> dict[str, Any]:
     """Make a snapshot the session's state; what is refused changes nothing."""
     service: Service = request.app.state.service
     key = _key(request, name)
+    check_writable(name)
     data = await timed_body(request, service.settings.max_snapshot_bytes)
     checked = await service.off_loop(
         lambda: service.engine.snapshots.check(data, trust_unsigned=service.settings.allow_unsigned_snapshots)
     )
-    return await service.operate(service.engine.snapshots.put(key, checked, None))
+    made = await service.operate(service.engine.snapshots.put(key, checked, None))
+    service.histories.drop(key)  # its messages are not what the session stands for any more
+    return made
 
 
 def _key(request: Request, name: str) -> tuple[str, str]:
@@ -129,6 +139,7 @@ async def _named(request: Request) -> tuple[str, float | None]:
     if not isinstance(name, str) or not _ID.fullmatch(name):
         raise RequestError("session_id must be 1 to 256 of A-Z a-z 0-9 . _ : -", param="session_id",
                            code="invalid_value")  # fmt: skip
+    check_writable(name)
     if ttl is not None and (type(ttl) not in (int, float) or not 0 < ttl <= _MAX_TTL):
         raise RequestError(f"ttl must be seconds above 0 and at most {_MAX_TTL}", param="ttl", code="invalid_value")
     return name, ttl

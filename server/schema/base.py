@@ -9,8 +9,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pacellm.errors import RequestError, UnsupportedParameter
 
 SESSION_ID = r"^[A-Za-z0-9._:-]{1,256}$"
+RESPONSE_PREFIX = "resp_"  # of sessions that stored responses are
 MAX_TEXT = 64 * 2**20
-_UNION_BRANCHES = ("str", "int", "float", "bool", "TextPart", "dict", "list")
+_UNION_BRANCHES = ("str", "constrained-str", "int", "float", "bool", "TextPart", "dict", "list")
 
 
 class Strict(BaseModel):
@@ -59,7 +60,7 @@ def _most_telling(problems: list[Any]) -> Any:
     """Of the first wrong field's problems, one for each branch of a union, that of the branch that fits best: of the
     right type before the wrong one, deep before shallow."""
     location = problems[0]["loc"]
-    field = location[: 3 if location[:1] in (("messages",), ("input",)) else 1]
+    field = location[: 3 if location[:1] == ("messages",) else 1]
     candidates = (problem for problem in problems if problem["loc"][: len(field)] == field)
     return max(candidates, key=lambda p: (not p["type"].endswith(("_type", "_parsing")), len(_places(p))))
 
