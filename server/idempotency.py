@@ -16,7 +16,7 @@ from pacellm.errors import Conflict, RequestError
 from server import sse
 from server.callers import Caller
 
-_KEY = r"^[\x21-\x7e]{1,255}$"
+KEY = r"^[\x21-\x7e]{1,255}$"
 _SECONDS = 3600.0
 
 
@@ -56,7 +56,7 @@ class Idempotency:
         key = request.headers.get("idempotency-key")
         if key is None:
             return await start()
-        if not re.match(_KEY, key):
+        if not re.match(KEY, key):
             raise RequestError("Idempotency-Key must be 1 to 255 printable ASCII characters", param="Idempotency-Key")
         place = (caller.tenant, key)
         told = (request.url.path, request.headers.get("x-session-id", ""))

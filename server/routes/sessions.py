@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import uuid
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -13,12 +11,12 @@ from fastapi.responses import JSONResponse, Response
 from pacellm.errors import RequestError
 from server.auth import tenant_of
 from server.body import check_writable, timed_body
+from server.schema.sessions import parse_named
 from server.service import Service
 
 router = APIRouter(prefix="/v1/sessions")
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,256}")
 _MAX_BODY = 64 * 1024
-_MAX_TTL = 10 * 365 * 86400
 
 
 @router.get("")
@@ -117,29 +115,12 @@ def _key(request: Request, name: str) -> tuple[str, str]:
 
 
 async def _named(request: Request) -> tuple[str, float | None]:
-    """``session_id`` (made up where it is missing) and ``ttl`` of a small JSON body, which may be empty.
+    """Name and time to live of a new session, from a small body that may be empty.
 
     Raises:
         RequestError: names the field.
     """
-    raw = await timed_body(request, _MAX_BODY)
-    try:
-        body = json.loads(raw) if raw.strip() else {}
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
-    if not isinstance(body, dict):
-        raise RequestError("the body must be a JSON object", code="invalid_value")
-    for field in body:
-        if field not in ("session_id", "ttl"):
-            raise RequestError(f"{field[:80]} is not a parameter of this endpoint", param=field[:80],
-                               code="unsupported_parameter")  # fmt: skip
-    name, ttl = body.get("session_id"), body.get("ttl")
-    if name is None:
-        name = uuid.uuid4().hex
-    if not isinstance(name, str) or not _ID.fullmatch(name):
-        raise RequestError("session_id must be 1 to 256 of A-Z a-z 0-9 . _ : -", param="session_id",
-                           code="invalid_value")  # fmt: skip
+    body = parse_named(bytes(await timed_body(request, _MAX_BODY)))
+    name = body.name
     check_writable(name)
-    if ttl is not None and (type(ttl) not in (int, float) or not 0 < ttl <= _MAX_TTL):
-        raise RequestError(f"ttl must be seconds above 0 and at most {_MAX_TTL}", param="ttl", code="invalid_value")
-    return name, ttl
+    return name, body.ttl

@@ -50,7 +50,7 @@ def refuse_unless_neutral(body: Strict, neutral: dict[str, tuple[Any, ...]]) -> 
 def _places(problem: Any) -> list[str]:
     """The fields on the way to a problem; a union's branches are part of the location, but no fields."""
     return [
-        str(place)
+        str(place)[:80]
         for place in problem["loc"]
         if isinstance(place, int) or ("[" not in place and place not in _UNION_BRANCHES and not place[:1].isupper())
     ]

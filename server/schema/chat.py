@@ -43,7 +43,7 @@ Metadata = Annotated[
 ]
 
 # Accepted where the value means "as usual"; anything else would change the result and is refused.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -102,7 +102,7 @@ def parse_chat(body: bytes) -> ChatCompletionRequest:
         RequestError: names the field.
     """
     request = parse(ChatCompletionRequest, body)
-    refuse_unless_neutral(request, _NEUTRAL)
+    refuse_unless_neutral(request, NEUTRAL)
     if request.continue_final_message:
         if request.add_generation_prompt:
             raise RequestError(

@@ -65,7 +65,7 @@ class ResponseStreamOptions(Strict):
 
 
 # Accepted where the value means "as usual"; anything else would change the result and is refused.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "background": (False,),
@@ -81,7 +81,7 @@ class ResponseRequest(GenerationFields):
 
     input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=16_384)]
     instructions: str | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     store: bool = True
     previous_response_id: Annotated[str, Field(max_length=512)] | None = None
     conversation: Annotated[str, Field(pattern=SESSION_ID)] | ConversationId | None = None
@@ -129,7 +129,7 @@ def parse_response(body: bytes) -> ResponseRequest:
         RequestError: names the field.
     """
     request = parse(ResponseRequest, body)
-    refuse_unless_neutral(request, _NEUTRAL)
+    refuse_unless_neutral(request, NEUTRAL)
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options needs stream: true", param="stream_options", code="invalid_value")
     if request.previous_response_id is not None and request.conversation is not None:

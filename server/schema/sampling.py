@@ -11,6 +11,9 @@ from pacellm.types import PAMode, SamplingParams
 from server.schema.base import SESSION_ID, Strict
 
 MAX_TIMEOUT = 86_400.0
+_Stop = Annotated[str, Field(min_length=1, max_length=1024)]
+_TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+_Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class StreamOptions(Strict):
@@ -32,11 +35,11 @@ class GenerationFields(Strict):
 
     model: Annotated[str, Field(max_length=512)] | None = None
     stream: bool | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     ignore_eos: bool = False
     return_progress: bool = False
     priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
@@ -63,13 +66,13 @@ class SamplingFields(GenerationFields):
     """What vLLM and OpenAI's older endpoints have beyond that, and which session to use."""
 
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=1024)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
-    stop_token_ids: Annotated[list[int], Field(max_length=1024)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    logit_bias: Annotated[dict[_TokenId, _Bias], Field(max_length=1024)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=1024)] | None = None
     skip_special_tokens: bool = True
     session_id: Annotated[str, Field(pattern=SESSION_ID)] | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
@@ -89,6 +92,7 @@ class SamplingFields(GenerationFields):
         """
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options needs stream: true", param="stream_options", code="invalid_value")
+        biases = None if self.logit_bias is None else tuple((int(key), value) for key, value in self.logit_bias.items())
         given: dict[str, Any] = {
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
@@ -96,14 +100,7 @@ class SamplingFields(GenerationFields):
             "max_tokens": self.max_tokens,
             "stop": None if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             "stop_token_ids": None if self.stop_token_ids is None else frozenset(self.stop_token_ids),
-            "logit_bias": None if self.logit_bias is None else _biases(self.logit_bias),
+            "logit_bias": biases,
             "skip_special_tokens": self.skip_special_tokens,
         }
         return self.params(**{**given, **changes})
-
-
-def _biases(given: dict[str, float]) -> tuple[tuple[int, float], ...]:
-    try:
-        return tuple((int(token), bias) for token, bias in given.items())
-    except ValueError:
-        raise RequestError("logit_bias is keyed by token ids", param="logit_bias", code="invalid_value") from None
