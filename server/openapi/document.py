@@ -58,7 +58,7 @@ def _complete(described: dict[str, Any], operation: Operation, schemas: dict[str
     if "/" not in operation.answer:
         content = {JSON: {"schema": ref(operation.answer)}}
     if operation.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {}
     whole = {"description": described["description"].splitlines()[0], "content": content}
     errors = (400, 500, *operation.errors, *(() if operation.is_public else (401,)))
     answers: dict[int, Any] = {status: {"$ref": f"#/components/responses/Error{status}"} for status in errors}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -30,9 +31,23 @@ def parse(kind: type[Body], body: bytes) -> Body:
         RequestError: names the field.
     """
     try:
-        return kind.model_validate_json(body)
+        checked = kind.model_validate_json(body)
     except ValidationError as error:
         raise _request_error(error) from None
+    # numbers need not be made again: their length will do
+    json.loads(body, object_pairs_hook=_each_once, parse_int=len, parse_float=len, parse_constant=len)
+    return checked
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> None:
+    """Refuse an object that has a key twice: one of the two values would be dropped.
+
+    Raises:
+        RequestError: names the key.
+    """
+    if len(pairs) > 1 and len(names := [name for name, _ in pairs]) != len(set(names)):
+        twice = next(name for number, name in enumerate(names) if name in names[:number])[:80]
+        raise RequestError(f"the body has the key {twice!r} twice", param=twice, code="invalid_json")
 
 
 def refuse_unless_neutral(body: Strict, neutral: dict[str, tuple[Any, ...]]) -> None:
