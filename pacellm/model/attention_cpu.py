@@ -11,7 +11,7 @@ What a query's result is made of depends on its absolute position alone:
 * A part that does not lie in one run is gathered first: where the allocator put it changes no bit.
 * Decoded tokens, and those that a replay feeds again, are each attended to alone, in calls whose shapes follow from
   the position, so they need no masks and only ``ROWS_ALONE`` rows, which keep the bits apart from the number of
-  threads.
+  threads. Small windows go side by side in one call, whose batches the kernel works on apart.
 
 The heads of a KV group are packed as query rows, so grouped keys are never repeated.
 """
@@ -68,6 +68,11 @@ def _attend_decoded(
     heads, group = keys.shape[0], query.shape[0] // keys.shape[0]
     packed = query[:, rows].view(heads, group, len(decoded), -1).permute(2, 0, 1, 3)
     packed = pad_rows(packed.contiguous(), ROWS_ALONE)
+    slots = None if window is None or window > _SMALL_WINDOW else _window_slots(step, decoded, window)
+    if slots is not None:
+        seen = (slab[:, slots].transpose(0, 1).contiguous() for slab in (keys, values))
+        output[rows] = _kernel(packed, *seen, scale=scale)[0][:, :, :group].flatten(1, 2)
+        return
     results = []
     for place, (chunk, row) in enumerate(decoded):
         step.failing = chunk
@@ -79,6 +84,31 @@ def _attend_decoded(
         assert total is not None
         results.append(total)
     output[rows] = torch.cat(results)[:, :, :group].flatten(1, 2)
+
+
+def _window_slots(step: StepContext, decoded: list[tuple[Chunk, int]], window: int) -> Tensor | None:
+    """[n, window] slots that the decoded tokens see; None where one of them sees fewer. Found once a step: layers
+    differ at most in that the last one leaves some tokens out."""
+    name = f"{len(decoded)} windows of {window}"
+    kept = step.scratch.get(name)
+    if isinstance(kept, Tensor):
+        return kept
+    ends = [chunk.position + row - chunk.start + 1 for chunk, row in decoded]
+    if min(ends) < window:
+        return None
+    slots = [_slots(chunk.runs, end - window, end) for (chunk, _), end in zip(decoded, ends, strict=True)]
+    step.scratch[name] = found = torch.stack(slots)
+    return found
+
+
+def _slots(runs: tuple[Run, ...], start: int, stop: int) -> Tensor:
+    """Where positions ``start`` to ``stop`` lie."""
+    parts = [
+        torch.arange(max(run.start, start), min(run.start + run.length, stop)) + run.slot - run.start
+        for run in runs
+        if max(run.start, start) < min(run.start + run.length, stop)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _attend_full(
