@@ -11,7 +11,7 @@ What a query's result is made of depends on its absolute position alone:
 * A part that does not lie in one run is gathered first: where the allocator put it changes no bit.
 * Decoded tokens, and those that a replay feeds again, are each attended to alone, in calls whose shapes follow from
   the position, so they need no masks and only ``ROWS_ALONE`` rows, which keep the bits apart from the number of
-  threads.
+  threads. Small windows go side by side in one call, whose batches the kernel works on apart.
 
 The heads of a KV group are packed as query rows, so grouped keys are never repeated.
 """
@@ -37,6 +37,7 @@ def attend(step: StepContext, layer: int, query: Tensor, scale: float, window: i
     """[H, T, D] packed queries -> [T, H, Dv], each chunk over its own runs."""
     keys, values = step.keys[layer], step.values[layer]
     output = query.new_zeros(query.shape[1], query.shape[0], values.shape[-1])
+    decoded: list[tuple[Chunk, int]] = []
     for chunk in step.chunks:
         step.failing = chunk
         first = step.first_row(chunk, layer)
@@ -44,15 +45,15 @@ def attend(step: StepContext, layer: int, query: Tensor, scale: float, window: i
             _attend_full(chunk, first, query, keys, values, scale, output)
         else:
             _attend_window(chunk, first, query, keys, values, scale, window, output)
-        for row in range(max(first, chunk.stop - chunk.num_decoded), chunk.stop):
-            _attend_alone(chunk, row, query, keys, values, scale, window, output)
+        decoded += [(chunk, row) for row in range(max(first, chunk.stop - chunk.num_decoded), chunk.stop)]
+    _attend_decoded(step, decoded, query, keys, values, scale, window, output)
     step.failing = None
     return output
 
 
-def _attend_alone(
-    chunk: Chunk,
-    row: int,
+def _attend_decoded(
+    step: StepContext,
+    decoded: list[tuple[Chunk, int]],
     query: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -60,16 +61,54 @@ def _attend_alone(
     window: int | None,
     output: Tensor,
 ) -> None:
-    """One decoded token over the keys it sees, in windows of ``WINDOW``."""
-    group = query.shape[0] // keys.shape[0]
-    packed, _ = _pack(query[:, row : row + 1], group, ROWS_ALONE)
-    end = chunk.position + row - chunk.start + 1
-    total, lse = None, None
-    for start in range(0 if window is None else max(0, end - window), end, WINDOW):
-        part = _read(chunk.runs, keys, values, start, min(start + WINDOW, end))
-        total, lse = _merge(total, lse, *_kernel(packed, *part, scale=scale))
-    assert total is not None
-    output[row] = _unpack(total, 1, group)[0]
+    """Decoded tokens, each over the keys it sees, in windows of ``WINDOW``; packed and unpacked together."""
+    if not decoded:
+        return
+    rows = torch.tensor([row for _, row in decoded])
+    heads, group = keys.shape[0], query.shape[0] // keys.shape[0]
+    packed = query[:, rows].view(heads, group, len(decoded), -1).permute(2, 0, 1, 3)
+    packed = pad_rows(packed.contiguous(), ROWS_ALONE)
+    slots = None if window is None or window > _SMALL_WINDOW else _window_slots(step, decoded, window)
+    if slots is not None:
+        seen = (slab[:, slots].transpose(0, 1).contiguous() for slab in (keys, values))
+        output[rows] = _kernel(packed, *seen, scale=scale)[0][:, :, :group].flatten(1, 2)
+        return
+    results = []
+    for place, (chunk, row) in enumerate(decoded):
+        step.failing = chunk
+        one, end = packed[place : place + 1], chunk.position + row - chunk.start + 1
+        total, lse = None, None
+        for start in range(0 if window is None else max(0, end - window), end, WINDOW):
+            part = _read(chunk.runs, keys, values, start, min(start + WINDOW, end))
+            total, lse = _merge(total, lse, *_kernel(one, *part, scale=scale))
+        assert total is not None
+        results.append(total)
+    output[rows] = torch.cat(results)[:, :, :group].flatten(1, 2)
+
+
+def _window_slots(step: StepContext, decoded: list[tuple[Chunk, int]], window: int) -> Tensor | None:
+    """[n, window] slots that the decoded tokens see; None where one of them sees fewer. Found once a step: layers
+    differ at most in that the last one leaves some tokens out."""
+    name = f"{len(decoded)} windows of {window}"
+    kept = step.scratch.get(name)
+    if isinstance(kept, Tensor):
+        return kept
+    ends = [chunk.position + row - chunk.start + 1 for chunk, row in decoded]
+    if min(ends) < window:
+        return None
+    slots = [_slots(chunk.runs, end - window, end) for (chunk, _), end in zip(decoded, ends, strict=True)]
+    step.scratch[name] = found = torch.stack(slots)
+    return found
+
+
+def _slots(runs: tuple[Run, ...], start: int, stop: int) -> Tensor:
+    """Where positions ``start`` to ``stop`` lie."""
+    parts = [
+        torch.arange(max(run.start, start), min(run.start + run.length, stop)) + run.slot - run.start
+        for run in runs
+        if max(run.start, start) < min(run.start + run.length, stop)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _attend_full(
@@ -131,11 +170,11 @@ def _tiles(chunk: Chunk, row: int, size: int) -> list[tuple[int, slice]]:
     return tiles
 
 
-def _pack(query: Tensor, group: int, multiple: int = ROWS) -> tuple[Tensor, int]:
-    """[H, n, D] -> [1, Hkv, n * group rounded up to ``multiple``, D], a token's group side by side; and n."""
+def _pack(query: Tensor, group: int) -> tuple[Tensor, int]:
+    """[H, n, D] -> [1, Hkv, n * group rounded up to ``ROWS``, D], a token's group side by side; and n."""
     heads, count, size = query.shape
     packed = query.reshape(heads // group, group, count, size).transpose(1, 2).reshape(heads // group, -1, size)
-    return pad_rows(packed, multiple)[None], count
+    return pad_rows(packed, ROWS)[None], count
 
 
 def _unpack(packed: Tensor, count: int, group: int) -> Tensor:
