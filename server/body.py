@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 
-from pacellm.errors import BodyTimeout, BodyTooLarge, RequestError
+from pacellm.errors import Aborted, BodyTimeout, BodyTooLarge, RequestError
 from server.schema.base import RESPONSE_PREFIX, SESSION_ID
 from server.service import Service
 
@@ -48,17 +49,20 @@ async def read_body(request: Request, limit: int) -> bytearray:
     """The body, refused as soon as it is over the limit.
 
     Raises:
-        BodyTooLarge: the declared or the real length is over ``limit`` bytes.
+        BodyTooLarge: the declared or the real length is over ``limit`` bytes. Aborted: the client left.
     """
     declared = request.headers.get("content-length", "")
     data = bytearray()
     if not declared.isdigit() or int(declared) <= limit:
-        async for part in request.stream():
-            data += part
-            if len(data) > limit:
-                break
-        else:
-            return data
+        try:
+            async for part in request.stream():
+                data += part
+                if len(data) > limit:
+                    break
+            else:
+                return data
+        except ClientDisconnect:
+            raise Aborted("the client disconnected before its request was complete") from None
     raise BodyTooLarge(f"the body is over the limit of {limit:,} bytes")
 
 

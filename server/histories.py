@@ -12,6 +12,7 @@ from typing import Any
 Message = dict[str, Any]
 Key = tuple[str, str]
 _TOMBSTONES = 65536
+_LOOK_SECONDS = 60.0
 _OVERHEAD = 512  # bytes of an entry beside its texts
 
 
@@ -84,6 +85,7 @@ class Histories:
         self._dropped, self._forgotten = dropped, forgotten
         self._entries: dict[str, OrderedDict[str, Entry]] = {}  # by tenant, least recently used first
         self._bytes: Counter[str] = Counter()
+        self._next_look = 0.0
         self._lost: OrderedDict[Key, None] = OrderedDict()
 
     @property
@@ -96,8 +98,10 @@ class Histories:
 
     def get(self, key: Key) -> Entry | None:
         """An entry that is there, now the one used last."""
-        self._expire()
         entry = self._entries.get(key[0], OrderedDict()).get(key[1])
+        if entry is not None and entry.at < time.monotonic() - self._ttl:
+            self._lose(key)
+            return None
         if entry is not None:
             self._entries[key[0]].move_to_end(key[1])
         return entry
@@ -139,7 +143,11 @@ class Histories:
             self.put(target, entry.history)
 
     def _expire(self) -> None:
-        limit = time.monotonic() - self._ttl
+        """Look for those whose time has come, once a minute."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look, limit = now + _LOOK_SECONDS, now - self._ttl
         for tenant, entries in list(self._entries.items()):
             for name in [name for name, entry in entries.items() if entry.at < limit]:
                 self._lose((tenant, name))

@@ -98,10 +98,11 @@ class Wire:
 
 
 @pytest.fixture
-def wire(impatient):
+def wire(impatient, caplog):
     connection = Wire(impatient)
     yield connection
     connection.close()
+    assert not [record for record in caplog.get_records("call") if record.levelname in ("ERROR", "CRITICAL")]
     assert impatient.http.get("/health").status_code == 200
     impatient.wait_until_idle()
 

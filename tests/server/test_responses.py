@@ -349,6 +349,27 @@ def test_what_gives_way_is_said():
         assert post(live, {"conversation": "talk"}).status_code == 200
 
 
+def test_with_a_session_directory(tmp_path):
+    config = EngineConfig(kv_cache_memory=2**28, max_model_len=2**14, session_dir=tmp_path)
+    with start(config) as live:
+        first = create(live, "hello", conversation="talk")
+        second = create(live, "and?", previous_response_id=first.id)
+        assert second.pacellm["session"] == "resident"
+        assert second.usage.input_tokens_details.cached_tokens >= first.usage.input_tokens
+        gone = create(live, "and?", previous_response_id=second.id)
+        live.client.responses.delete(gone.id)
+        create(live, "and?", conversation="talk")
+        before = set(sessions(live))
+        assert before == {"talk", first.id, second.id, *before}
+        assert gone.id not in before
+    with start(config) as live:
+        assert live.http.get(f"/v1/sessions/{second.id}").json()["commits"] == 2
+        assert post(live, {"previous_response_id": second.id}).status_code == 404
+        assert post(live, {"conversation": "talk"}).json()["error"]["code"] == "conversation_not_found"
+        live.http.delete("/v1/sessions/talk")
+        assert post(live, {"conversation": "talk"}).json()["pacellm"]["session"] == "new"
+
+
 def turn(text, parent=None):
     return History(({"role": "user", "content": text},), parent, "a/root")
 
@@ -385,4 +406,6 @@ def test_the_largest_tenants_oldest_go_first():
     assert kept.was_dropped(("large", "1"))
     kept._ttl = -1.0
     assert kept.get(("large", "0")) is None
+    kept._next_look = 0.0
+    kept.put(("large", "new"), turn("x"))
     assert kept.num_bytes == 0
