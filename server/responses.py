@@ -11,11 +11,11 @@ from pacellm.errors import PaceError, RequestError
 from pacellm.types import Admitted, Delta, Failed, Finished, FinishReason
 from pacellm.types import Event as EngineEvent
 from server import sse
+from server.continuation import Continuation
 from server.progress import PromptProgress
 from server.report import report
 from server.schema.responses import ResponseRequest
 from server.service import Generation, Service
-from server.turns import Turn
 
 Event = dict[str, Any]
 _ENDS = (b"event: response.completed\n", b"event: response.incomplete\n")
@@ -26,17 +26,19 @@ class Responses:
     """The events of one response.
 
     Args:
-        turn: its place in the state.
+        continuation: its place in the state.
         generation: submitted.
         body: what the client asked for.
         service: where it was submitted.
     """
 
-    def __init__(self, turn: Turn, generation: Generation, body: ResponseRequest, service: Service) -> None:
-        self._turn, self._generation, self._body, self._service = turn, generation, body, service
+    def __init__(
+        self, continuation: Continuation, generation: Generation, body: ResponseRequest, service: Service
+    ) -> None:
+        self._continuation, self._generation, self._body, self._service = continuation, generation, body, service
         self._progress = PromptProgress(generation, service)
-        self._response = _head(turn, body, service, generation)
-        self._item_id = f"msg_{turn.id.partition('_')[2]}"
+        self._response = _head(continuation, body, service, generation)
+        self._item_id = f"msg_{continuation.id.partition('_')[2]}"
         self._number = -1
         self._text: list[str] = []
         self._has_item = False
@@ -107,12 +109,12 @@ class Responses:
 
     def status(self, session: str) -> str:
         """What became of the session that this response goes on from."""
-        return "lost" if self._turn.is_lost else session
+        return "lost" if self._continuation.is_lost else session
 
     def close(self) -> None:
         """Cancel what has not ended; forget what was not kept."""
         self._generation.close()
-        self._turn.close()
+        self._continuation.close()
 
     # -- events --------------------------------------------------------------------------------------------
 
@@ -155,7 +157,7 @@ class Responses:
             "usage": _usage(event),
             "pacellm": {**report(self._generation.request, event), "session": self.status(event.session)},
         }
-        await self._turn.keep(self._response, text)
+        await self._continuation.keep(self._response, text)
         return [*ends, self._event(f"response.{status}", response=self._response)]
 
     def _item(self, text: str, status: str) -> Event:
@@ -190,11 +192,11 @@ def _usage(event: Finished) -> Event:
     }
 
 
-def _head(turn: Turn, body: ResponseRequest, service: Service, generation: Generation) -> Event:
+def _head(continuation: Continuation, body: ResponseRequest, service: Service, generation: Generation) -> Event:
     """A response that has just begun."""
     sampling, conversation = generation.request.sampling, body.conversation_id
     return {
-        "id": turn.id,
+        "id": continuation.id,
         "object": "response",
         "created_at": int(time.time()),
         "status": "in_progress",

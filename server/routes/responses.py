@@ -13,12 +13,12 @@ from server import answer
 from server.auth import tenant_of
 from server.body import parsed
 from server.callers import Caller
+from server.continuation import Continuation
 from server.histories import Key
 from server.prompts import messages_prompt
 from server.responses import Responses, named
 from server.schema.responses import ResponseRequest, parse_response
 from server.service import Service
-from server.turns import Turn
 
 router = APIRouter(prefix="/v1/responses")
 
@@ -86,16 +86,18 @@ async def _submit(service: Service, body: ResponseRequest, caller: Caller) -> Re
     """
     service.check_generation(body)
     sampling = body.sampling()
-    turn = Turn(service, body, caller.tenant)
+    continuation = Continuation(service, body, caller.tenant)
     try:
         limit = service.engine.config.max_model_len
-        prompt = await service.off_loop(messages_prompt, service.tokenizer, turn.prompt_messages(), limit, turn.scope)
-        await turn.open()
+        prompt = await service.off_loop(
+            messages_prompt, service.tokenizer, continuation.prompt_messages(), limit, continuation.scope
+        )
+        await continuation.open()
         request = GenerationRequest(
-            request_id=turn.id,
+            request_id=continuation.id,
             prompt=prompt,
             sampling=sampling,
-            session=turn.session,
+            session=continuation.session,
             tenant=caller.tenant,
             pa=body.pacellm.pa or "on",
             commit=body.store,
@@ -103,6 +105,6 @@ async def _submit(service: Service, body: ResponseRequest, caller: Caller) -> Re
         )
         generation = await service.submit(request, caller)
     except BaseException:
-        turn.close()
+        continuation.close()
         raise
-    return Responses(turn, generation, body, service)
+    return Responses(continuation, generation, body, service)

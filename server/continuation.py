@@ -18,7 +18,7 @@ from server.schema.responses import ResponseRequest
 from server.service import Service
 
 
-class Turn:
+class Continuation:
     """One response, from the moment its history is known.
 
     Args:
