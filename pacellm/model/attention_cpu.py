@@ -18,6 +18,8 @@ The heads of a KV group are packed as query rows, so grouped keys are never repe
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -146,10 +148,16 @@ def _attend_window(
 ) -> None:
     group = query.shape[0] // keys.shape[0]
     size = _SMALL_WINDOW if window <= _SMALL_WINDOW else BLOCK
-    for position, rows in _tiles(chunk, first, size):
+    past = _round_up(window - 1, size)
+    tiles = _tiles(chunk, first, size)
+    whole = [tile for tile in tiles if tile[0] % size == 0 and tile[0] >= past and _length(tile[1]) == size]
+    if len(whole) > 1:
+        _attend_whole_tiles(chunk, whole, query, keys, values, scale, window, size, output)
+        tiles = [tile for tile in tiles if tile not in whole]
+    for position, rows in tiles:
         tile = position - position % size
-        end = position + rows.stop - rows.start
-        oldest = max(0, tile - _round_up(window - 1, size))
+        end = position + _length(rows)
+        oldest = max(0, tile - past)
         packed, count = _pack(query[:, rows], group)
         part = _read(chunk.runs, keys, values, oldest, tile + size)
         mask = _banded(
@@ -157,6 +165,34 @@ def _attend_window(
         )
         result, _ = _kernel(packed, *part, attn_mask=mask, scale=scale)
         output[rows] = _unpack(result, count, group)
+
+
+def _attend_whole_tiles(
+    chunk: Chunk,
+    tiles: list[tuple[int, slice]],
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    window: int,
+    size: int,
+    output: Tensor,
+) -> None:
+    """Adjacent whole tiles of a sliding window, side by side in one call, which works on them apart."""
+    (position, first), (_, last) = tiles[0], tiles[-1]
+    count, rows = len(tiles), slice(first.start, last.stop)
+    heads, group, past = keys.shape[0], query.shape[0] // keys.shape[0], _round_up(window - 1, size)
+    packed = query[:, rows].reshape(heads, group, count, size, -1).permute(2, 0, 3, 1, 4)
+    packed = packed.reshape(count, heads, size * group, -1)
+    seen = _read(chunk.runs, keys, values, position - past, position + count * size)
+    key, value = (part[0].unfold(1, past + size, size).permute(1, 0, 3, 2) for part in seen)
+    mask = _banded(past, past + size, past + size, window, group, size * group, query.dtype)
+    result = _kernel(packed, key, value, attn_mask=mask, scale=scale)[0].view(count, heads, size, group, -1)
+    output[rows] = result.transpose(1, 2).reshape(count * size, heads * group, -1)
+
+
+def _length(rows: slice) -> int:
+    return rows.stop - rows.start
 
 
 def _tiles(chunk: Chunk, row: int, size: int) -> list[tuple[int, slice]]:
@@ -207,11 +243,13 @@ def _merge(total: Tensor | None, lse: Tensor | None, part: Tensor, part_lse: Ten
     return total * old + part * new, both
 
 
+@lru_cache(maxsize=8)
 def _causal(first: int, last: int, span: int, group: int, num_rows: int, dtype: torch.dtype) -> Tensor:
     """[rows, span] mask for the tile's queries first to last, each repeated for its group; padding sees all."""
     return _expand(torch.arange(first, last)[:, None] < torch.arange(span), group, num_rows, dtype)
 
 
+@lru_cache(maxsize=32)
 def _banded(first: int, last: int, span: int, window: int, group: int, num_rows: int, dtype: torch.dtype) -> Tensor:
     """The same for a sliding window."""
     distance = torch.arange(first, last)[:, None] - torch.arange(span)

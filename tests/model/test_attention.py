@@ -117,3 +117,22 @@ def test_decoded_tokens_of_many_sequences(window, heads):
             assert torch.equal(
                 found[row : row + 1], attend(own, key, value, runs, len(key[0]) - 1, window, num_decoded=1)
             )
+
+
+@pytest.mark.parametrize("window", [4, 128, 700])
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
+@pytest.mark.parametrize("start", [0, 130, 1500])
+def test_tiles_of_a_window_side_by_side_and_one_by_one(window, heads, start):
+    generator = torch.Generator().manual_seed(5)
+    count = 2100
+    query = torch.randn(heads[0], count, 16, generator=generator)
+    key, value = (torch.randn(heads[1], start + count, 16, generator=generator) for _ in range(2))
+    for runs in (ONE_RUN, SCATTERED):
+        whole = attend(query, key, value, runs, start, window)
+        torch.testing.assert_close(whole.double(), plain(query, key, value, 0.3, window), rtol=1e-4, atol=1e-5)
+        at = 0
+        while at < count:
+            size = min(100 + at % 37, count - at)
+            part = attend(query[:, at : at + size], key, value, runs, start + at, window)
+            assert torch.equal(part, whole[at : at + size])
+            at += size

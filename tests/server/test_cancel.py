@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from pacellm.config import EngineConfig
+from pacellm.engine.integrity import check_integrity
 from pacellm.types import GenerationRequest, SamplingParams
 from tests.server.conftest import NAME, start
 
@@ -44,7 +45,7 @@ def test_leaving_returns_everything(live, when, streamed):
     live.wait_until_idle()
     assert free(live) == before
     assert live.engine.stats.aborted == aborted + 1
-    live.engine.check_integrity()
+    check_integrity(live.engine)
 
 
 def test_a_silent_stream_carries_keep_alive_comments(live):
