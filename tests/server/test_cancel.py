@@ -88,12 +88,12 @@ def test_full_queue_says_when_to_come_back():
 
 
 def test_a_failure_after_the_stream_began_is_an_event(live, monkeypatch):
-    from pacellm.engine import engine
+    from pacellm.engine import answers
 
     def explode(*_):
         raise RuntimeError("broken on purpose")
 
-    monkeypatch.setattr(engine, "sample", explode)
+    monkeypatch.setattr(answers, "sample", explode)
     body = {"model": NAME, "messages": SHORT, "max_tokens": 3, "stream": True}
     with live.http.stream("POST", "/v1/chat/completions", json=body) as response:
         assert response.status_code == 200
