@@ -247,6 +247,8 @@ class Engine:
             raise RequestError(f"n must be 1 to {self.config.max_num_seqs} here, not {request.n}", param="n")
         if request.sampling.prompt_logprobs is not None and request.session is not None:
             raise RequestError("log-probabilities of a prompt are not available in a session", param="echo")
+        if request.constraint is not None and request.sampling.ignore_eos:
+            raise RequestError("ignore_eos contradicts a constrained answer", param="ignore_eos", code="invalid_value")
         vocabulary = self.model.vocab_size
         for token, _ in request.sampling.logit_bias:
             if token >= vocabulary:
@@ -385,8 +387,11 @@ class Engine:
             return [(sequence.id, event) for event in self._finish(live, FinishReason.LENGTH)]
         try:
             params = sequence.request.sampling
-            token, logprob = sample(logits, params, sequence.prompt, sequence.generated, sequence.seed)
+            allowed = sequence.allowed(len(logits))
+            token, logprob = sample(logits, params, sequence.prompt, sequence.generated, sequence.seed, allowed)
             events = self._accept(live, token, logprob)
+        except RequestError as error:
+            return [self._fail(sequence, error)]
         except Exception as error:
             logger.exception("request %s failed while sampling", sequence.id)
             return [self._fail(sequence, EngineError(f"sampling failed: {error}"))]
@@ -428,6 +433,8 @@ class Engine:
         if live.text is not None and live.text.stopped_by is not None:
             sequence.stop_reason = live.text.stopped_by
             return [*events, *self._finish(live, FinishReason.STOP)]
+        if sequence.is_complete:
+            return [*events, *self._last_text(live, (), ()), *self._finish(live, FinishReason.STOP)]
         if len(sequence.generated) >= sequence.max_tokens:
             return [*events, *self._last_text(live, (), ()), *self._finish(live, FinishReason.LENGTH)]
         return events
