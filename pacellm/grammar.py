@@ -85,6 +85,15 @@ def of_json(schema: Mapping[str, Any], param: str, *, is_strict: bool = True) ->
     return Grammar((Part("json", param, schema={"x-guidance": options, **schema}),))
 
 
+def of_regex(regex: str, param: str) -> Grammar:
+    """Text that a regular expression matches as a whole."""
+    escaped, is_escaped = "", False
+    for character in regex:
+        escaped += {"/": "/" if is_escaped else "\\/", "\n": "n" if is_escaped else "\\n"}.get(character, character)
+        is_escaped = character == "\\" and not is_escaped
+    return Grammar((Part("regex", param, lark=f"start: /{escaped}/"),))
+
+
 def of_lark(grammar: str, param: str) -> Grammar:
     """What a Lark grammar describes, in llguidance's variant."""
     return Grammar((Part("lark", param, lark=grammar),))
@@ -117,7 +126,7 @@ def of_marked_calls(
         otherwise: what may be there instead of calls.
     """
     rules, parts = _call_rules(functions)
-    body = r'"\n" call "\n" ' if not mark.is_special else r'/\n?/ call /\n?/ '
+    body = r'"\n" call "\n" ' if not mark.is_special else r"/\n?/ call /\n?/ "
     marked = f"marked: begin {body}{_literal(mark.end, mark)}\n"
     if with_text:
         opening = "TEXT " + _literal(mark.begin, mark)

@@ -1,8 +1,8 @@
 """Tries grammars out in a process of its own, which may be killed: some cannot be compiled in any time or memory.
 
-Run as a script, so that it imports nothing but llguidance. Lines of JSON on stdin and stdout: first the vocabulary, then
-for each ``{"grammar", "walks"}`` an ``{"error"}``, null where the grammar compiles and the steps of random walks through
-it are quick.
+Run as a script, so that it imports nothing but llguidance. Lines of JSON on stdin and stdout: first the vocabulary,
+then for each ``{"grammar", "walks"}`` an ``{"error"}``, null where the grammar compiles and the steps of random walks
+through it are quick.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _STEPS = 48
 _MEMORY = 4 * 2**30
 
 # the limits of every matcher, here and in the engine
-LIMITS = {
+LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 500_000,
     "step_lexer_fuel": 100_000,
     "step_max_items": 50_000,
