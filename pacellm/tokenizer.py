@@ -119,7 +119,7 @@ class ChatTokenizer:
         try:
             rendered = self._tokenizer.apply_chat_template(
                 messages,
-                tools=tools,
+                tools=list(tools) if tools else None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,

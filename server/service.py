@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 import uuid
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pacellm.engine.engine import Engine
+from pacellm.engine.grammar import Grammars
 from pacellm.engine.session_ops import Operation
 from pacellm.engine.thread import EngineThread
 from pacellm.errors import (
@@ -27,10 +29,10 @@ from pacellm.types import Admitted, Event, Failed, Finished, GenerationRequest, 
 from server.callers import Caller
 from server.idempotency import Idempotency
 from server.metrics import Metrics
-from server.prompts import chat_prompt
 from server.schema.chat import ChatCompletionRequest
 from server.schema.sampling import SamplingFields
 from server.settings import Settings
+from server.turns import Turn, new_turn
 
 logger = logging.getLogger("pacellm.server")
 
@@ -98,6 +100,8 @@ class Service:
         self.engine, self.tokenizer, self.settings = engine, tokenizer, settings
         self.thread = EngineThread(engine, self._deliver)
         self.metrics = Metrics(self.thread, settings.model_name)
+        self.grammars = Grammars(tokenizer.backend, frozenset(engine.model.eos_token_ids))
+        self._compiling = asyncio.Lock()  # one grammar at a time: the threads are for others too
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pacellm-tokenizer")
         self._generations: dict[str, Generation] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -114,6 +118,7 @@ class Service:
         """End the engine; unfinished requests fail with an error."""
         await asyncio.to_thread(self.thread.stop)
         self._pool.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self.grammars.close)
 
     async def off_loop(self, function, *arguments):
         """Run slow work in a thread."""
@@ -127,7 +132,9 @@ class Service:
         """
         return await asyncio.wrap_future(self.thread.call(operation))
 
-    async def submit_chat(self, body: ChatCompletionRequest, caller: Caller, session_id: str | None) -> Generation:
+    async def submit_chat(
+        self, body: ChatCompletionRequest, caller: Caller, session_id: str | None
+    ) -> tuple[Generation, Turn]:
         """Render, tokenise, check and queue a chat request.
 
         Raises:
@@ -136,9 +143,14 @@ class Service:
         self.check_options(body, session_id)
         sampling = body.sampling()
         scope = None if session_id is None else f"{caller.tenant}/{session_id}"
-        prompt = await self.off_loop(chat_prompt, self.tokenizer, body, self.engine.config.max_model_len, scope)
-        request = self.request("chatcmpl", body, prompt, sampling, caller, session_id, body.n or 1)
-        return await self.submit(request, caller)
+        limit = self.engine.config.max_model_len
+        turn = await self.off_loop(new_turn, self.tokenizer, self.grammars, body, sampling, limit, scope)
+        request = self.request("chatcmpl", body, turn.prompt, turn.sampling, caller, session_id, body.n or 1)
+        if turn.grammar is not None:
+            async with self._compiling:
+                constraint = await self.off_loop(self.grammars.compile, turn.grammar)
+            request = dataclasses.replace(request, constraint=constraint)
+        return await self.submit(request, caller), turn
 
     def check_model(self, name: str | None) -> None:
         """Refuse another model's name.

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from pacellm.errors import RequestError
-from pacellm.types import SamplingParams
 from pacellm.grammar import Grammar
+from pacellm.types import SamplingParams
 from server.schema.base import Strict, parse, refuse_unless_neutral
 from server.schema.formats import ResponseFormat, StructuredOutputs
 from server.schema.sampling import SamplingFields
