@@ -11,7 +11,7 @@ MAX_CALLS = 32
 """Calls in one constrained answer."""
 
 # between JSON's tokens: what people and models write, but no endless runs of it
-_BLANK = r"[ ]{0,2}|\n[ \t]{0,40}"
+_BLANK = r"[ ]?|\n[ ]{0,20}"
 # as json.dumps and the chat templates' tojson write, so that an answer sent back is the text that was generated
 _TOJSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _LENIENT = {"lenient": True, "coerce_one_of": True}

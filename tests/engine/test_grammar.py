@@ -26,13 +26,13 @@ SCHEMA = {
     "properties": {
         "a": {"type": "integer", "minimum": 0, "maximum": 9999},
         "b": {"type": "array", "items": {"enum": ["x", "yy"]}, "minItems": 1, "maxItems": 5},
-        "c": {"type": "string", "maxLength": 20},
+        "c": {"type": "string", "maxLength": 5},
     },
     "required": ["a", "b", "c"],
     "additionalProperties": False,
 }
 SAMPLED = SamplingParams(max_tokens=200, temperature=1.0, seed=7)
-PROMPTS = {"a": prompt(37, 1, 2048), "b": prompt(701, 2, 2048)}
+PROMPTS = {"a": prompt(37, 1, 2048), "b": prompt(151, 2, 2048)}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def one(model, tokenizer, constraint, sampling=SAMPLED, name="a"):
 def test_company_chunks_and_preemption_change_nothing(model, tokenizer, constraint):
     alone = {name: tokens(one(model, tokenizer, constraint, name=name)) for name in PROMPTS}
     rng = random.Random(0)
-    engine = engine_of(model, tokenizer, max_num_batched_tokens=50, max_num_mixed_tokens=50)
+    engine = engine_of(model, tokenizer, max_num_batched_tokens=30, max_num_mixed_tokens=30)
     for name, ids in PROMPTS.items():
         engine.add(request(name, ids, SAMPLED, session=name, constraint=constraint))
     engine.add(request("free", PROMPTS["a"], dataclasses.replace(SAMPLED, max_tokens=40, ignore_eos=True)))
