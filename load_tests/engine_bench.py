@@ -9,6 +9,7 @@ at once; the peers' is what ``--new`` tokens more cost, divided by their number.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -32,7 +33,7 @@ Peer = Callable[[Answers, int], Answers]
 
 def engine_peer(path: Path, pa: bool, decode_steps: list[float]) -> Peer:
     """Our engine, everything at once; seconds of steps that only decode are added to ``decode_steps``."""
-    engine = Engine(load(path), EngineConfig(kv_cache_memory=2**30, pa=pa))
+    engine, runs = Engine(load(path), EngineConfig(kv_cache_memory=2**30, pa=pa)), itertools.count()
 
     def step() -> list[tuple[str, Event]]:
         running = engine.scheduler.running
@@ -45,8 +46,9 @@ def engine_peer(path: Path, pa: bool, decode_steps: list[float]) -> Peer:
 
     def run(prompts: Answers, new: int) -> Answers:
         sampling = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True)
+        tenant = f"run {next(runs)}"  # nothing is reused across tenants, so every run reads its prompts anew
         for number, prompt in enumerate(prompts):
-            engine.add(GenerationRequest(str(number), prompt, sampling))
+            engine.add(GenerationRequest(str(number), prompt, sampling, tenant=tenant))
         events: dict[str, list[Event]] = {}
         while engine.has_work:
             for name, event in step():

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pacellm.engine.scheduler import Step, Work
 from pacellm.engine.sequence import Sequence
+from pacellm.engine.step import Step, Work
 from pacellm.memory.pool import BankPool
 from pacellm.model.context import Banks, Chunk, Piece
 from pacellm.rows import ROWS, missing_rows

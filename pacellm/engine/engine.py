@@ -28,12 +28,14 @@ from pacellm.engine.mover import Mover
 from pacellm.engine.records import Records
 from pacellm.engine.runner import Output, Runner, StepFailed
 from pacellm.engine.sampler import sample, score
-from pacellm.engine.scheduler import Copy, Scheduler, Step
+from pacellm.engine.scheduler import Scheduler
 from pacellm.engine.sequence import Sequence
+from pacellm.engine.session import Key, Session
 from pacellm.engine.session_ops import SessionOps
-from pacellm.engine.sessions import Key, Session, SessionStore
+from pacellm.engine.sessions import SessionStore
 from pacellm.engine.snapshot_ops import SnapshotOps
 from pacellm.engine.stats import EngineStats, bank_reads
+from pacellm.engine.step import Copy, Step
 from pacellm.engine.text import TextStream
 from pacellm.errors import ConfigError, EngineError, PaceError, RequestError, SessionConflict, SessionDeleted
 from pacellm.memory.disk import Disk
@@ -126,7 +128,7 @@ class Engine:
         )
         self.scheduler = Scheduler(self.config, self.allocator, self.sessions, self.pool)
         self.runner = Runner(model, self.pool, self.num_blocks, self.config.bank)
-        self.scheduler.copy_now = self.runner.copy
+        self.scheduler.room.copy_now = self.runner.copy
         self.stats = EngineStats()
         self.worker = Worker()
         self._records: Records | None = None

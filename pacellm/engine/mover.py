@@ -16,8 +16,9 @@ from torch import Tensor
 from pacellm.engine.kv import BlockAllocator, KVTable, blocks_for
 from pacellm.engine.openings import Openings
 from pacellm.engine.records import Records
-from pacellm.engine.sequence import Turn
-from pacellm.engine.sessions import Key, Session, SessionStore
+from pacellm.engine.session import Key, Session
+from pacellm.engine.sessions import SessionStore
+from pacellm.engine.turn import Turn
 from pacellm.errors import SessionConflict, SnapshotRefused
 from pacellm.memory.disk import STATE, Disk, Owner
 from pacellm.memory.pool import BankPool

@@ -7,8 +7,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from pacellm.engine.records import Records
-from pacellm.engine.sequence import Sequence, Turn
-from pacellm.engine.sessions import Key, Session, SessionStore
+from pacellm.engine.sequence import Sequence
+from pacellm.engine.session import Key, Session
+from pacellm.engine.sessions import SessionStore
+from pacellm.engine.turn import Turn
 from pacellm.errors import PaceError, SnapshotRefused
 from pacellm.memory.disk import LOG, Disk, Owner
 from pacellm.memory.tiers import Banks, Worker

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pacellm.engine.kv import BlockAllocator, KVTable, blocks_for
-from pacellm.engine.sequence import Lineage, Sequence, Turn
+from pacellm.engine.sequence import Lineage, Sequence
+from pacellm.engine.turn import Turn
 from pacellm.memory.pool import BankPool
 from pacellm.types import PAMode
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pacellm.engine.sequence import Turn
-from pacellm.engine.sessions import Session
+from pacellm.engine.session import Session
+from pacellm.engine.turn import Turn
 from pacellm.errors import SnapshotRefused
 from pacellm.memory.snapshot import bank_tensors, take_banks
 from pacellm.memory.tiers import Banks, HostState, Span, cut

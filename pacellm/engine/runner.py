@@ -10,8 +10,8 @@ from torch import Tensor
 from pacellm.config import PAConfig
 from pacellm.engine import batch
 from pacellm.engine.kv import BLOCK, KVTable
-from pacellm.engine.scheduler import Copy, Step
 from pacellm.engine.sequence import Sequence
+from pacellm.engine.step import Copy, Step
 from pacellm.errors import EngineError
 from pacellm.memory.pool import BankPool
 from pacellm.model.attention import slab

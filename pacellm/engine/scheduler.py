@@ -12,75 +12,24 @@ which starts again from its session's state and feeds its own tokens with the sa
 from __future__ import annotations
 
 import time
-from array import array
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Literal
 
 from pacellm.config import EngineConfig
-from pacellm.engine.kv import BLOCK, BlockAllocator, KVTable, OutOfBlocks, blocks_for
+from pacellm.engine.kv import BLOCK, BlockAllocator, OutOfBlocks, blocks_for
 from pacellm.engine.mover import Mover
+from pacellm.engine.plan import Planner, describe
 from pacellm.engine.prefix import Entry, PrefixCache
-from pacellm.engine.sequence import Lineage, Sequence, Status, Turn, common_prefix
-from pacellm.engine.sessions import Session, SessionStore
+from pacellm.engine.room import Room
+from pacellm.engine.sequence import Sequence, Status
+from pacellm.engine.session import Session
+from pacellm.engine.sessions import SessionStore
+from pacellm.engine.step import Step, Work
+from pacellm.engine.turn import Turn
 from pacellm.errors import ContextLengthExceeded, RequestError
 from pacellm.memory.pool import BankPool
 
 _MAX_SCORED = 256  # rows of logits that one request may ask of a step
-
-
-@dataclass(frozen=True)
-class Work:
-    """``count`` tokens of a sequence's current turn, from its cursor."""
-
-    sequence: Sequence
-    count: int
-
-
-@dataclass(frozen=True)
-class Copy:
-    """``length`` tokens of KV to copy between slots before the step."""
-
-    source: int
-    target: int
-    length: int
-
-
-@dataclass
-class Step:
-    """What one forward pass does."""
-
-    work: list[Work] = field(default_factory=list)
-    copies: list[Copy] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        """Rows of the packed step."""
-        return sum(item.count for item in self.work)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a waiting sequence begins.
-
-    Attributes:
-        lineage: what its first token is fed on.
-        work: turns to feed; ``index`` numbers the first among the turns since the lineage's beginning, and ``cursor``
-            tokens of it are in place.
-        position: tokens of KV in place, in ``blocks``.
-        row: banks to go on from, None for the origin's or empty ones.
-        entry: the kept progress that is used.
-    """
-
-    lineage: Lineage
-    work: list[Turn]
-    index: int
-    cursor: int
-    position: int
-    blocks: list[int]
-    row: int | None
-    entry: Entry | None
 
 
 class Scheduler:
@@ -101,9 +50,9 @@ class Scheduler:
         self.mover: Mover | None = None
         self.admitted: list[Sequence] = []  # since the last step
         self.preemptions = 0
-        self.copy_now: Callable[[list[Copy]], None] = lambda copies: None
-        self._copies: list[Copy] = []
         self.progress = PrefixCache(allocator, pool, segment=config.bank.segment, max_seqs=config.max_num_seqs)
+        self.room = Room(allocator, sessions, pool, self.progress)
+        self.planner = Planner(self.progress, has_banks=pool is not None)
 
     # -- requests come and go ------------------------------------------------------------------------------
 
@@ -161,7 +110,7 @@ class Scheduler:
             self.waiting.remove(sequence)
             if not sequence.is_branch:
                 self._unwant(sequence)
-        self._free(sequence)
+        self.room.free(sequence)
         sequence.status = Status.ENDED
 
     def keep(self, sequence: Sequence) -> None:
@@ -181,7 +130,7 @@ class Scheduler:
             sequence.session_status = self.sessions.commit(session, sequence)
             self.progress.forget_session(session.key, made=False)
         self._close_session(sequence)
-        self._free(sequence)
+        self.room.free(sequence)
         sequence.status = Status.ENDED
         self.sessions.trim()
         self._free_working_rows()
@@ -203,7 +152,7 @@ class Scheduler:
         if step.work:
             budget = min(budget, self.config.max_num_mixed_tokens)
         self._add_prompts(step, budget)
-        step.copies, self._copies = self._copies, []
+        step.copies = self.room.take_copies()
         return step if step.work else None
 
     def _add_decodes(self, step: Step, budget: int) -> int:
@@ -245,7 +194,7 @@ class Scheduler:
                 if not self.mover.openings.is_open(sequence):
                     continue
                 is_stored = session is not None and self.mover.stored_tokens(session) is not None
-                if session is not None and is_stored and not self._has_own_progress(sequence, session):
+                if session is not None and is_stored and not self.planner.has_own_progress(sequence, session):
                     match self._bring_back(sequence, session):
                         case "coming":
                             continue
@@ -264,15 +213,14 @@ class Scheduler:
         """Let a choice go on from a copy of its parent's state at the prompt's end. False where there is no room: it is
         queued, first in line, and gets there by feeding the prompt as its parent did."""
         parent.num_branches -= 1
-        if self.has_room(1) and self._make_row(sequence):
+        if self.has_room(1) and self.room.make_row():
             turn = parent.turn
             own = Turn(turn.start, turn.prompt_end, turn.ids[: parent.cursor], turn.pa)
             used = blocks_for(parent.position)
             sequence.lineage, sequence.cached = parent.lineage, parent.cached
-            sequence.table = self._new_table(parent.table.blocks, parent.position, used - parent.position // BLOCK)
-            self.copy_now(self._copies)
-            self._copies = []
-            self._new_banks(sequence, parent.row, None)
+            sequence.table = self.room.new_table(parent.table.blocks, parent.position, used - parent.position // BLOCK)
+            self.room.run_copies()
+            self.room.new_banks(sequence, parent.row, None)
             sequence.begin([own], time.monotonic(), index=parent.index)
             sequence.advance(parent.cursor)
             self.running.append(sequence)
@@ -293,15 +241,14 @@ class Scheduler:
         """Start restoring a session's state; ``later`` where there is no room yet, ``never`` where none will come."""
         assert self.mover is not None
         tokens = self.mover.stored_tokens(session) or 0
-        own = self._own_turn(sequence, session)
+        own = self.planner.own_turn(sequence, session)
         blocks = blocks_for(tokens) + max(0, blocks_for(own.end) - own.start // BLOCK)
         session.busy = True
-        has_room = blocks <= self.allocator.num_blocks and self._make_room(blocks) and self._make_row(sequence)
+        has_room = blocks <= self.allocator.num_blocks and self._make_room(blocks) and self.room.make_row()
         session.busy = False
         if has_room:
             # the worker may be given blocks at once that a copy of this step still reads
-            self.copy_now(self._copies)
-            self._copies = []
+            self.room.run_copies()
             self.mover.restore(session)
             return "coming"
         if not self.running and not self.finishing and not self.mover.worker.num_open:
@@ -318,7 +265,7 @@ class Scheduler:
 
     def _try_admit(self, sequence: Sequence, session: Session | None) -> bool:
         """Give a waiting sequence its working copy; False where there is no room yet."""
-        plan = self._plan(sequence, session)
+        plan = self.planner.plan(sequence, session)
         work, shared = plan.work, plan.position // BLOCK
         resident = session is not None and session.is_resident
         needed = blocks_for(max(turn.end for turn in work)) - shared
@@ -326,7 +273,7 @@ class Scheduler:
         if session is not None:
             session.busy = True  # from here on its state is not evictable
         has_room = self._make_room(needed + len(self.running), keep=plan.entry)
-        if not has_room or not self._make_row(sequence, keep=plan.entry):
+        if not has_room or not self.room.make_row(keep=plan.entry):
             if session is not None:
                 session.busy = was_busy
             # a choice may be in its own request's way: the first one waits for it
@@ -346,10 +293,10 @@ class Scheduler:
         elif session is not None:
             self.sessions.touch(session)
             session.wanted = False
-        self._describe(sequence, session, plan)
+        describe(sequence, session, plan)
         sequence.session = None if sequence.is_branch else session
-        sequence.table = self._new_table(plan.blocks, plan.position, needed)
-        self._new_banks(sequence, plan.row, session)
+        sequence.table = self.room.new_table(plan.blocks, plan.position, needed)
+        self.room.new_banks(sequence, plan.row, session)
         sequence.lineage = plan.lineage
         sequence.begin(work, time.monotonic(), index=plan.index, cursor=plan.cursor)
         if plan.entry is not None:
@@ -359,74 +306,6 @@ class Scheduler:
         if not sequence.is_branch:
             self.admitted.append(sequence)
         return True
-
-    def _plan(self, sequence: Sequence, session: Session | None) -> Plan:
-        """What to feed, and on which state: the session's, kept progress, or none with the log before."""
-        lineage = _lineage(sequence, session)
-        log = session.log if session is not None else []
-        own = self._own_turn(sequence, session)
-        turns = [*log, own]
-        is_scored = sequence.request.sampling.prompt_logprobs is not None  # every row of the prompt is needed
-        entry = None if is_scored else self.progress.find(lineage, turns)
-        is_best = entry is None or entry.index < len(log)
-        if session is not None and session.is_resident and session.table is not None and is_best:
-            return Plan(lineage, [own], len(log), 0, own.start, session.table.blocks, session.row, None)
-        if entry is None:
-            return Plan(lineage, turns, 0, 0, 0, [], None, None)
-        cursor = len(entry.ids)
-        return Plan(
-            lineage, turns[entry.index :], entry.index, cursor, entry.position, entry.table.blocks, entry.row, entry
-        )
-
-    def _own_turn(self, sequence: Sequence, session: Session | None) -> Turn:
-        start = 0
-        if session is not None:
-            start = min(common_prefix(sequence.prompt, session.context), len(sequence.prompt) - 1)
-        ids = sequence.prompt[start:] + array("i", sequence.generated)
-        return Turn(start, len(sequence.prompt), ids, sequence.request.pa if self.pool is not None else "off")
-
-    def _has_own_progress(self, sequence: Sequence, session: Session) -> bool:
-        """Kept progress makes the session's own state unnecessary."""
-        entry = self._plan(sequence, session).entry
-        return entry is not None and entry.index == len(session.log)
-
-    def _describe(self, sequence: Sequence, session: Session | None, plan: Plan) -> None:
-        is_replayed = len(plan.work) > 1
-        sequence.replayed = sum(len(turn.ids) for turn in plan.work[:-1]) - (plan.cursor if is_replayed else 0)
-        sequence.cached = 0 if is_replayed else plan.position
-        if session is not None and session.note is not None:
-            sequence.note = session.note
-        if session is None:
-            sequence.session_status = "none"
-        elif sequence.replayed:
-            sequence.session_status = "replayed"
-        elif session.found is not None:
-            sequence.session_status, session.found = session.found, None
-        elif session.status == "lost":
-            sequence.session_status = "lost"
-        elif session.commits:
-            sequence.session_status = "resident"
-        else:
-            sequence.session_status = session.status
-
-    def _new_table(self, source: list[int], start: int, needed: int) -> KVTable:
-        """A table that shares the full blocks before ``start`` and owns the rest."""
-        kept = start // BLOCK
-        table = KVTable(list(source[:kept]))
-        self.allocator.share(table.blocks)
-        table.extend(self.allocator.allocate(needed, table.blocks[-1] if table.blocks else None))
-        if start % BLOCK:
-            self._copies.append(Copy(source[kept] * BLOCK, table.blocks[kept] * BLOCK, start % BLOCK))
-        return table
-
-    def _new_banks(self, sequence: Sequence, source: int | None, session: Session | None) -> None:
-        if self.pool is None:
-            return
-        sequence.row = self.pool.check_out(source)
-        if source is None and session is not None and session.origin is not None:
-            for layer, bank in self.pool.banks(sequence.row).items():
-                bank.copy_(session.origin[layer])
-        sequence.counters_before = self.pool.counters(sequence.row)
 
     def _grow(self, sequence: Sequence, step: Step) -> bool:
         """Room for the sequence's next token, at the price of idle sessions and then of the youngest sequence."""
@@ -455,47 +334,18 @@ class Scheduler:
         """Take a running sequence's working copy away; it waits, first in line, to start again."""
         self.running.remove(sequence)
         self._close_session(sequence)
-        self._free(sequence)
+        self.room.free(sequence)
         sequence.status = Status.WAITING
         sequence.work, sequence.cursor = [], 0
         self.waiting.appendleft(sequence)
         self.preemptions += 1
 
-    def _make_room(self, blocks: int, keep: Entry | None = None) -> bool:
-        if self.allocator.num_free >= blocks:
-            return True
-        # a lone request may use the last block
-        needed = blocks if self.running else min(blocks, self.allocator.num_blocks)
-        others = [entry.table for entry in self.progress if entry is not keep]
-        if self.allocator.num_free + self.sessions.idle_blocks(others) < needed:
-            return False
-        for entry in self.progress:
-            if self.allocator.num_free < needed and entry is not keep:
-                self.progress.drop(entry)
-        while self.allocator.num_free + self.sessions.leaving()[0] < needed and self.sessions.evict_one():
-            pass
-        return self.allocator.num_free >= needed
-
     def has_room(self, blocks: int) -> bool:
         """``blocks`` are free beside one for every running sequence, or have been made so."""
         return self._make_room(blocks + len(self.running))
 
-    def _make_row(self, sequence: Sequence, keep: Entry | None = None) -> bool:
-        if self.pool is None:
-            return True
-        for entry in self.progress:
-            if not self.pool.num_free and entry is not keep:
-                self.progress.drop(entry)
-        while not self.pool.num_free + self.sessions.leaving()[1] and self.sessions.evict_one(needs_row=True):
-            pass
-        return self.pool.num_free > 0
-
-    def _free(self, sequence: Sequence) -> None:
-        self.allocator.release(sequence.table.blocks)
-        sequence.table = KVTable()
-        if sequence.row is not None and self.pool is not None:
-            self.pool.release(sequence.row)
-            sequence.row = None
+    def _make_room(self, blocks: int, keep: Entry | None = None) -> bool:
+        return self.room.make_room(blocks, is_alone=not self.running, keep=keep)
 
     def _session(self, sequence: Sequence) -> Session | None:
         return None if sequence.request.session is None else self.sessions.get(sequence.request.session)
@@ -509,15 +359,6 @@ class Scheduler:
 
     def _is_moving(self) -> bool:
         return self.mover is not None and self.mover.worker.num_open > 0
-
-
-def _lineage(sequence: Sequence, session: Session | None) -> Lineage:
-    key = sequence.request.session
-    if key is None:
-        return sequence.request.tenant, None, 0
-    if session is None or not (session.log or session.origin):
-        return key[0], None, 0  # an empty session is where everybody begins
-    return key[0], key, session.generation
 
 
 def _members(step: Step) -> list[Sequence]:

@@ -5,57 +5,19 @@ from __future__ import annotations
 import enum
 import time
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from pacellm.engine.kv import KVTable
-from pacellm.model.context import Piece
-from pacellm.types import FinishReason, GenerationRequest, Matcher, PAMode, SessionStatus
+from pacellm.engine.session import Session
+from pacellm.engine.turn import Turn
+from pacellm.types import FinishReason, GenerationRequest, Matcher, SessionStatus
 
 if TYPE_CHECKING:
-    from pacellm.engine.sessions import Session
-
+    import numpy as np
 
 Lineage = tuple[str, tuple[str, str] | None, int]
 """What a request's first token is fed on: (tenant, session or None, the session's generation)."""
-
-
-@dataclass
-class Turn:
-    """Tokens fed in one go, with all that is needed to feed them again to the same bit.
-
-    Attributes:
-        start: absolute position of the first token (c); what stood there before is overwritten.
-        prompt_end: position at which the prompt ended; tokens from there on were decoded, each its own segment.
-        ids: the tokens from ``start`` on.
-        pa: how banks took part.
-    """
-
-    start: int
-    prompt_end: int
-    ids: array[int]
-    pa: PAMode
-
-    @property
-    def end(self) -> int:
-        """Position after the last token."""
-        return self.start + len(self.ids)
-
-    def pieces(self, cursor: int, count: int, row: int, segment: int) -> Iterator[Piece]:
-        """``count`` tokens from ``cursor``, cut at segment ends: multiples of ``segment``, the prompt's end, then
-        every token. Rows count from ``row``."""
-        position, stop = self.start + cursor, self.start + cursor + count
-        while position < stop:
-            if position < self.prompt_end:
-                boundary = min(position - position % segment + segment, self.prompt_end)
-            else:
-                boundary = position + 1
-            end = min(boundary, stop)
-            yield Piece(row, row + end - position, end == boundary)
-            row, position = row + end - position, end
 
 
 class Status(enum.Enum):
@@ -190,13 +152,3 @@ class Sequence:
         """The request's own turn as it enters the log: without the last sampled token, which was never fed."""
         turn = self.turn
         return Turn(turn.start, turn.prompt_end, turn.ids[: self.cursor], turn.pa)
-
-
-def common_prefix(first: array[int], second: array[int]) -> int:
-    """Length of the common prefix of two id arrays."""
-    length = min(len(first), len(second))
-    if not length:
-        return 0
-    a, b = np.frombuffer(first, dtype=np.int32)[:length], np.frombuffer(second, dtype=np.int32)[:length]
-    different = np.flatnonzero(a != b)
-    return int(different[0]) if len(different) else length

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from pacellm.engine.kv import BLOCK, KVTable, OutOfBlocks, blocks_for
-from pacellm.engine.sessions import Key, Session
+from pacellm.engine.session import Key, Session
 from pacellm.errors import EngineError, PaceError, SessionExists, SessionNotFound
 
 if TYPE_CHECKING:

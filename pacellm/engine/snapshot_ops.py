@@ -7,8 +7,9 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from pacellm.engine.kv import KVTable, blocks_for
+from pacellm.engine.session import Key, Session
 from pacellm.engine.session_ops import WAIT, Operation, SessionOps
-from pacellm.engine.sessions import Key, Session, context_of
+from pacellm.engine.sessions import context_of
 from pacellm.errors import RequestError, SessionNotFound, SnapshotRefused
 from pacellm.memory import snapshot
 from pacellm.memory.tiers import HostState, Span, copy_banks, download

@@ -30,7 +30,7 @@ from pacellm.memory.state import (
     new_bank,
     new_stage,
 )
-from pacellm.rows import missing_rows, pad_rows
+from pacellm.rows import pad_rows
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,21 @@ class Read:
     low: Tensor  # [n] bool
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What similarities mean for n tokens. :class:`Read` explains the shared fields; ``empty`` is [1] or [n]."""
+
+    weights: Tensor  # [n, M] of the slots in what is recalled
+    hit: Tensor  # [n] bool
+    fuse: Tensor  # [n] bool
+    empty: Tensor
+    slots: Tensor
+    used: Tensor
+    high: Tensor
+    mid: Tensor
+    low: Tensor
+
+
 def read(bank: BankState, x: Tensor, y: Tensor, config: PAConfig) -> Read:
     """Read n tokens against the bank and count the outcomes.
 
@@ -54,29 +69,38 @@ def read(bank: BankState, x: Tensor, y: Tensor, config: PAConfig) -> Read:
         y: [n, H] bias-free FFN outputs of the same tokens.
         config: thresholds and weights.
     """
-    n, slots = x.shape[0], bank.keys.shape[0]
-    wide = compute_dtype(x.dtype)
-    similarity = _cosine(pad_rows(x), bank.keys, wide)[:n]
-    exists = torch.arange(slots, device=x.device) < bank.filled
-    best, best_slots = similarity.masked_fill(~exists, -torch.inf).topk(min(config.top_k, slots), dim=1)
-    worst_k = min(config.bottom_k, slots)
-    worst_slots = similarity.masked_fill(~exists, torch.inf).topk(worst_k, dim=1, largest=False).indices
-    used = torch.arange(best.shape[1], device=x.device) < bank.filled
-    mean = _sequential_sum(best.masked_fill(~used, 0.0)) / used.sum().clamp(min=1)
+    n, wide = x.shape[0], compute_dtype(x.dtype)
+    found = judge(_cosine(pad_rows(x), bank.keys, wide)[:n], bank.filled, config)
+    recalled = (pad_rows(found.weights) @ bank.values.to(wide))[:n]
+    output = mix(recalled, y.to(wide), found.hit, found.fuse, config).to(y.dtype)
+    missed = ~(found.hit | found.fuse | found.empty)
+    counts = [found.hit.sum(), found.fuse.sum(), missed.sum(), found.empty.expand(n).sum()]
+    bank.counters[:MERGES] += torch.stack(counts)
+    return Read(output, found.slots, found.used, found.high, found.mid, found.low)
 
-    empty = bank.filled == 0
+
+def judge(similarity: Tensor, filled: Tensor, config: PAConfig) -> Verdict:
+    """Hit, fuse or miss, and the weights of what is recalled.
+
+    Args:
+        similarity: [n, M] cosines.
+        filled: slots in use: [] for all tokens, or [n, 1] where each has a bank of its own.
+        config: thresholds and weights.
+    """
+    slots, device = similarity.shape[1], similarity.device
+    exists = torch.arange(slots, device=device) < filled
+    best, best_slots = similarity.masked_fill(~exists, -torch.inf).topk(min(config.top_k, slots), dim=1)
+    used = torch.arange(best.shape[1], device=device) < filled
+    mean = _sequential_sum(best.masked_fill(~used, 0.0)) / used.sum(-1).clamp(min=1)
+
+    empty = (filled == 0).view(-1)
     sigma = best[:, 0]
     hit = ~empty & (sigma > config.high)
     fuse = ~empty & (sigma > config.low) & ~hit
-    recalled = _recall(bank, best_slots, used, worst_slots, hit, fuse, config, wide)
-    output = _mix(recalled, y.to(wide), hit, fuse, config).to(y.dtype)
-
+    weights = _weights(similarity, exists, filled, best_slots, used, hit, fuse, config)
     low = empty | (mean <= config.low)
     high = ~low & (mean > config.high)
-    missed = ~(hit | fuse | empty)
-    outcome = torch.stack([hit.sum(), fuse.sum(), missed.sum(), empty.expand(n).sum()])
-    bank.counters[:MERGES] += outcome
-    return Read(output, best_slots, used, high, ~high & ~low, low)
+    return Verdict(weights, hit, fuse, empty, best_slots, used, high, ~high & ~low, low)
 
 
 def stage(staged: Stage, result: Read, x: Tensor, config: PAConfig) -> None:
@@ -225,31 +249,32 @@ def _sequential_sum(columns: Tensor) -> Tensor:
     return total
 
 
-def _recall(
-    bank: BankState,
+def _weights(
+    similarity: Tensor,
+    exists: Tensor,
+    filled: Tensor,
     best: Tensor,
     used: Tensor,
-    worst: Tensor,
     hit: Tensor,
     fuse: Tensor,
     config: PAConfig,
-    wide: torch.dtype,
 ) -> Tensor:
-    """[n, H] weighted sum of slots: the mean of the best, and ``negative_weight`` of the mean of the worst."""
-    n, slots = best.shape[0], bank.keys.shape[0]
-    remembers = (hit | fuse).to(wide)
-    share = remembers * torch.where(fuse, config.fuse_weight, 1.0).to(wide)
-    weights = torch.zeros(n + missing_rows(n), slots, dtype=wide, device=best.device)
-    positive = share[:, None] * used.to(wide) / used.sum().clamp(min=1)
-    weights[:n].scatter_add_(1, best, positive)
-    if worst.shape[1]:
-        exists = (torch.arange(worst.shape[1], device=worst.device) < bank.filled).to(wide)
-        negative = config.negative_weight * remembers[:, None] * exists / exists.sum().clamp(min=1)
-        weights[:n].scatter_add_(1, worst, negative)
-    return (weights @ bank.values.to(wide))[:n]
+    """[n, M] shares of the slots: the mean of the best, and ``negative_weight`` of the mean of the worst."""
+    remembers = (hit | fuse).to(similarity.dtype)
+    share = remembers * torch.where(fuse, config.fuse_weight, 1.0).to(similarity.dtype)
+    weights = torch.zeros_like(similarity)
+    positive = share[:, None] * used.to(similarity.dtype) / used.sum(-1, keepdim=True).clamp(min=1)
+    weights.scatter_add_(1, best, positive)
+    count = min(config.bottom_k, similarity.shape[1])
+    if count:
+        worst = similarity.masked_fill(~exists, torch.inf).topk(count, dim=1, largest=False).indices
+        real = (torch.arange(count, device=similarity.device) < filled).to(similarity.dtype)
+        negative = config.negative_weight * remembers[:, None] * real / real.sum(-1, keepdim=True).clamp(min=1)
+        weights.scatter_add_(1, worst, negative)
+    return weights
 
 
-def _mix(recalled: Tensor, y: Tensor, hit: Tensor, fuse: Tensor, config: PAConfig) -> Tensor:
+def mix(recalled: Tensor, y: Tensor, hit: Tensor, fuse: Tensor, config: PAConfig) -> Tensor:
     """[n, H] outputs; a miss and an empty bank give y to the bit."""
     if config.preset == "paper":
         recalled = torch.where(fuse[:, None], recalled + (1.0 - config.fuse_weight) * y, recalled)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -65,16 +66,42 @@ def attend(
 
 def store(step: StepContext, layer: int, key: Tensor, value: Tensor) -> None:
     """Put the step's keys and values [Hkv, T, D] into the slab, at each chunk's positions."""
+    places = step.scratch.get("places")
+    if not isinstance(places, Places):
+        places = step.scratch["places"] = _places(step, key.device)
+    for slab, new in ((step.keys[layer], key), (step.values[layer], value)):
+        for source, target in places.runs:
+            slab[:, target] = new[:, source]
+        if places.rows is not None and places.slots is not None:
+            slab.index_copy_(1, places.slots, new[:, places.rows])
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a step's rows belong: (rows, slots) of adjacent ones, and the single ones by index."""
+
+    runs: list[tuple[slice, slice]]
+    rows: Tensor | None
+    slots: Tensor | None
+
+
+def _places(step: StepContext, device: torch.device) -> Places:
+    runs: list[tuple[slice, slice]] = []
+    rows: list[int] = []
+    slots: list[int] = []
     for chunk in step.chunks:
         end = chunk.position + chunk.stop - chunk.start
         for run in chunk.runs:
             first, last = max(run.start, chunk.position), min(run.start + run.length, end)
-            if first >= last:
-                continue
-            slots = slice(run.slot + first - run.start, run.slot + last - run.start)
-            rows = slice(chunk.start + first - chunk.position, chunk.start + last - chunk.position)
-            step.keys[layer][:, slots] = key[:, rows]
-            step.values[layer][:, slots] = value[:, rows]
+            row, slot, count = chunk.start + first - chunk.position, run.slot + first - run.start, last - first
+            if count == 1:
+                rows.append(row)
+                slots.append(slot)
+            elif count > 1:
+                runs.append((slice(row, row + count), slice(slot, slot + count)))
+    if not rows:
+        return Places(runs, None, None)
+    return Places(runs, torch.tensor(rows, device=device), torch.tensor(slots, device=device))
 
 
 def register() -> None:

@@ -11,12 +11,14 @@ What a query's result is made of depends on its absolute position alone:
 * A part that does not lie in one run is gathered first: where the allocator put it changes no bit.
 * Decoded tokens, and those that a replay feeds again, are each attended to alone, in calls whose shapes follow from
   the position, so they need no masks and only ``ROWS_ALONE`` rows, which keep the bits apart from the number of
-  threads.
+  threads. Small windows go side by side in one call, whose batches the kernel works on apart.
 
 The heads of a KV group are packed as query rows, so grouped keys are never repeated.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -37,6 +39,7 @@ def attend(step: StepContext, layer: int, query: Tensor, scale: float, window: i
     """[H, T, D] packed queries -> [T, H, Dv], each chunk over its own runs."""
     keys, values = step.keys[layer], step.values[layer]
     output = query.new_zeros(query.shape[1], query.shape[0], values.shape[-1])
+    decoded: list[tuple[Chunk, int]] = []
     for chunk in step.chunks:
         step.failing = chunk
         first = step.first_row(chunk, layer)
@@ -44,15 +47,15 @@ def attend(step: StepContext, layer: int, query: Tensor, scale: float, window: i
             _attend_full(chunk, first, query, keys, values, scale, output)
         else:
             _attend_window(chunk, first, query, keys, values, scale, window, output)
-        for row in range(max(first, chunk.stop - chunk.num_decoded), chunk.stop):
-            _attend_alone(chunk, row, query, keys, values, scale, window, output)
+        decoded += [(chunk, row) for row in range(max(first, chunk.stop - chunk.num_decoded), chunk.stop)]
+    _attend_decoded(step, decoded, query, keys, values, scale, window, output)
     step.failing = None
     return output
 
 
-def _attend_alone(
-    chunk: Chunk,
-    row: int,
+def _attend_decoded(
+    step: StepContext,
+    decoded: list[tuple[Chunk, int]],
     query: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -60,16 +63,54 @@ def _attend_alone(
     window: int | None,
     output: Tensor,
 ) -> None:
-    """One decoded token over the keys it sees, in windows of ``WINDOW``."""
-    group = query.shape[0] // keys.shape[0]
-    packed, _ = _pack(query[:, row : row + 1], group, ROWS_ALONE)
-    end = chunk.position + row - chunk.start + 1
-    total, lse = None, None
-    for start in range(0 if window is None else max(0, end - window), end, WINDOW):
-        part = _read(chunk.runs, keys, values, start, min(start + WINDOW, end))
-        total, lse = _merge(total, lse, *_kernel(packed, *part, scale=scale))
-    assert total is not None
-    output[row] = _unpack(total, 1, group)[0]
+    """Decoded tokens, each over the keys it sees, in windows of ``WINDOW``; packed and unpacked together."""
+    if not decoded:
+        return
+    rows = torch.tensor([row for _, row in decoded])
+    heads, group = keys.shape[0], query.shape[0] // keys.shape[0]
+    packed = query[:, rows].view(heads, group, len(decoded), -1).permute(2, 0, 1, 3)
+    packed = pad_rows(packed.contiguous(), ROWS_ALONE)
+    slots = None if window is None or window > _SMALL_WINDOW else _window_slots(step, decoded, window)
+    if slots is not None:
+        seen = (slab[:, slots].transpose(0, 1).contiguous() for slab in (keys, values))
+        output[rows] = _kernel(packed, *seen, scale=scale)[0][:, :, :group].flatten(1, 2)
+        return
+    results = []
+    for place, (chunk, row) in enumerate(decoded):
+        step.failing = chunk
+        one, end = packed[place : place + 1], chunk.position + row - chunk.start + 1
+        total, lse = None, None
+        for start in range(0 if window is None else max(0, end - window), end, WINDOW):
+            part = _read(chunk.runs, keys, values, start, min(start + WINDOW, end))
+            total, lse = _merge(total, lse, *_kernel(one, *part, scale=scale))
+        assert total is not None
+        results.append(total)
+    output[rows] = torch.cat(results)[:, :, :group].flatten(1, 2)
+
+
+def _window_slots(step: StepContext, decoded: list[tuple[Chunk, int]], window: int) -> Tensor | None:
+    """[n, window] slots that the decoded tokens see; None where one of them sees fewer. Found once a step: layers
+    differ at most in that the last one leaves some tokens out."""
+    name = f"{len(decoded)} windows of {window}"
+    kept = step.scratch.get(name)
+    if isinstance(kept, Tensor):
+        return kept
+    ends = [chunk.position + row - chunk.start + 1 for chunk, row in decoded]
+    if min(ends) < window:
+        return None
+    slots = [_slots(chunk.runs, end - window, end) for (chunk, _), end in zip(decoded, ends, strict=True)]
+    step.scratch[name] = found = torch.stack(slots)
+    return found
+
+
+def _slots(runs: tuple[Run, ...], start: int, stop: int) -> Tensor:
+    """Where positions ``start`` to ``stop`` lie."""
+    parts = [
+        torch.arange(max(run.start, start), min(run.start + run.length, stop)) + run.slot - run.start
+        for run in runs
+        if max(run.start, start) < min(run.start + run.length, stop)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _attend_full(
@@ -107,10 +148,16 @@ def _attend_window(
 ) -> None:
     group = query.shape[0] // keys.shape[0]
     size = _SMALL_WINDOW if window <= _SMALL_WINDOW else BLOCK
-    for position, rows in _tiles(chunk, first, size):
+    past = _round_up(window - 1, size)
+    tiles = _tiles(chunk, first, size)
+    whole = [tile for tile in tiles if tile[0] % size == 0 and tile[0] >= past and _length(tile[1]) == size]
+    if len(whole) > 1:
+        _attend_whole_tiles(chunk, whole, query, keys, values, scale, window, size, output)
+        tiles = [tile for tile in tiles if tile not in whole]
+    for position, rows in tiles:
         tile = position - position % size
-        end = position + rows.stop - rows.start
-        oldest = max(0, tile - _round_up(window - 1, size))
+        end = position + _length(rows)
+        oldest = max(0, tile - past)
         packed, count = _pack(query[:, rows], group)
         part = _read(chunk.runs, keys, values, oldest, tile + size)
         mask = _banded(
@@ -118,6 +165,34 @@ def _attend_window(
         )
         result, _ = _kernel(packed, *part, attn_mask=mask, scale=scale)
         output[rows] = _unpack(result, count, group)
+
+
+def _attend_whole_tiles(
+    chunk: Chunk,
+    tiles: list[tuple[int, slice]],
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    window: int,
+    size: int,
+    output: Tensor,
+) -> None:
+    """Adjacent whole tiles of a sliding window, side by side in one call, which works on them apart."""
+    (position, first), (_, last) = tiles[0], tiles[-1]
+    count, rows = len(tiles), slice(first.start, last.stop)
+    heads, group, past = keys.shape[0], query.shape[0] // keys.shape[0], _round_up(window - 1, size)
+    packed = query[:, rows].reshape(heads, group, count, size, -1).permute(2, 0, 3, 1, 4)
+    packed = packed.reshape(count, heads, size * group, -1)
+    seen = _read(chunk.runs, keys, values, position - past, position + count * size)
+    key, value = (part[0].unfold(1, past + size, size).permute(1, 0, 3, 2) for part in seen)
+    mask = _banded(past, past + size, past + size, window, group, size * group, query.dtype)
+    result = _kernel(packed, key, value, attn_mask=mask, scale=scale)[0].view(count, heads, size, group, -1)
+    output[rows] = result.transpose(1, 2).reshape(count * size, heads * group, -1)
+
+
+def _length(rows: slice) -> int:
+    return rows.stop - rows.start
 
 
 def _tiles(chunk: Chunk, row: int, size: int) -> list[tuple[int, slice]]:
@@ -131,11 +206,11 @@ def _tiles(chunk: Chunk, row: int, size: int) -> list[tuple[int, slice]]:
     return tiles
 
 
-def _pack(query: Tensor, group: int, multiple: int = ROWS) -> tuple[Tensor, int]:
-    """[H, n, D] -> [1, Hkv, n * group rounded up to ``multiple``, D], a token's group side by side; and n."""
+def _pack(query: Tensor, group: int) -> tuple[Tensor, int]:
+    """[H, n, D] -> [1, Hkv, n * group rounded up to ``ROWS``, D], a token's group side by side; and n."""
     heads, count, size = query.shape
     packed = query.reshape(heads // group, group, count, size).transpose(1, 2).reshape(heads // group, -1, size)
-    return pad_rows(packed, multiple)[None], count
+    return pad_rows(packed, ROWS)[None], count
 
 
 def _unpack(packed: Tensor, count: int, group: int) -> Tensor:
@@ -168,11 +243,13 @@ def _merge(total: Tensor | None, lse: Tensor | None, part: Tensor, part_lse: Ten
     return total * old + part * new, both
 
 
+@lru_cache(maxsize=8)
 def _causal(first: int, last: int, span: int, group: int, num_rows: int, dtype: torch.dtype) -> Tensor:
     """[rows, span] mask for the tile's queries first to last, each repeated for its group; padding sees all."""
     return _expand(torch.arange(first, last)[:, None] < torch.arange(span), group, num_rows, dtype)
 
 
+@lru_cache(maxsize=32)
 def _banded(first: int, last: int, span: int, window: int, group: int, num_rows: int, dtype: torch.dtype) -> Tensor:
     """The same for a sliding window."""
     distance = torch.arange(first, last)[:, None] - torch.arange(span)

@@ -6,12 +6,14 @@ request whose banks are off, it is the original FFN.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from pacellm.memory import bank
-from pacellm.model.context import Banks, Chunk, StepContext, current_step
+from pacellm.memory import bank, decoded
+from pacellm.model.context import Banks, Piece, StepContext, current_step
 from pacellm.model.families import Layout, activation_of
 
 
@@ -39,11 +41,15 @@ class PersistentFFN(nn.Module):
         inner = self.inner(hidden)
         plain = self.original.down_proj(inner)
         output = plain[0].clone()
+        alone = hidden.device.type == "cpu"
         for chunk in step.chunks:
             if chunk.banks is not None:
                 step.failing = chunk
-                self._remember(chunk, chunk.banks, step, inner[0], plain[0], output)
+                pieces = chunk.pieces[: len(chunk.pieces) - chunk.num_decoded] if alone else chunk.pieces
+                self._remember(pieces, chunk.banks, step, inner[0], plain[0], output)
         step.failing = None
+        if alone:
+            self._remember_decoded(step, inner[0], plain[0], output)
         return output[None]
 
     def inner(self, hidden: Tensor) -> Tensor:
@@ -54,11 +60,17 @@ class PersistentFFN(nn.Module):
         return self.activation(self.original.gate_proj(hidden)) * self.original.up_proj(hidden)
 
     def _remember(
-        self, chunk: Chunk, owned: Banks, step: StepContext, inner: Tensor, plain: Tensor, output: Tensor
+        self,
+        pieces: Sequence[Piece],
+        owned: Banks,
+        step: StepContext,
+        inner: Tensor,
+        plain: Tensor,
+        output: Tensor,
     ) -> None:
         """Read, and where the request may write, stage and write, piece by piece in order."""
         state, bias = owned.banks[self.layer], self.original.down_proj.bias
-        for piece in chunk.pieces:
+        for piece in pieces:
             rows = slice(piece.start, piece.stop)
             x, y = inner[rows], plain[rows]
             result = bank.read(state, x, y if bias is None else y - bias, step.pa)
@@ -68,3 +80,18 @@ class PersistentFFN(nn.Module):
                 bank.stage(staged, result, x, step.pa)
                 if piece.ends:
                     bank.write(state, staged, step.pa)
+
+    def _remember_decoded(self, step: StepContext, inner: Tensor, plain: Tensor, output: Tensor) -> None:
+        """The same for decoded tokens: the first of every sequence at once, then the second, and so on; a step has more
+        than one of a sequence only where a log is replayed."""
+        bias = self.original.down_proj.bias
+        turn, left = 0, [chunk for chunk in step.chunks if chunk.banks is not None and chunk.num_decoded]
+        while left:
+            rows = torch.tensor([chunk.stop - chunk.num_decoded + turn for chunk in left])
+            owned = [chunk.banks for chunk in left if chunk.banks is not None]
+            y = plain[rows] if bias is None else plain[rows] - bias
+            banks = [one.banks[self.layer] for one in owned]
+            found = decoded.feed(banks, [one.mode == "on" for one in owned], inner[rows], y, step.pa)
+            output[rows] = found if bias is None else found + bias
+            turn += 1
+            left = [chunk for chunk in left if chunk.num_decoded > turn]

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from pacellm import Bank, PAConfig
 from pacellm.errors import ConfigError
 from pacellm.memory.bank import effective_rank, read, stage, write
+from pacellm.memory.decoded import feed
 from pacellm.memory.state import COUNTERS, new_bank, new_stage
 
 DATA = Path(__file__).parent.parent / "data"
@@ -169,3 +170,34 @@ def test_values_that_cannot_work_are_refused_by_name():
     with pytest.raises(ValueError, match="expected x"):
         Bank(PAConfig(), inner_size=4, hidden_size=2).step(torch.zeros(3, 5), torch.zeros(3, 2))
     assert len(COUNTERS) == 6
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("ties", ["index", "age"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("count", [1, 3, 19])
+def test_decoded_tokens_together_equal_segments_of_one_to_the_bit(preset, ties, dtype, count):
+    config = PAConfig(preset=preset, bank_size=12, theta_high=0.6, theta_low=0.2, ties=ties)
+    tokens = [data(60 + 40 * (number % 2), seed=number, dtype=dtype) for number in range(count)]
+    alone = [run(config, x, y, 1, 1, dtype) for x, y in tokens]
+    banks = [new_bank(config, 48, 16, dtype, torch.device("cpu")) for _ in tokens]
+    for at in range(100):
+        going = [number for number in range(count) if at < len(tokens[number][0])]
+        if going:
+            x, y = (torch.stack([tokens[number][which][at] for number in going]) for which in (0, 1))
+            output = feed([banks[number] for number in going], [True] * len(going), x, y, config)
+            for row, number in enumerate(going):
+                assert torch.equal(output[row], alone[number][0][at])
+    for (_, expected), found in zip(alone, banks, strict=True):
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+        assert all(found.counters[:2])
+
+
+def test_decoded_tokens_that_only_read_change_nothing_but_counters():
+    config = PAConfig(bank_size=12, theta_high=0.6, theta_low=0.2)
+    x, y = data(80)
+    _, bank = run(config, x[:60], y[:60], 10, 10)
+    before = [tensor.clone() for tensor in bank]
+    feed([bank], [False], x[60:61], y[60:61], config)
+    assert all(torch.equal(new, old) for new, old in zip(bank[:-1], before[:-1], strict=True))
+    assert int((bank.counters - before[-1]).sum()) == 1

@@ -88,3 +88,51 @@ def test_the_last_layer_attends_only_what_the_head_reads(window, num_decoded, nu
     assert torch.equal(part[0], whole[0])
     assert torch.equal(part[1][700 - num_wanted :], whole[1][700 - num_wanted :])
     assert not part[1][: 700 - num_wanted].any()
+
+
+@pytest.mark.parametrize("window", [None, 4, 100, 300])
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
+def test_decoded_tokens_of_many_sequences(window, heads):
+    generator = torch.Generator().manual_seed(4)
+    lengths, size = (1, 3, 90, 300, 511, 513, 900), 16
+    for chosen in (lengths, lengths[3:]):
+        query = torch.randn(heads[0], len(chosen), size, generator=generator)
+        slabs = [torch.full((heads[1], 1024 * len(chosen), size), 9.0) for _ in range(2)]
+        chunks, parts = [], []
+        for row, length in enumerate(chosen):
+            runs = (Run(0, 1024 * row + 512, 512), Run(512, 1024 * row, 512))
+            key, value = (torch.randn(heads[1], length, size, generator=generator) for _ in range(2))
+            for slab, new in zip(slabs, (key, value), strict=True):
+                part = slice(1024 * row, 1024 * row + 1024)
+                slab[:, part] = scatter(new, (Run(0, 512, 512), Run(512, 0, 512)), 1024)
+            chunks.append(Chunk(row, row + 1, length - 1, runs, num_decoded=1))
+            parts.append((key, value))
+        found = attention_cpu.attend(StepContext(chunks, [slabs[0]], [slabs[1]]), 0, query, 0.3, window)
+        for row, (key, value) in enumerate(parts):
+            own = query[:, row : row + 1]
+            torch.testing.assert_close(
+                found[row : row + 1].double(), plain(own, key, value, 0.3, window), rtol=1e-4, atol=1e-5
+            )
+            runs = (Run(0, 0, 1024),)
+            assert torch.equal(
+                found[row : row + 1], attend(own, key, value, runs, len(key[0]) - 1, window, num_decoded=1)
+            )
+
+
+@pytest.mark.parametrize("window", [4, 128, 700])
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
+@pytest.mark.parametrize("start", [0, 130, 1500])
+def test_tiles_of_a_window_side_by_side_and_one_by_one(window, heads, start):
+    generator = torch.Generator().manual_seed(5)
+    count = 2100
+    query = torch.randn(heads[0], count, 16, generator=generator)
+    key, value = (torch.randn(heads[1], start + count, 16, generator=generator) for _ in range(2))
+    for runs in (ONE_RUN, SCATTERED):
+        whole = attend(query, key, value, runs, start, window)
+        torch.testing.assert_close(whole.double(), plain(query, key, value, 0.3, window), rtol=1e-4, atol=1e-5)
+        at = 0
+        while at < count:
+            size = min(100 + at % 37, count - at)
+            part = attend(query[:, at : at + size], key, value, runs, start + at, window)
+            assert torch.equal(part, whole[at : at + size])
+            at += size

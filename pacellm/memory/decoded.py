@@ -1,0 +1,97 @@
+"""Decoded tokens, each a segment of its own, of many sequences at once: what ``bank.py`` does for one, to the bit.
+
+A decode step reads one token against each sequence's own bank. Done one by one, some fifty small operations each cost
+more than all arithmetic. Here only the two products with a bank are done one by one, and a write touches only the
+slots that change. On a CPU only, because it asks for the outcomes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pacellm.config import PAConfig
+from pacellm.memory.bank import judge, mix
+from pacellm.memory.state import EMPTY, FUSES, HITS, MERGES, MISSES, REPLACEMENTS, BankState, compute_dtype
+from pacellm.rows import ROWS, pad_rows
+
+
+def feed(banks: Sequence[BankState], writes: Sequence[bool], x: Tensor, y: Tensor, config: PAConfig) -> Tensor:
+    """Read one token against each bank and, where asked, write it.
+
+    Args:
+        banks: N banks of one layer, none twice and none in the middle of a segment.
+        writes: for each whether the token changes it.
+        x: [N, F] inner activations. y: [N, H] bias-free FFN outputs.
+
+    Returns:
+        [N, H], the outputs before the bias.
+    """
+    wide = compute_dtype(x.dtype)
+    filled = torch.stack([bank.filled for bank in banks])[:, None]
+    found = judge(_cosines(banks, pad_rows(x).to(wide)), filled, config)
+    recalled = _each(pad_rows(found.weights), [bank.values.to(wide) for bank in banks])
+    output = mix(recalled, y.to(wide), found.hit, found.fuse, config).to(y.dtype)
+
+    codes = torch.where(found.empty, EMPTY, torch.where(found.hit, HITS, torch.where(found.fuse, FUSES, MISSES)))
+    counts = found.used.sum(-1).tolist()
+    high, low = found.high.tolist(), found.low.tolist()
+    for row, (bank, code) in enumerate(zip(banks, codes.tolist(), strict=True)):
+        bank.counters.numpy()[code] += 1
+        if not writes[row]:
+            continue
+        bank.clock.add_(1)
+        slots = found.slots[row, : counts[row]]
+        if low[row]:
+            _replace(bank, x[row], output[row], config)
+        elif not high[row]:
+            _merge(bank, slots, x[row], output[row], config)
+        elif config.preset == "paper":
+            bank.usage.numpy()[slots.numpy()] += 1
+    return output
+
+
+def _cosines(banks: Sequence[BankState], x: Tensor) -> Tensor:
+    """[N, M] cosines of each row with its own bank's keys; x is padded."""
+    keys = [bank.keys.to(x.dtype) for bank in banks]
+    lengths = torch.stack([torch.linalg.vector_norm(one, dim=1) for one in keys])
+    lengths = torch.linalg.vector_norm(x, dim=1, keepdim=True)[: len(banks)] * lengths
+    return _each(x, [one.T for one in keys]) / lengths.clamp(min=1e-12)
+
+
+def _each(rows: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """Row i times matrix i, as one row of a product of ``ROWS`` rows: that fixes its bits."""
+    products = []
+    for row, matrix in enumerate(matrices):
+        first = row - row % ROWS
+        products.append((rows[first : first + ROWS] @ matrix)[row - first])
+    return torch.stack(products)
+
+
+def _merge(bank: BankState, slots: Tensor, x: Tensor, output: Tensor, config: PAConfig) -> None:
+    wide = compute_dtype(x.dtype)
+    for stored, new in ((bank.keys, x), (bank.values, output)):
+        merged = config.momentum * stored[slots].to(wide) + (1.0 - config.momentum) * (new.to(wide) + 0.0)
+        stored.index_copy_(0, slots, merged.to(stored.dtype))
+    places = slots.numpy()
+    bank.usage.numpy()[places] += 1
+    bank.stamp.numpy()[places] = int(bank.clock)
+    bank.counters.numpy()[MERGES] += len(places)
+
+
+def _replace(bank: BankState, x: Tensor, output: Tensor, config: PAConfig) -> None:
+    usage, stamp, filled = bank.usage.numpy(), bank.stamp.numpy(), int(bank.filled)
+    if filled < len(usage):
+        slot = filled
+        bank.filled.add_(1)
+    elif config.ties == "age":
+        least = (usage == usage.min()).nonzero()[0]
+        slot = int(least[stamp[least].argmin()])
+    else:
+        slot = int(usage.argmin())
+    bank.keys[slot] = x
+    bank.values[slot] = output
+    usage[slot], stamp[slot] = 1, int(bank.clock)
+    bank.counters.numpy()[REPLACEMENTS] += 1
