@@ -1,8 +1,8 @@
 """What constrained decoding costs: ``python load_tests/grammar_bench.py``.
 
-The same requests with and without a JSON schema, in turn and ``--rounds`` times, on one engine; ``ratio`` is that of the
-median decode steps. ``mask_ms`` is the mask alone, and ``compile_ms`` what comes before a request is queued: the first
-also starts the process that tries grammars out. The last line is JSON.
+The same requests with and without a JSON schema, in turn and ``--rounds`` times, on one engine; ``ratio`` is that of
+the median decode steps. ``mask_ms`` is the mask alone, and ``compile_ms`` what comes before a request is queued: the
+first also starts the process that tries grammars out. The last line is JSON.
 """
 
 from __future__ import annotations

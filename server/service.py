@@ -24,8 +24,9 @@ from pacellm.errors import (
     RequestError,
     UnsupportedParameter,
 )
+from pacellm.grammar import Grammar
 from pacellm.tokenizer import ChatTokenizer
-from pacellm.types import Admitted, Event, Failed, Finished, GenerationRequest, SamplingParams
+from pacellm.types import Admitted, Constraint, Event, Failed, Finished, GenerationRequest, SamplingParams
 from server.callers import Caller
 from server.idempotency import Idempotency
 from server.metrics import Metrics
@@ -146,11 +147,19 @@ class Service:
         limit = self.engine.config.max_model_len
         turn = await self.off_loop(new_turn, self.tokenizer, self.grammars, body, sampling, limit, scope)
         request = self.request("chatcmpl", body, turn.prompt, turn.sampling, caller, session_id, body.n or 1)
-        if turn.grammar is not None:
-            async with self._compiling:
-                constraint = await self.off_loop(self.grammars.compile, turn.grammar)
-            request = dataclasses.replace(request, constraint=constraint)
+        request = dataclasses.replace(request, constraint=await self.compile(turn.grammar))
         return await self.submit(request, caller), turn
+
+    async def compile(self, grammar: Grammar | None) -> Constraint | None:
+        """What an answer must look like, for the engine.
+
+        Raises:
+            RequestError: it is wrong or too complex; names the field.
+        """
+        if grammar is None:
+            return None
+        async with self._compiling:
+            return await self.off_loop(self.grammars.compile, grammar)
 
     def check_model(self, name: str | None) -> None:
         """Refuse another model's name.

@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from queue import Empty, Queue
 
 import numpy as np
@@ -99,7 +100,7 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, eos_token_ids: frozenset[int], seconds: float = _SECONDS) -> None:
         self._backend, self._eos, self._seconds = tokenizer, sorted(eos_token_ids), seconds
-        self._lock = threading.Lock()
+        self._lock, self._loading = threading.Lock(), threading.RLock()
         self._tokenizer: LLTokenizer | None = None
         self._tokens: list[bytes] = []
         self._special: list[int] = []
@@ -139,8 +140,10 @@ class Grammars:
 
     def _refusal(self, grammar: Grammar, error: str) -> RequestError:
         """The error of the part that is to blame."""
-        param = grammar.start.param
+        param, until = grammar.start.param, time.monotonic() + 2 * self._seconds
         for part in grammar.parts if len(grammar.parts) > 1 else ():
+            if time.monotonic() > until:
+                break
             if part.schema is not None or "@" not in (part.lark or ""):
                 own = self._try(Grammar((part,)).text())
                 if own is not None:
@@ -165,7 +168,7 @@ class Grammars:
 
     def _load(self) -> LLTokenizer:
         """The vocabulary, when first needed: seconds for a large one."""
-        with _loading:
+        with self._loading:
             if self._tokenizer is None:
                 self._read_vocabulary()
                 self._tokenizer = probe.build(self._tokens, self._special, self._eos)
@@ -190,9 +193,6 @@ class Grammars:
             if token not in hidden and len(text) > 1 and text[:1] == b" " and text[1:].isalpha():
                 return self._backend.decode([token]) == text[1:].decode()
         return False
-
-
-_loading = threading.RLock()
 
 
 class _Probe:

@@ -128,6 +128,16 @@ def test_regex_choice_grammar_and_json_as_text(live):
         jsonschema.validate(json.loads(text), SCHEMAS["numbers"])
 
 
+def test_completions_too(live):
+    answer = live.client.completions.create(
+        model=NAME, prompt=["One, two", "Three"], extra_body=structured(regex="[0-9]{3}"), seed=1
+    )
+    assert all(re.fullmatch("[0-9]{3}", choice.text) for choice in answer.choices)
+    with pytest.raises(openai.BadRequestError) as caught:
+        live.client.completions.create(model=NAME, prompt="x", extra_body=structured(regex="(("))
+    assert caught.value.param == "structured_outputs.regex"
+
+
 def test_what_is_asked_for_still_comes_from_the_model(live):
     """The likeliest of the choices is the answer, and values are read from the prompt."""
     question = "The access code of the amber archive is 48213.\n\nWhat is the access code of the amber archive?"
