@@ -71,12 +71,22 @@ class Mark:
     """What stands before and after a region of an answer, as ``<think>`` and ``</think>``.
 
     Attributes:
-        is_special: both are single tokens that are no text.
+        tokens: their ids, where both are single tokens that are no text.
     """
 
     begin: str
     end: str
-    is_special: bool = False
+    tokens: tuple[int, int] | None = None
+
+    @property
+    def opening(self) -> str:
+        """The beginning in a Lark rule."""
+        return quoted(self.begin) if self.tokens is None else f"<[{self.tokens[0]}]>"
+
+    @property
+    def closing(self) -> str:
+        """The end in a Lark rule."""
+        return quoted(self.end) if self.tokens is None else f"<[{self.tokens[1]}]>"
 
 
 def of_json(schema: Mapping[str, Any], param: str, *, is_strict: bool = True) -> Grammar:
@@ -126,14 +136,14 @@ def of_marked_calls(
         otherwise: what may be there instead of calls.
     """
     rules, parts = _call_rules(functions)
-    body = r'"\n" call "\n" ' if not mark.is_special else r"/\n?/ call /\n?/ "
-    marked = f"marked: begin {body}{_literal(mark.end, mark)}\n"
+    body = r'"\n" call "\n" ' if mark.tokens is None else r"/\n?/ call /\n?/ "
+    marked = f"marked: begin {body}{mark.closing}\n"
     if with_text:
-        opening = "TEXT " + _literal(mark.begin, mark)
-        begin = f"begin{'' if mark.is_special else '[lazy]'}: {opening}\nTEXT: /(.|\\n)*/\ntail: TEXT\n"
+        opening = "TEXT " + mark.opening
+        begin = f"begin{'[lazy]' if mark.tokens is None else ''}: {opening}\nTEXT: /(.|\\n)*/\ntail: TEXT\n"
         start = "tail | marked" if only_one else f"marked{{0,{MAX_CALLS}}} tail"
     else:
-        begin = f"begin: {_literal(mark.begin, mark)}\n"
+        begin = f"begin: {mark.opening}\n"
         start = "marked" if only_one else f'marked ("\\n" marked){{0,{MAX_CALLS - 1}}}'
     others = () if otherwise is None else otherwise.parts
     start += "" if otherwise is None else f" | @{otherwise.start.name}"
@@ -146,14 +156,10 @@ def after_reasoning(grammar: Grammar, mark: Mark, *, is_open: bool) -> Grammar:
     Args:
         is_open: the prompt has already begun the reasoning; otherwise there may be none.
     """
-    if mark.is_special:
-        close = f"TEXT {_literal(mark.end, mark)}"
-        rules = f"close: {close}\n"
-    else:
-        rules = f"close[lazy]: TEXT {quoted(mark.end)}\n"
-    begin = "close" if is_open else f"({_literal(mark.begin, mark)} close)?"
+    lazy = "[lazy]" if mark.tokens is None else ""
+    rules = f"close{lazy}: TEXT {mark.closing}\n"
     rules += "TEXT: /(.|\\n)*/\nBLANK: /[ \\n]{1,4}/\n"
-    begin = f"{begin} BLANK?" if is_open else begin.replace("close)", "close BLANK?)")
+    begin = "close BLANK?" if is_open else f"({mark.opening} close BLANK?)?"
     return grammar.within("reasoned", f"start: {begin} @{grammar.start.name}\n{rules}")
 
 
@@ -165,10 +171,6 @@ def after_space(grammar: Grammar) -> Grammar:
 def quoted(text: str) -> str:
     """A text as a Lark string."""
     return json.dumps(text, ensure_ascii=False)
-
-
-def _literal(text: str, mark: Mark) -> str:
-    return text if mark.is_special else quoted(text)
 
 
 def _call_rules(functions: Sequence[Function]) -> tuple[str, tuple[Part, ...]]:

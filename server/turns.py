@@ -116,7 +116,7 @@ class _Form:
         mark = self._mark(self._model.think)
         is_open = self._model.is_thinking(prompt, continues=self._body.continue_final_message)
         has_text = self._choice == "auto" and self._format is None
-        if has_text and not is_open and not mark.is_special:
+        if has_text and not is_open and mark.tokens is None:
             return found  # reasoning is text like any other
         return grammar.after_reasoning(found, mark, is_open=is_open)
 
@@ -149,7 +149,8 @@ class _Form:
         ]
 
     def _mark(self, marks: tuple[str, str]) -> Mark:
-        return Mark(*marks, is_special=all(self._grammars.is_special(text) for text in marks))
+        begin, end = (self._grammars.special(text) for text in marks)
+        return Mark(*marks, tokens=None if begin is None or end is None else (begin, end))
 
     def _check_auto(self) -> None:
         """Refuse what cannot be had where the model chooses by itself."""

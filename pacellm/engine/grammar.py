@@ -126,10 +126,10 @@ class Grammars:
                 raise self._refusal(grammar, error)
         return Compiled(probe.new_matcher(self._load(), text), grammar.start.param)
 
-    def is_special(self, text: str) -> bool:
-        """A text is one token that no other text leads to."""
+    def special(self, text: str) -> int | None:
+        """The token that a text is, where no other text leads to it."""
         token = self._backend.token_to_id(text)
-        return token is not None and self._load().is_special_token(token)
+        return token if token is not None and self._load().is_special_token(token) else None
 
     def close(self) -> None:
         """End the process that tries grammars out."""
