@@ -37,9 +37,9 @@ class CallScanner:
         self._raw = ""  # what may yet turn out to be no call
         self._base: int | None = None  # depth around calls: 1 within a list
         self._depth = 0
-        self._in_string = self._is_escaped = self._in_key = False
+        self._in_string = self._is_escaped = self._in_key = self._is_new = False
         self._key = self._value = ""
-        self._is_named = self._has_arguments = False
+        self._is_named = self._has_arguments = self._is_text = False  # of the call, of its value
         self._held = ""  # arguments that came before the name
         self._out: list[Delta] = []
 
@@ -48,7 +48,7 @@ class CallScanner:
         self._raw += text
         for character in text:
             self._take(character)
-        if self._is_named and self._key in ("arguments", "parameters") and not self._value.startswith('"'):
+        if self._is_named and self._key in ("arguments", "parameters") and not self._is_text:
             self._flush()
         out, self._out = self._out, []
         return out
@@ -111,7 +111,8 @@ class CallScanner:
     def _next(self, character: str) -> None:
         """A comma or colon between the call's own keys and values."""
         if character == ":" and self._in_key:
-            self._in_key, self._key, self._value = False, _loaded(self._key), ""
+            self._in_key, self._key, self._value, self._is_text = False, _loaded(self._key), "", False
+            self._is_new = True
         elif character == ",":
             self._end_value()
             self._in_key, self._key = True, ""
@@ -123,6 +124,8 @@ class CallScanner:
         if self._in_key:
             self._key += character
         else:
+            self._is_text |= self._is_new and character == '"'
+            self._is_new = False
             self._value += character
 
     def _end_value(self) -> None:
@@ -133,7 +136,7 @@ class CallScanner:
                 self._out.append(begun(self.num_calls, name))
                 self._pass_on(self._held)
         elif self._key in ("arguments", "parameters"):
-            self._value = _loaded(self._value) if self._value.startswith('"') else self._value
+            self._value = _loaded(self._value) if self._is_text else self._value
             if self._is_named:
                 self._flush()
             else:

@@ -106,6 +106,7 @@ class ParsedReader:
             rest, (begin, end) = self._scanner.finish(), self._dialect.call or ("", "")
             begun_calls = self._scanner.num_calls + self._scanner.is_inside
             is_none, self.num_calls, self._scanner = begun_calls == self.num_calls, begun_calls, None
+            end = "" if self._parser is None else end  # cut off
             return self._shown("content", begin + rest + end) if is_none else []
         return []
 
