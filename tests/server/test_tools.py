@@ -186,9 +186,13 @@ def test_calls_and_results_go_back_in_a_session(live):
                  extra_body={"session_id": "tools"})  # fmt: skip
     assert second.pacellm["session"] == "resident"
     assert second.choices[0].message.tool_calls is None
-    # the prompt has the call as it was generated
-    cached = second.usage.prompt_tokens_details.cached_tokens
-    assert cached >= first.usage.prompt_tokens + first.usage.completion_tokens - 2
+    assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens
+    call = message.tool_calls[0].function
+    shown = json.dumps([{"name": call.name, "arguments": json.loads(call.arguments)}], ensure_ascii=False)
+    body = {"messages": [messages[0], message.to_dict(), result], "tools": [WEATHER]}
+    text = live.service.tokenizer.decode(live.http.post("/tokenize", json=body).json()["tokens"])
+    assert shown in text
+    assert '{"function": "get_weather", "result": "sunny"}' in text
 
 
 def test_tools_are_in_the_prompt(live):
