@@ -9,6 +9,7 @@ from pacellm.demo.generator import make_document
 from pacellm.demo.probe import Probe, copies, divergence, emptied, overwrite, with_random_values
 from pacellm.demo.reader import DocumentReader, prompt_of, questions_of
 from pacellm.engine.engine import Engine, run_until_idle
+from pacellm.engine.integrity import check_integrity
 from pacellm.model.load import load
 from pacellm.tokenizer import ChatTokenizer
 from pacellm.types import Delta, GenerationRequest, SamplingParams
@@ -49,7 +50,7 @@ def test_a_probe_sees_what_decoding_sees(reader, document):
     assert seen.argmax(-1).tolist() == decoded
     found = [float(seen[n, token]) for n, token in enumerate(decoded)]
     assert found == pytest.approx([delta.logprobs[0].logprob for delta in deltas], abs=1e-5)
-    reader.engine.check_integrity()
+    check_integrity(reader.engine)
 
 
 def test_another_bank_in_the_place_of_the_own_one(reader, document):

@@ -7,6 +7,7 @@ import torch
 
 from pacellm import EngineConfig, PAConfig
 from pacellm.engine.engine import Engine, run_until_idle
+from pacellm.engine.integrity import check_integrity
 from pacellm.types import Delta, Finished, GenerationRequest, SamplingParams
 
 BANK = PAConfig(bank_size=12, segment=64, theta_high=0.9, theta_low=0.5)
@@ -75,7 +76,7 @@ def assert_same_banks(mine, theirs):
 
 def assert_nothing_held(engine):
     """No request holds anything, and what sessions hold adds up."""
-    engine.check_integrity()
+    check_integrity(engine)
     assert not engine.has_work
     assert not engine.scheduler.running
     assert not engine.scheduler.waiting

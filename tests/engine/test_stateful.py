@@ -17,6 +17,7 @@ from hypothesis.stateful import (
 )
 
 from pacellm.engine.engine import run_until_idle
+from pacellm.engine.integrity import check_integrity
 from pacellm.model.load import prepare
 from pacellm.types import Finished, SamplingParams
 from tests.engine.helpers import assert_nothing_held, assert_same_banks, banks, new_engine, prompt, request, tokens
@@ -152,7 +153,7 @@ class Sessions(RuleBasedStateMachine):
     @invariant()
     def adds_up(self):
         if self.engine is not None:
-            self.engine.check_integrity()
+            check_integrity(self.engine)
             assert self.engine.mover.host_bytes <= self.settings["session_host_memory"]
 
     def teardown(self):

@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from pacellm.config import EngineConfig
+from pacellm.engine.integrity import check_integrity
 from pacellm.types import GenerationRequest, SamplingParams
 from tests.server.conftest import NAME, start
 
@@ -44,7 +45,7 @@ def test_leaving_returns_everything(live, when, streamed):
     live.wait_until_idle()
     assert free(live) == before
     assert live.engine.stats.aborted == aborted + 1
-    live.engine.check_integrity()
+    check_integrity(live.engine)
 
 
 def test_a_silent_stream_carries_keep_alive_comments(live):
@@ -87,12 +88,12 @@ def test_full_queue_says_when_to_come_back():
 
 
 def test_a_failure_after_the_stream_began_is_an_event(live, monkeypatch):
-    from pacellm.engine import engine
+    from pacellm.engine import answers
 
     def explode(*_):
         raise RuntimeError("broken on purpose")
 
-    monkeypatch.setattr(engine, "sample", explode)
+    monkeypatch.setattr(answers, "sample", explode)
     body = {"model": NAME, "messages": SHORT, "max_tokens": 3, "stream": True}
     with live.http.stream("POST", "/v1/chat/completions", json=body) as response:
         assert response.status_code == 200

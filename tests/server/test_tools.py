@@ -98,7 +98,7 @@ def check(calls):
 @pytest.fixture
 def scripted(monkeypatch):
     """Lets the model of a server say a text, as far as it may."""
-    from pacellm.engine import engine as module
+    from pacellm.engine import answers as module
 
     def say(server, text):
         script = [*server.service.tokenizer.backend.encode(text).ids, 2]
