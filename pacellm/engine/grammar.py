@@ -26,6 +26,7 @@ MAX_BYTES = 2**18
 _SECONDS = 3.0  # to compile one grammar and to try it out
 _START_SECONDS = 60.0
 _WALKS = 3
+_WITHIN = "\x02"  # no tokenizer joins it to what follows
 
 
 class Matcher:
@@ -171,7 +172,7 @@ class Grammars:
         with self._loading:
             if self._tokenizer is None:
                 self._read_vocabulary()
-                self._tokenizer = probe.build(self._tokens, self._special, self._eos)
+                self._tokenizer = probe.build(self._tokens, self._special, self._eos, self._encode)
             return self._tokenizer
 
     def _read_vocabulary(self) -> None:
@@ -185,6 +186,21 @@ class Grammars:
         self._tokens = [raw.decode_bytes([token]) for token in ids]
         self._special = [token for token in ids if raw.is_special_token(token)]
         self._takes_space = self._decodes_without_space()
+
+    def _encode(self, data: bytes) -> list[int] | None:
+        """Tokens of a text within an answer, as the model would write it; what a grammar forces is written so."""
+        try:
+            ids = self._backend.encode(_WITHIN + data.decode(), add_special_tokens=False).ids
+        except UnicodeDecodeError:
+            return None
+        before = b""
+        for number, token in enumerate(ids):
+            if before.endswith(_WITHIN.encode()):
+                rest = ids[number:]
+                is_whole = b"".join(self._tokens[token] for token in rest) == data
+                return rest if is_whole and not set(rest) & set(self._special) else None
+            before += self._tokens[token]
+        return None
 
     def _decodes_without_space(self) -> bool:
         """Whether a text's first token loses its space when it is decoded."""

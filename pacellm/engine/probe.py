@@ -13,6 +13,7 @@ import random
 import resource
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
@@ -32,25 +33,34 @@ LIMITS: dict[str, Any] = {
 }
 
 
-class GreedyTokens:
+Encode = Callable[[bytes], list[int] | None]
+
+
+class Vocabulary:
     """What llguidance asks of a tokenizer: the bytes of every token, and some way to write a text in them.
 
     Args:
         tokens: bytes by id; empty where no text leads to the token.
         special: ids of tokens that are no text.
+        encode: the model's own way to write a text, None where it has none; without it the longest token goes first.
     """
 
     bos_token_id = None
 
-    def __init__(self, tokens: list[bytes], special: list[int], eos: list[int]) -> None:
+    def __init__(self, tokens: list[bytes], special: list[int], eos: list[int], encode: Encode | None = None) -> None:
+        self._encode = encode
         self.tokens, self.special_token_ids, self.eos_token_id = tokens, special, eos[0]
         hidden = set(special)
         self._ids = {text: token for token, text in enumerate(tokens) if text and token not in hidden}
         self._longest = max((len(text) for text in self._ids), default=0)
 
     def __call__(self, text: bytes | str) -> list[int]:
-        """Longest token first; bytes that no token has are left out."""
+        """Bytes that no token has are left out."""
         data = text.encode() if isinstance(text, str) else bytes(text)
+        own = None if self._encode is None else self._encode(data)
+        return self._longest_first(data) if own is None else own
+
+    def _longest_first(self, data: bytes) -> list[int]:
         found, place = [], 0
         while place < len(data):
             for length in range(min(self._longest, len(data) - place), 0, -1):
@@ -64,9 +74,9 @@ class GreedyTokens:
         return found
 
 
-def build(tokens: list[bytes], special: list[int], eos: list[int]) -> LLTokenizer:
+def build(tokens: list[bytes], special: list[int], eos: list[int], encode: Encode | None = None) -> LLTokenizer:
     """A tokenizer of llguidance from its vocabulary."""
-    return LLTokenizer(TokenizerWrapper(GreedyTokens(tokens, special, eos)), eos_token=eos)
+    return LLTokenizer(TokenizerWrapper(Vocabulary(tokens, special, eos, encode)), eos_token=eos)
 
 
 def new_matcher(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:

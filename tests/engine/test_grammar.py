@@ -13,7 +13,7 @@ from pacellm import grammar
 from pacellm.demo import MODEL_PATH
 from pacellm.engine.engine import Engine, run_until_idle
 from pacellm.engine.grammar import Grammars
-from pacellm.engine.probe import GreedyTokens
+from pacellm.engine.probe import Vocabulary
 from pacellm.engine.sampler import sample
 from pacellm.errors import RequestError
 from pacellm.model.load import load
@@ -190,9 +190,21 @@ def test_only_allowed_tokens_are_sampled():
 
 
 def test_greedy_tokens():
-    greedy = GreedyTokens([b"<s>", b"a", b"b", b"ab", b""], [0], [0])
+    greedy = Vocabulary([b"<s>", b"a", b"b", b"ab", b""], [0], [0])
     assert greedy(b"abba") == [3, 2, 1]
     assert greedy("a<s>b") == [1, 2]
+
+
+def test_what_is_forced_is_written_as_the_model_would(tokenizer, grammars):
+    grammars.compile(grammar.of_choice(["x"], "x"))
+    words = [" archive", ' {"arguments": 12}', "\n\n", " ", "é", "arguments"]
+    for text in words:
+        ids = grammars._encode(text.encode())
+        assert b"".join(grammars._tokens[token] for token in ids) == text.encode()
+        if text[0] == " " and len(text) > 1:
+            assert ids == tokenizer.backend.encode(text[1:]).ids
+    assert grammars._encode("é".encode()[:1]) is None
+    assert grammars._encode(b"<|user|>") is None
 
 
 def test_what_takes_too_long_is_given_up(tokenizer):

@@ -101,12 +101,16 @@ def scripted(monkeypatch):
     from pacellm.engine import answers as module
 
     def say(server, text):
-        script = [*server.service.tokenizer.backend.encode(text).ids, 2]
+        server.service.grammars._load()
+        tokens = server.service.grammars._tokens
+        script = b" " + text.encode()  # this tokenizer's decoder takes the space off
 
         def sample(logits, params, prompt, generated, seed, allowed):
-            token = script[len(generated)]
-            assert allowed is None or allowed[token], server.service.tokenizer.decode(script[: len(generated) + 1])
-            return token, None
+            left = script.removeprefix(b"".join(tokens[token] for token in generated))
+            fitting = [2] if not left else [t for t, b in enumerate(tokens) if t > 5 and left.startswith(b)]
+            may = [token for token in fitting if allowed is None or allowed[token]]
+            assert may, f"stopped before {left!r}"
+            return max(may, key=lambda token: len(tokens[token])), None
 
         monkeypatch.setattr(module, "sample", sample)
 
@@ -304,16 +308,29 @@ def test_one_call_where_only_one_may_be(hermes, scripted):
     assert parts(answer.choices[0]) == ("Well.", "", [OSLO], "tool_calls")
 
 
-def test_required_and_named_in_the_models_own_way(hermes):
-    answer = ask(hermes, tools=[WEATHER, DICE], tool_choice="required", parallel_tool_calls=False, n=4, seed=1)
-    for choice in answer.choices:
-        content, _, calls, reason = parts(choice)
-        if reason == "tool_calls":
-            assert (len(calls), content) == (1, "")
-            check(calls)
+def test_required_and_named_in_the_models_own_way(hermes, scripted):
     named = {"type": "function", "function": {"name": "roll-dice"}}
-    answer = ask(hermes, tools=[WEATHER, DICE], tool_choice=named, seed=1)
-    assert parts(answer.choices[0])[2:] == ([("roll-dice", "{}")], "stop")
+    for choice, said, heard in (
+        ("required", f"{CALLS}\n{ROLL}", ("", "", [OSLO, ("roll-dice", "{}")], "tool_calls")),
+        ("required", f"<think>Hm.</think>\n{CALLS}", ("", "Hm.", [OSLO], "tool_calls")),
+        (named, ROLL, ("", "", [("roll-dice", "{}")], "stop")),
+    ):
+        scripted(hermes, said)
+        assert parts(ask(hermes, tools=[WEATHER, DICE], tool_choice=choice).choices[0]) == heard
+    for choice, said in (("required", "Text."), (named, CALLS)):
+        scripted(hermes, said)
+        with pytest.raises(openai.InternalServerError):
+            ask(hermes, tools=[WEATHER, DICE], tool_choice=choice)
+
+
+def test_sampled_calls_in_the_models_own_way():
+    template = HERMES.replace("<think>", "[").replace("</think>", "]")
+    with start(files={"chat_template": template}) as server:
+        answer = ask(server, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False, n=8, seed=1)
+        for choice in answer.choices:
+            content, _, calls, reason = parts(choice)
+            assert (len(calls), content, reason) == (1, "", "tool_calls")
+            check(calls)
 
 
 def test_a_form_or_a_call(hermes, scripted):
