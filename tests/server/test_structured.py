@@ -3,11 +3,12 @@
 import json
 import re
 import time
+from typing import Annotated, Literal
 
 import jsonschema
 import openai
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from tests.server.conftest import NAME
 
@@ -97,8 +98,8 @@ def test_any_object(live):
 
 def test_a_pydantic_model_as_the_client_parses_it(live):
     class Reply(BaseModel):
-        code: int
-        place: str | None
+        code: Annotated[int, Field(ge=0, le=99999)]
+        place: Literal["here", "there"] | None
 
     answer = live.client.chat.completions.parse(
         model=NAME, messages=user("Where is it?"), response_format=Reply, temperature=0, max_tokens=200,
@@ -174,7 +175,7 @@ def test_length_stop_strings_bias_and_sessions(live):
     stopped = ask(live, **form, stop=['"age"'])
     assert stopped.choices[0].message.content == whole.choices[0].message.content.partition('"age"')[0]
     assert (stopped.choices[0].finish_reason, stopped.choices[0].stop_reason) == ("stop", '"age"')
-    biased = ask(live, extra_body=structured(choice=["5", "7"]), logit_bias={str(_id(live, " 7")): 100})
+    biased = ask(live, extra_body=structured(choice=["5", "7"]), logit_bias={str(_id(live, "7")): 100})
     assert biased.choices[0].message.content == "7"
     one = ask(live, **form, extra_body={"session_id": "form"})
     assert one.choices[0].message.content == whole.choices[0].message.content
