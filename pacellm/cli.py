@@ -1,9 +1,10 @@
-"""The command line: ``pacellm serve`` and ``pacellm demo``. The one place that puts all packages together."""
+"""The command line: ``pacellm serve``, ``chat`` and ``demo``. The one place that puts all packages together."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,6 +83,8 @@ def server_settings(options: argparse.Namespace, model_name: str, *, has_keys: b
         max_body_bytes=options.max_body_bytes,
         max_snapshot_bytes=options.max_snapshot_bytes,
         allow_unsigned_snapshots=options.allow_unsigned_snapshots,
+        response_memory=options.response_memory,
+        response_ttl=options.response_ttl,
         request_timeout=options.request_timeout,
         max_requests_per_key=options.max_requests_per_key,
         allowed_hosts=hosts,
@@ -95,6 +98,14 @@ def demo(options: argparse.Namespace) -> int:
     from pacellm.demo.show import show
 
     return show(options.tokens, options.seed, options.serve_arguments)
+
+
+def chat(options: argparse.Namespace) -> int:
+    """Talk to a server in the terminal."""
+    from pacellm.chat import talk
+
+    key = options.api_key or os.environ.get("OPENAI_API_KEY")
+    return talk(options.url, key, options.session, options.model, options.file)
 
 
 def engine_config(options: argparse.Namespace) -> EngineConfig:
@@ -124,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pacellm", description="Long-context inference with working memory.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(commands.add_parser("serve", help="serve a model over OpenAI's API"))
+    _add_chat(commands.add_parser("chat", help="talk to a server in the terminal"))
     _add_demo(commands.add_parser("demo", help="ask the bundled model about a long document, over HTTP"))
     return parser
 
@@ -158,6 +170,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--pa-bank-size", type=int, default=bank.bank_size, help="slots of a bank")
     add("--pa-segment", type=int, default=bank.segment, help="prompt tokens that read the bank as one")
     add("--max-body-bytes", type=_size, default=64 * 2**20, help="larger request bodies are refused")
+    add("--response-memory", type=_size, default=256 * 2**20, help="bytes of stored responses and conversations")
+    add("--response-ttl", type=_seconds, default=30 * 86400.0, help="seconds that a stored response lives")
     add("--request-timeout", type=_seconds, help="seconds from arrival to the end of an answer (default: no deadline)")
     add("--api-key", action="append", default=[], help="a key that lets callers in; repeatable, each its own tenant")
     add("--api-key-file", type=Path, help="lines of 'tenant: key'; a tenant is a namespace of sessions")
@@ -176,6 +190,16 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--shutdown-timeout", type=int, default=60, help="seconds that running requests get to end")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     parser.set_defaults(run=serve)
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--url", default="http://127.0.0.1:8000", help="of the server")
+    add("--api-key", help="default: the variable OPENAI_API_KEY")
+    add("--model", help="the name to ask for (default: what is served)")
+    add("--session", help="name of a conversation to begin or go on with (default: a new one)")
+    add("--file", type=Path, help="a document to put in front of the first question")
+    parser.set_defaults(run=chat)
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:

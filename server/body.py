@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 
-from pacellm.errors import BodyTimeout, BodyTooLarge, RequestError
-from server.schema.base import SESSION_ID
+from pacellm.errors import Aborted, BodyTimeout, BodyTooLarge, RequestError
+from server.schema.base import RESPONSE_PREFIX, SESSION_ID
 from server.service import Service
 
 _SMALL_BODY = 256 * 1024
@@ -48,17 +49,20 @@ async def read_body(request: Request, limit: int) -> bytearray:
     """The body, refused as soon as it is over the limit.
 
     Raises:
-        BodyTooLarge: the declared or the real length is over ``limit`` bytes.
+        BodyTooLarge: the declared or the real length is over ``limit`` bytes. Aborted: the client left.
     """
     declared = request.headers.get("content-length", "")
     data = bytearray()
     if not declared.isdigit() or int(declared) <= limit:
-        async for part in request.stream():
-            data += part
-            if len(data) > limit:
-                break
-        else:
-            return data
+        try:
+            async for part in request.stream():
+                data += part
+                if len(data) > limit:
+                    break
+            else:
+                return data
+        except ClientDisconnect:
+            raise Aborted("the client disconnected before its request was complete") from None
     raise BodyTooLarge(f"the body is over the limit of {limit:,} bytes")
 
 
@@ -69,11 +73,26 @@ def session_of(request: Request, named: str | None) -> str | None:
         named: the body's ``session_id``.
 
     Raises:
-        RequestError: they name different ones, or the header's is malformed.
+        RequestError: they name different ones, the header's is malformed, or it is a stored response's.
     """
     header = request.headers.get("x-session-id")
     if header is not None and not re.match(SESSION_ID, header):
         raise RequestError("X-Session-ID must be 1 to 256 of A-Z a-z 0-9 . _ : -", param="X-Session-ID")
     if header is not None and named is not None and header != named:
         raise RequestError("body and X-Session-ID name different sessions", param="session_id")
-    return named or header
+    name = named or header
+    if name is not None:
+        check_writable(name)
+    return name
+
+
+def check_writable(session: str) -> None:
+    """Refuse a session that is a stored response's: it stays as it was.
+
+    Raises:
+        RequestError: it is.
+    """
+    if session.startswith(RESPONSE_PREFIX):
+        raise RequestError(
+            f"a session whose name begins with {RESPONSE_PREFIX} is a stored response's; fork it", param="session_id"
+        )

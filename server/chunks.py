@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from pacellm.types import Admitted, ChoiceEnded, Delta, Event, Failed, Finished,
 from server.calls import Delta as Piece
 from server.progress import PromptProgress
 from server.readers import Reader
+from server.report import report
 from server.schema.chat import ChatCompletionRequest
 from server.schema.tools import NamedTool
 from server.service import Generation, Service
@@ -103,20 +103,7 @@ class Chunks:
     def _last(self, event: Finished) -> list[Chunk]:
         ends = [] if self._several else self._end(0, event.reason, event.stop_reason)
         choices = ends.pop()["choices"] if ends else []
-        session = self._generation.request.session
-        pace = {
-            "session_id": session[1] if session is not None else None,
-            "session": event.session,
-            "note": event.note,
-            "cached_tokens": event.usage.cached_tokens,
-            "replayed_tokens": event.usage.replayed_tokens,
-            "bank": dataclasses.asdict(event.bank) if event.bank is not None else None,
-            "timings": {
-                "queue_ms": round(1000 * event.queue_seconds, 1),
-                "prefill_ms": round(1000 * event.prefill_seconds, 1),
-                "decode_ms": round(1000 * event.decode_seconds, 1),
-            },
-        }
+        pace = report(self._generation.request, event)
         usage = {
             "prompt_tokens": event.usage.prompt_tokens,
             "completion_tokens": event.usage.completion_tokens,

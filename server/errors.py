@@ -6,10 +6,11 @@ import logging
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from pacellm.errors import Conflict, Draining, InvalidApiKey, Overloaded, PaceError
+from pacellm.errors import Conflict, Draining, InvalidApiKey, Overloaded, PaceError, RequestError
 
 logger = logging.getLogger("pacellm.server")
 
@@ -37,6 +38,12 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(PaceError)
     async def pace_error(request: Request, error: PaceError) -> JSONResponse:
         return response_of(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def parameter_error(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        name = str(first["loc"][-1])
+        return response_of(RequestError(f"{name}: {first['msg']}", param=name, code="invalid_value"))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:

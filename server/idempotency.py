@@ -16,7 +16,7 @@ from pacellm.errors import Conflict, RequestError
 from server import sse
 from server.callers import Caller
 
-_KEY = r"^[\x21-\x7e]{1,255}$"
+KEY = r"^[\x21-\x7e]{1,255}$"
 _SECONDS = 3600.0
 
 
@@ -56,7 +56,7 @@ class Idempotency:
         key = request.headers.get("idempotency-key")
         if key is None:
             return await start()
-        if not re.match(_KEY, key):
+        if not re.match(KEY, key):
             raise RequestError("Idempotency-Key must be 1 to 255 printable ASCII characters", param="Idempotency-Key")
         place = (caller.tenant, key)
         told = (request.url.path, request.headers.get("x-session-id", ""))
@@ -86,19 +86,21 @@ class Idempotency:
             self._drop(place, record)
             raise
         if isinstance(response, sse.EventStream):
-            response.wrap(lambda source: self._recorded(source, place, record), lambda: self._over(place, record))
+            response.wrap(
+                lambda source: self._recorded(source, response.ends, place, record), lambda: self._over(place, record)
+            )
         else:
             self._store(place, record, bytes(response.body), response.media_type or "application/json")
         return response
 
     async def _recorded(
-        self, source: AsyncIterator[bytes], place: tuple[str, str], record: _Record
+        self, source: AsyncIterator[bytes], ends: tuple[bytes, ...], place: tuple[str, str], record: _Record
     ) -> AsyncIterator[bytes]:
         parts: list[bytes] = []
         async for part in source:
             if part != sse.KEEP_ALIVE:
                 parts.append(part)
-            if part == sse.DONE:
+            if part.startswith(ends):
                 self._store(place, record, b"".join(parts), "text/event-stream")
             yield part
 

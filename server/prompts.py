@@ -57,6 +57,22 @@ def rendered_chat(
     return rendered
 
 
+def messages_prompt(
+    tokenizer: ChatTokenizer, messages: list[dict[str, Any]], limit: int | None, scope: str | None
+) -> list[int]:
+    """Ids of a conversation that the model is to answer.
+
+    Args:
+        limit, scope: as for :func:`chat_prompt`.
+
+    Raises:
+        RequestError: the template refuses it, or it is too long.
+    """
+    for message in messages:
+        check_text(message["content"], "messages")
+    return tokenizer.encode(tokenizer.render(messages), limit=limit, scope=scope)
+
+
 def text_prompt(
     tokenizer: ChatTokenizer, prompt: str | list[int], body: CompletionRequest, limit: int | None
 ) -> list[int]:

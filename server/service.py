@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import time
@@ -18,6 +19,7 @@ from pacellm.engine.thread import EngineThread
 from pacellm.errors import (
     Aborted,
     DeadlineExceeded,
+    EngineDead,
     ModelNotFound,
     Overloaded,
     PaceError,
@@ -28,10 +30,11 @@ from pacellm.grammar import Grammar
 from pacellm.tokenizer import ChatTokenizer
 from pacellm.types import Admitted, Constraint, Event, Failed, Finished, GenerationRequest, SamplingParams
 from server.callers import Caller
+from server.histories import Histories, Key
 from server.idempotency import Idempotency
 from server.metrics import Metrics
 from server.schema.chat import ChatCompletionRequest
-from server.schema.sampling import SamplingFields
+from server.schema.sampling import GenerationFields, SamplingFields
 from server.settings import Settings
 from server.turns import Turn, new_turn
 
@@ -107,6 +110,8 @@ class Service:
         self._generations: dict[str, Generation] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self.idempotency = Idempotency()
+        self.histories = Histories(settings.response_memory, settings.response_ttl, self.delete_later, tokenizer.forget)
+        self.conversations: set[Key] = set()  # those of which a response is being made
         self.prefill_rate: float | None = None  # tokens per second, of late
         self.created = int(time.time())
 
@@ -132,6 +137,11 @@ class Service:
             PaceError: it is refused.
         """
         return await asyncio.wrap_future(self.thread.call(operation))
+
+    def delete_later(self, session: Key) -> None:
+        """Delete a session that nobody waits for."""
+        with contextlib.suppress(EngineDead):
+            self.thread.call(self.engine.ops.delete(session))
 
     async def submit_chat(
         self, body: ChatCompletionRequest, caller: Caller, session_id: str | None
@@ -178,11 +188,19 @@ class Service:
         Raises:
             RequestError: names the field.
         """
+        self.check_generation(body)
+        if body.truncate_prompt_tokens is not None and session_id is not None:
+            raise RequestError("a session's prompt cannot be truncated", param="truncate_prompt_tokens")
+
+    def check_generation(self, body: GenerationFields) -> None:
+        """Refuse another model, and banks where there are none.
+
+        Raises:
+            RequestError: names the field.
+        """
         self.check_model(body.model)
         if body.pacellm.pa in ("on", "read_only") and not self.engine.config.pa:
             raise UnsupportedParameter("this server runs with --no-pa", param="pacellm.pa")
-        if body.truncate_prompt_tokens is not None and session_id is not None:
-            raise RequestError("a session's prompt cannot be truncated", param="truncate_prompt_tokens")
 
     def request(
         self,

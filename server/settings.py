@@ -23,6 +23,8 @@ class Settings:
         max_requests_per_key: requests that one tenant may have queued or running, None for no limit.
         allowed_hosts: what the Host header may name; empty lets everything pass.
         cors_origins: origins whose pages may read answers; empty: none.
+        response_memory: bytes of stored responses and their conversations' messages.
+        response_ttl: seconds that a stored response lives.
         admin_port: /metrics is served on this port instead of the main one.
     """
 
@@ -40,3 +42,5 @@ class Settings:
     admin_port: int | None = None
     max_snapshot_bytes: int = 2**30
     allow_unsigned_snapshots: bool = False
+    response_memory: int = 256 * 2**20
+    response_ttl: float = 30 * 86400.0

@@ -19,6 +19,11 @@ def event(data: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
+def typed_event(data: dict[str, Any]) -> bytes:
+    """One event that is named by its ``type``."""
+    return b"event: " + data["type"].encode() + b"\n" + event(data)
+
+
 class EventStream(Response):
     """Sends what an iterator yields until it ends or the client disconnects.
 
@@ -26,16 +31,21 @@ class EventStream(Response):
         source: bytes of whole events.
         close: called once the response is over, however it ended and even where the source never began.
         headers: added to the response.
+        ends: how the last part of a complete answer begins.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, source: AsyncIterator[bytes], close: Callable[[], None], headers: Mapping[str, str] | None = None
+        self,
+        source: AsyncIterator[bytes],
+        close: Callable[[], None],
+        headers: Mapping[str, str] | None = None,
+        ends: tuple[bytes, ...] = (DONE,),
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
         del self.headers["content-length"]
-        self._source, self._close = source, close
+        self._source, self._close, self.ends = source, close, ends
 
     def wrap(
         self, source: Callable[[AsyncIterator[bytes]], AsyncIterator[bytes]], also_close: Callable[[], None]

@@ -22,8 +22,8 @@ LEVELS = {
     "pacellm.engine": 3,
     "server": 4,
 }
-# the command line puts everything together; the demo trains and shows its own model
-FREE = ("pacellm/cli.py", "pacellm/__init__.py", "pacellm/demo/")
+# the command line puts everything together; the demo trains and shows its own model; the chat client speaks HTTP
+FREE = ("pacellm/cli.py", "pacellm/chat.py", "pacellm/__init__.py", "pacellm/demo/")
 FILES = sorted(
     path.relative_to(ROOT).as_posix() for top in ("pacellm", "server") for path in (ROOT / top).rglob("*.py")
 )

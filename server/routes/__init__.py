@@ -3,10 +3,10 @@
 from fastapi import APIRouter, Depends
 
 from server.auth import require_key
-from server.routes import chat, completions, health, models, requests, sessions, tokens
+from server.routes import chat, completions, health, models, openapi, requests, responses, sessions, tokens
 
 private = APIRouter(dependencies=[Depends(require_key)])
-for noun in (chat, completions, tokens, models, requests, sessions, health):
+for noun in (chat, completions, responses, tokens, models, requests, sessions, openapi, health):
     private.include_router(noun.router)
 admin = APIRouter(dependencies=[Depends(require_key)])
 admin.include_router(health.admin)

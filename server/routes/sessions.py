@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import uuid
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -12,13 +10,13 @@ from fastapi.responses import JSONResponse, Response
 
 from pacellm.errors import RequestError
 from server.auth import tenant_of
-from server.body import timed_body
+from server.body import check_writable, timed_body
+from server.schema.sessions import parse_named
 from server.service import Service
 
 router = APIRouter(prefix="/v1/sessions")
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,256}")
 _MAX_BODY = 64 * 1024
-_MAX_TTL = 10 * 365 * 86400
 
 
 @router.get("")
@@ -43,6 +41,7 @@ async def delete_sessions(request: Request) -> dict[str, Any]:
     """Erase all of the caller's sessions and everything else that is kept of its requests."""
     service: Service = request.app.state.service
     service.tokenizer.forget(f"{tenant_of(request)}/", below=True)
+    service.histories.drop_all(tenant_of(request))
     count = await service.operate(service.engine.ops.delete_all(tenant_of(request)))
     return {"object": "list.deleted", "deleted": count}
 
@@ -59,6 +58,7 @@ async def delete_session(request: Request, name: str) -> dict[str, Any]:
     """Delete a session; requests that use it end with an error."""
     service: Service = request.app.state.service
     service.tokenizer.forget("/".join(_key(request, name)))
+    service.histories.drop(_key(request, name))
     return await service.operate(service.engine.ops.delete(_key(request, name)))
 
 
@@ -66,7 +66,10 @@ async def delete_session(request: Request, name: str) -> dict[str, Any]:
 async def reset_session(request: Request, name: str) -> dict[str, Any]:
     """Empty a session."""
     service: Service = request.app.state.service
-    return await service.operate(service.engine.ops.reset(_key(request, name)))
+    check_writable(name)
+    shown = await service.operate(service.engine.ops.reset(_key(request, name)))
+    service.histories.drop(_key(request, name))
+    return shown
 
 
 @router.post("/{name}/fork")
@@ -74,8 +77,10 @@ async def fork_session(request: Request, name: str) -> Response:
     """A second session that goes on from this one's last commit."""
     service: Service = request.app.state.service
     target, ttl = await _named(request)
-    fork = service.engine.ops.fork(_key(request, name), (tenant_of(request), target), ttl)
-    return JSONResponse(await service.operate(fork), status_code=201)
+    key, new = _key(request, name), (tenant_of(request), target)
+    made = await service.operate(service.engine.ops.fork(key, new, ttl))
+    service.histories.copy(key, new)
+    return JSONResponse(made, status_code=201)
 
 
 @router.get("/{name}/snapshot")
@@ -93,11 +98,14 @@ async def put_snapshot(request: Request, name: str) -> dict[str, Any]:
     """Make a snapshot the session's state; what is refused changes nothing."""
     service: Service = request.app.state.service
     key = _key(request, name)
+    check_writable(name)
     data = await timed_body(request, service.settings.max_snapshot_bytes)
     checked = await service.off_loop(
         lambda: service.engine.snapshots.check(data, trust_unsigned=service.settings.allow_unsigned_snapshots)
     )
-    return await service.operate(service.engine.snapshots.put(key, checked, None))
+    made = await service.operate(service.engine.snapshots.put(key, checked, None))
+    service.histories.drop(key)  # its messages are not what the session stands for any more
+    return made
 
 
 def _key(request: Request, name: str) -> tuple[str, str]:
@@ -107,28 +115,12 @@ def _key(request: Request, name: str) -> tuple[str, str]:
 
 
 async def _named(request: Request) -> tuple[str, float | None]:
-    """``session_id`` (made up where it is missing) and ``ttl`` of a small JSON body, which may be empty.
+    """Name and time to live of a new session, from a small body that may be empty.
 
     Raises:
         RequestError: names the field.
     """
-    raw = await timed_body(request, _MAX_BODY)
-    try:
-        body = json.loads(raw) if raw.strip() else {}
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
-    if not isinstance(body, dict):
-        raise RequestError("the body must be a JSON object", code="invalid_value")
-    for field in body:
-        if field not in ("session_id", "ttl"):
-            raise RequestError(f"{field[:80]} is not a parameter of this endpoint", param=field[:80],
-                               code="unsupported_parameter")  # fmt: skip
-    name, ttl = body.get("session_id"), body.get("ttl")
-    if name is None:
-        name = uuid.uuid4().hex
-    if not isinstance(name, str) or not _ID.fullmatch(name):
-        raise RequestError("session_id must be 1 to 256 of A-Z a-z 0-9 . _ : -", param="session_id",
-                           code="invalid_value")  # fmt: skip
-    if ttl is not None and (type(ttl) not in (int, float) or not 0 < ttl <= _MAX_TTL):
-        raise RequestError(f"ttl must be seconds above 0 and at most {_MAX_TTL}", param="ttl", code="invalid_value")
-    return name, ttl
+    body = parse_named(bytes(await timed_body(request, _MAX_BODY)))
+    name = body.name
+    check_writable(name)
+    return name, body.ttl

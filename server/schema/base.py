@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -9,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pacellm.errors import RequestError, UnsupportedParameter
 
 SESSION_ID = r"^[A-Za-z0-9._:-]{1,256}$"
+RESPONSE_PREFIX = "resp_"  # of sessions that stored responses are
 MAX_TEXT = 64 * 2**20
-_UNION_BRANCHES = ("str", "int", "float", "bool", "TextPart", "dict", "list")
+_UNION_BRANCHES = ("str", "constrained-str", "int", "float", "bool", "TextPart", "dict", "list")
 
 
 class Strict(BaseModel):
@@ -29,9 +31,23 @@ def parse(kind: type[Body], body: bytes) -> Body:
         RequestError: names the field.
     """
     try:
-        return kind.model_validate_json(body)
+        checked = kind.model_validate_json(body)
     except ValidationError as error:
         raise _request_error(error) from None
+    # numbers need not be made again: their length will do
+    json.loads(body, object_pairs_hook=_each_once, parse_int=len, parse_float=len, parse_constant=len)
+    return checked
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> None:
+    """Refuse an object that has a key twice: one of the two values would be dropped.
+
+    Raises:
+        RequestError: names the key.
+    """
+    if len(pairs) > 1 and len(names := [name for name, _ in pairs]) != len(set(names)):
+        twice = next(name for number, name in enumerate(names) if name in names[:number])[:80]
+        raise RequestError(f"the body has the key {twice!r} twice", param=twice, code="invalid_json")
 
 
 def refuse_unless_neutral(body: Strict, neutral: dict[str, tuple[Any, ...]]) -> None:
@@ -49,7 +65,7 @@ def refuse_unless_neutral(body: Strict, neutral: dict[str, tuple[Any, ...]]) -> 
 def _places(problem: Any) -> list[str]:
     """The fields on the way to a problem; a union's branches are part of the location, but no fields."""
     return [
-        str(place)
+        str(place)[:80]
         for place in problem["loc"]
         if isinstance(place, int) or ("[" not in place and place not in _UNION_BRANCHES and not place[:1].isupper())
     ]
@@ -59,7 +75,7 @@ def _most_telling(problems: list[Any]) -> Any:
     """Of the first wrong field's problems, one for each branch of a union, that of the branch that fits best: of the
     right type before the wrong one, deep before shallow."""
     location = problems[0]["loc"]
-    field = location[: 3 if location[:1] in (("messages",), ("input",)) else 1]
+    field = location[: 3 if location[:1] == ("messages",) else 1]
     candidates = (problem for problem in problems if problem["loc"][: len(field)] == field)
     return max(candidates, key=lambda p: (not p["type"].endswith(("_type", "_parsing")), len(_places(p))))
 

@@ -64,7 +64,7 @@ Metadata = Annotated[
 ]
 
 # Accepted where the value means "as usual"; anything else would change the result and is refused.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -156,7 +156,7 @@ def parse_chat(body: bytes) -> ChatCompletionRequest:
         RequestError: names the field.
     """
     request = parse(ChatCompletionRequest, body)
-    refuse_unless_neutral(request, _NEUTRAL)
+    refuse_unless_neutral(request, NEUTRAL)
     check_messages(request.messages)
     check_tools(request.tools or [], request.tool_choice)
     if request.continue_final_message:

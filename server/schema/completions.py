@@ -15,7 +15,7 @@ _Token = Annotated[int, Field(ge=0, lt=2**31)]
 _Tokens = Annotated[list[_Token], Field(min_length=1)]
 MAX_PROMPTS = 128
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {"n": (1,), "best_of": (1,), "suffix": ("",)}
+NEUTRAL: dict[str, tuple[Any, ...]] = {"n": (1,), "best_of": (1,), "suffix": ("",)}
 
 
 class CompletionRequest(SamplingFields):
@@ -62,5 +62,5 @@ def parse_completion(body: bytes) -> CompletionRequest:
         RequestError: names the field.
     """
     request = parse(CompletionRequest, body)
-    refuse_unless_neutral(request, _NEUTRAL)
+    refuse_unless_neutral(request, NEUTRAL)
     return request

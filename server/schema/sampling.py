@@ -11,6 +11,9 @@ from pacellm.types import PAMode, SamplingParams
 from server.schema.base import SESSION_ID, Strict
 
 MAX_TIMEOUT = 86_400.0
+_Stop = Annotated[str, Field(min_length=1, max_length=1024)]
+_TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+_Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class StreamOptions(Strict):
@@ -27,34 +30,52 @@ class PaceOptions(Strict):
     commit: bool = True
 
 
-class SamplingFields(Strict):
-    """How to generate, how long to wait, and which session to use."""
+class GenerationFields(Strict):
+    """How to generate and how long to wait, wherever an answer is made."""
 
     model: Annotated[str, Field(max_length=512)] | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=1024)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
-    stop_token_ids: Annotated[list[int], Field(max_length=1024)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     ignore_eos: bool = False
-    skip_special_tokens: bool = True
-    session_id: Annotated[str, Field(pattern=SESSION_ID)] | None = None
     return_progress: bool = False
     priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
     timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT)] | None = None
-    truncate_prompt_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     pacellm: PaceOptions = PaceOptions()
     # without effect on the result by its nature
     user: Annotated[str, Field(max_length=512)] | None = None
+
+    def params(self, **changes: Any) -> SamplingParams:
+        """The engine's parameters.
+
+        Args:
+            changes: what the endpoint itself decides; None leaves the default.
+
+        Raises:
+            RequestError: a value out of range.
+        """
+        names = ("temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos")
+        given = {**{name: getattr(self, name) for name in names}, **changes}
+        return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+
+
+class SamplingFields(GenerationFields):
+    """What vLLM and OpenAI's older endpoints have beyond that, and which session to use."""
+
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    logit_bias: Annotated[dict[_TokenId, _Bias], Field(max_length=1024)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=1024)] | None = None
+    skip_special_tokens: bool = True
+    session_id: Annotated[str, Field(pattern=SESSION_ID)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
 
     def wants_usage(self) -> bool:
         """A stream is to end with its usage."""
@@ -71,28 +92,15 @@ class SamplingFields(Strict):
         """
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options needs stream: true", param="stream_options", code="invalid_value")
+        biases = None if self.logit_bias is None else tuple((int(key), value) for key, value in self.logit_bias.items())
         given: dict[str, Any] = {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "min_p": self.min_p,
-            "seed": self.seed,
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
             "repetition_penalty": self.repetition_penalty,
             "max_tokens": self.max_tokens,
             "stop": None if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
             "stop_token_ids": None if self.stop_token_ids is None else frozenset(self.stop_token_ids),
-            "logit_bias": None if self.logit_bias is None else _biases(self.logit_bias),
-            "ignore_eos": self.ignore_eos,
+            "logit_bias": biases,
             "skip_special_tokens": self.skip_special_tokens,
-            **changes,
         }
-        return SamplingParams(**{name: value for name, value in given.items() if value is not None})
-
-
-def _biases(given: dict[str, float]) -> tuple[tuple[int, float], ...]:
-    try:
-        return tuple((int(token), bias) for token, bias in given.items())
-    except ValueError:
-        raise RequestError("logit_bias is keyed by token ids", param="logit_bias", code="invalid_value") from None
+        return self.params(**{**given, **changes})

@@ -45,7 +45,7 @@ CASES = {
     "stop many": (body(stop=["x"] * 99), 400, "stop", None),
     "top_logprobs alone": (body(top_logprobs=3), 400, "top_logprobs", None),
     "top_logprobs many": (body(logprobs=True, top_logprobs=21), 400, "top_logprobs", None),
-    "logit_bias key": (body(logit_bias={"x": 1}), 400, "logit_bias", None),
+    "logit_bias key": (body(logit_bias={"x": 1}), 400, "logit_bias.x", None),
     "logit_bias token": (body(logit_bias={"99999": 1}), 400, "logit_bias", None),
     "session id": (body(session_id="a b"), 400, "session_id", None),
     "session id long": (body(session_id="a" * 257), 400, "session_id", None),

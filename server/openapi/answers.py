@@ -1,0 +1,142 @@
+"""JSON schemas of answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Schema = dict[str, Any]
+TEXT: Schema = {"type": "string"}
+COUNT: Schema = {"type": "integer", "minimum": 0}
+NUMBER: Schema = {"type": "number"}
+FLAG: Schema = {"type": "boolean"}
+OBJECT: Schema = {"type": "object"}
+
+
+def ref(name: str) -> Schema:
+    """A schema of the document by name."""
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def one_of(*values: Any) -> Schema:
+    """Listed values only."""
+    return {"enum": list(values)}
+
+
+def many(items: Schema) -> Schema:
+    """A list."""
+    return {"type": "array", "items": items}
+
+
+def maybe(schema: Schema) -> Schema:
+    """It, or null."""
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+def fields(optional: dict[str, Schema] | None = None, **required: Schema) -> Schema:
+    """An object with these fields, and maybe more."""
+    return {"type": "object", "properties": {**required, **(optional or {})}, "required": list(required)}
+
+
+_SESSION = one_of("none", "new", "resident", "restored", "replayed", "folded", "lost")
+_REASON = one_of("stop", "length", "tool_calls", None)
+_PART = fields(type=one_of("output_text"), text=TEXT, annotations=many(OBJECT), logprobs=many(OBJECT))
+
+SCHEMAS: dict[str, Schema] = {
+    "Error": fields(error=fields(message=TEXT, type=TEXT, param=maybe(TEXT), code=maybe(TEXT))),
+    "Usage": fields(
+        prompt_tokens=COUNT,
+        completion_tokens=COUNT,
+        total_tokens=COUNT,
+        prompt_tokens_details=fields(cached_tokens=COUNT),
+    ),
+    "Report": fields(
+        session_id=maybe(TEXT),
+        session=_SESSION,
+        note=maybe(TEXT),
+        cached_tokens=COUNT,
+        replayed_tokens=COUNT,
+        bank=maybe(OBJECT),
+        timings=fields(queue_ms=NUMBER, prefill_ms=NUMBER, decode_ms=NUMBER),
+    ),
+    "ChatCompletion": fields(
+        id=TEXT,
+        object=one_of("chat.completion"),
+        created=COUNT,
+        model=TEXT,
+        choices=many(
+            fields(
+                {"stop_reason": {"type": ["string", "integer"]}},
+                index=COUNT,
+                message=fields(role=one_of("assistant"), content=maybe(TEXT), refusal={"type": "null"}),
+                logprobs=maybe(OBJECT),
+                finish_reason=_REASON,
+            )
+        ),
+        usage=ref("Usage"),
+        pacellm=ref("Report"),
+    ),
+    "Completion": fields(
+        id=TEXT,
+        object=one_of("text_completion"),
+        created=COUNT,
+        model=TEXT,
+        choices=many(fields(index=COUNT, text=TEXT, logprobs=maybe(OBJECT), finish_reason=_REASON)),
+        usage=ref("Usage"),
+    ),
+    "ResponseItem": fields(
+        id=TEXT,
+        type=one_of("message"),
+        status=one_of("in_progress", "completed", "incomplete"),
+        role=one_of("assistant"),
+        content=many(_PART),
+    ),
+    "Response": fields(
+        id=TEXT,
+        object=one_of("response"),
+        created_at=COUNT,
+        status=one_of("completed", "incomplete"),
+        model=TEXT,
+        output=many(ref("ResponseItem")),
+        incomplete_details=maybe(fields(reason=one_of("max_output_tokens"))),
+        previous_response_id=maybe(TEXT),
+        conversation=maybe(fields(id=TEXT)),
+        store=FLAG,
+        metadata=OBJECT,
+        usage=fields(
+            input_tokens=COUNT,
+            input_tokens_details=fields(cached_tokens=COUNT),
+            output_tokens=COUNT,
+            output_tokens_details=fields(reasoning_tokens=COUNT),
+            total_tokens=COUNT,
+        ),
+        pacellm=ref("Report"),
+    ),
+    "ResponseDeleted": fields(id=TEXT, object=one_of("response"), deleted=one_of(True)),
+    "Tokens": fields({"token_strs": many(TEXT)}, count=COUNT, max_model_len=COUNT, tokens=many(COUNT)),
+    "Text": fields(prompt=TEXT),
+    "Model": fields(
+        id=TEXT, object=one_of("model"), created=COUNT, owned_by=TEXT, max_model_len=COUNT, context_length=COUNT
+    ),
+    "Models": fields(object=one_of("list"), data=many(ref("Model"))),
+    "Session": fields(
+        {"forked_from": TEXT, "bytes_added": OBJECT, "expires": maybe(COUNT), "ttl": maybe(NUMBER)},
+        id=TEXT,
+        object=one_of("session"),
+        created=COUNT,
+        last_used=COUNT,
+        tokens=COUNT,
+        commits=COUNT,
+        generation=COUNT,
+        tier=one_of("device", "host", "disk", "log"),
+        in_use=FLAG,
+        bytes=fields(kv=COUNT, bank=COUNT, host=COUNT, log=COUNT),
+        bank=maybe(OBJECT),
+    ),
+    "Sessions": fields(object=one_of("list"), data=many(ref("Session"))),
+    "SessionDeleted": fields(id=TEXT, object=one_of("session.deleted"), deleted=one_of(True)),
+    "SessionsDeleted": fields(object=one_of("list.deleted"), deleted=COUNT),
+    "Cancelled": fields(id=TEXT, object=one_of("request.cancelled"), cancelled=COUNT),
+    "Health": fields(status=one_of("ok", "dead"), heartbeat_age_seconds=NUMBER),
+    "Ready": fields(status=one_of("ready", "not ready")),
+    "Version": fields(version=TEXT),
+}

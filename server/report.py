@@ -1,0 +1,25 @@
+"""What an answer says about its session, its banks and its time: the ``pacellm`` object."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from pacellm.types import Finished, GenerationRequest
+
+
+def report(request: GenerationRequest, event: Finished) -> dict[str, Any]:
+    """The object of a request that has ended well."""
+    return {
+        "session_id": request.session[1] if request.session is not None else None,
+        "session": event.session,
+        "note": event.note,
+        "cached_tokens": event.usage.cached_tokens,
+        "replayed_tokens": event.usage.replayed_tokens,
+        "bank": dataclasses.asdict(event.bank) if event.bank is not None else None,
+        "timings": {
+            "queue_ms": round(1000 * event.queue_seconds, 1),
+            "prefill_ms": round(1000 * event.prefill_seconds, 1),
+            "decode_ms": round(1000 * event.decode_seconds, 1),
+        },
+    }

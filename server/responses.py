@@ -1,0 +1,230 @@
+"""Events of a generation to those of OpenAI's Responses API; the whole answer is what the last one carries."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from pacellm.errors import PaceError, RequestError
+from pacellm.types import Admitted, Delta, Failed, Finished, FinishReason
+from pacellm.types import Event as EngineEvent
+from server import sse
+from server.continuation import Continuation
+from server.progress import PromptProgress
+from server.report import report
+from server.schema.responses import ResponseRequest
+from server.service import Generation, Service
+
+Event = dict[str, Any]
+_ENDS = (b"event: response.completed\n", b"event: response.incomplete\n")
+_PARAMS = {"max_tokens": "max_output_tokens", "messages": "input"}
+
+
+class Responses:
+    """The events of one response.
+
+    Args:
+        continuation: its place in the state.
+        generation: submitted.
+        body: what the client asked for.
+        service: where it was submitted.
+    """
+
+    def __init__(
+        self, continuation: Continuation, generation: Generation, body: ResponseRequest, service: Service
+    ) -> None:
+        self._continuation, self._generation, self._body, self._service = continuation, generation, body, service
+        self._progress = PromptProgress(generation, service)
+        self._response = _head(continuation, body, service, generation)
+        self._item_id = f"msg_{continuation.id.partition('_')[2]}"
+        self._number = -1
+        self._text: list[str] = []
+        self._has_item = False
+        self.found: str | None = None  # what admission found of the session
+
+    async def __call__(self, timeout: float | None = None) -> AsyncIterator[Event | None]:
+        """Every event in order; None after ``timeout`` seconds of silence.
+
+        Raises:
+            PaceError: the request failed.
+        """
+        yield self._event("response.created", response=self._response)
+        yield self._event("response.in_progress", response=self._response)
+        events: AsyncIterator[EngineEvent | Event | None] = self._generation.events(timeout)
+        if self._body.return_progress and timeout is not None:
+            events = self._progress.events(timeout)
+        async for event in events:
+            match event:
+                case None:
+                    yield None
+                case dict():
+                    yield self._event("pacellm.prompt_progress", prompt_progress=event)
+                case Admitted():
+                    self.found = self.status(event.session)
+                case Delta() if event.text:
+                    for one in self._delta(event.text):
+                        yield one
+                case Finished():
+                    for one in await self._last(event):
+                        yield one
+                case Failed():
+                    raise event.error
+
+    async def stream(self) -> sse.EventStream:
+        """The events as server-sent ones, once admission is known or ``header_wait`` has passed.
+
+        Raises:
+            PaceError: the request failed before that.
+        """
+        try:
+            found = await self._generation.admitted(self._service.settings.header_wait)
+        except BaseException:
+            self.close()
+            raise
+        session = "queued" if found is None else self.status(found.session)
+        return sse.EventStream(self._bytes(), self.close, {"X-PaceLLM-Session": session}, _ENDS)
+
+    async def _bytes(self) -> AsyncIterator[bytes]:
+        """Whole events; a failure is one too."""
+        try:
+            async for event in self(self._service.settings.keep_alive_seconds):
+                yield sse.KEEP_ALIVE if event is None else sse.typed_event(event)
+        except PaceError as error:
+            problem = {"code": error.code or error.type, "message": error.message}
+            failed = {**self._response, "status": "failed", "error": problem}
+            yield sse.typed_event(self._event("response.failed", response=failed))
+
+    async def whole(self) -> Event:
+        """The response.
+
+        Raises:
+            PaceError: the request failed.
+        """
+        last: Event = {}
+        async for event in self():
+            last = event or last
+        return last["response"]
+
+    def status(self, session: str) -> str:
+        """What became of the session that this response goes on from."""
+        return "lost" if self._continuation.is_lost else session
+
+    def close(self) -> None:
+        """Cancel what has not ended; forget what was not kept."""
+        self._generation.close()
+        self._continuation.close()
+
+    # -- events --------------------------------------------------------------------------------------------
+
+    def _event(self, kind: str, **fields: Any) -> Event:
+        self._number += 1
+        return {"type": kind, "sequence_number": self._number, **fields}
+
+    def _item_event(self, kind: str, **fields: Any) -> Event:
+        return self._event(kind, item_id=self._item_id, output_index=0, content_index=0, **fields)
+
+    def _begin(self) -> list[Event]:
+        if self._has_item:
+            return []
+        self._has_item = True
+        item = {**self._item("", "in_progress"), "content": []}
+        return [
+            self._event("response.output_item.added", output_index=0, item=item),
+            self._item_event("response.content_part.added", part=_part("")),
+        ]
+
+    def _delta(self, text: str) -> list[Event]:
+        self._text.append(text)
+        return [*self._begin(), self._item_event("response.output_text.delta", delta=text, logprobs=[])]
+
+    async def _last(self, event: Finished) -> list[Event]:
+        text, is_whole = "".join(self._text), event.reason is not FinishReason.LENGTH
+        status = "completed" if is_whole else "incomplete"
+        item = self._item(text, status)
+        ends = [
+            *self._begin(),
+            self._item_event("response.output_text.done", text=text, logprobs=[]),
+            self._item_event("response.content_part.done", part=_part(text)),
+            self._event("response.output_item.done", output_index=0, item=item),
+        ]
+        self._response |= {
+            "status": status,
+            "completed_at": int(time.time()) if is_whole else None,
+            "incomplete_details": None if is_whole else {"reason": "max_output_tokens"},
+            "output": [item],
+            "usage": _usage(event),
+            "pacellm": {**report(self._generation.request, event), "session": self.status(event.session)},
+        }
+        await self._continuation.keep(self._response, text)
+        return [*ends, self._event(f"response.{status}", response=self._response)]
+
+    def _item(self, text: str, status: str) -> Event:
+        return {
+            "id": self._item_id,
+            "type": "message",
+            "status": status,
+            "role": "assistant",
+            "content": [_part(text)],
+        }
+
+
+def named(error: RequestError) -> RequestError:
+    """The error, its field called as this endpoint calls it."""
+    error.param = _PARAMS.get(error.param or "", error.param)
+    error.message = re.sub(r"\bmax_tokens\b", "max_output_tokens", error.message)
+    return error
+
+
+def _part(text: str) -> Event:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _usage(event: Finished) -> Event:
+    usage = event.usage
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }
+
+
+def _head(continuation: Continuation, body: ResponseRequest, service: Service, generation: Generation) -> Event:
+    """A response that has just begun."""
+    sampling, conversation = generation.request.sampling, body.conversation_id
+    return {
+        "id": continuation.id,
+        "object": "response",
+        "created_at": int(time.time()),
+        "status": "in_progress",
+        "background": False,
+        "completed_at": None,
+        "error": None,
+        "incomplete_details": None,
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "max_tool_calls": None,
+        "model": service.settings.model_name,
+        "output": [],
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "previous_response_id": body.previous_response_id,
+        "conversation": None if conversation is None else {"id": conversation},
+        "prompt_cache_key": body.prompt_cache_key,
+        "reasoning": {"effort": None, "summary": None},
+        "safety_identifier": body.safety_identifier,
+        "service_tier": "default",
+        "store": body.store,
+        "temperature": sampling.temperature,
+        "text": {"format": {"type": "text"}, "verbosity": "medium"},
+        "tool_choice": body.tool_choice or "auto",
+        "tools": [],
+        "top_logprobs": 0,
+        "top_p": sampling.top_p,
+        "truncation": "disabled",
+        "usage": None,
+        "user": body.user,
+        "metadata": body.metadata or {},
+    }

@@ -1,0 +1,110 @@
+"""/v1/responses: OpenAI's Responses API, its state kept in sessions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from pacellm.errors import NotFound, RequestError, UnsupportedParameter
+from pacellm.types import GenerationRequest
+from server import answer
+from server.auth import tenant_of
+from server.body import parsed
+from server.callers import Caller
+from server.continuation import Continuation
+from server.histories import Key
+from server.prompts import messages_prompt
+from server.responses import Responses, named
+from server.schema.responses import ResponseRequest, parse_response
+from server.service import Service
+
+router = APIRouter(prefix="/v1/responses")
+
+
+@router.post("")
+async def create_response(request: Request) -> Response:
+    """An answer to new input, alone, behind an earlier response, or in a conversation; streamed or not."""
+    service: Service = request.app.state.service
+    raw, body = await parsed(request, parse_response)
+    if "x-session-id" in request.headers:
+        raise UnsupportedParameter("name a conversation in the body instead", param="X-Session-ID")
+    caller = Caller.of(request, body.timeout)
+
+    async def start() -> Response:
+        try:
+            responses = await _submit(service, body, caller)
+            if body.stream:
+                return await responses.stream()
+            return await answer.whole(request, responses, responses.whole(), lambda: responses.found)
+        except RequestError as error:
+            raise named(error) from None
+
+    return await service.idempotency.answer(request, caller, raw, start)
+
+
+@router.get("/{response_id}")
+async def show_response(request: Request, response_id: str) -> Response:
+    """A stored response."""
+    service: Service = request.app.state.service
+    entry = service.histories.get(_key(request, response_id))
+    if entry is None or entry.answer is None:
+        raise _absent()
+    return Response(entry.answer, media_type="application/json")
+
+
+@router.delete("/{response_id}")
+async def delete_response(request: Request, response_id: str) -> dict[str, Any]:
+    """Forget a stored response; those that went on from it stay."""
+    service: Service = request.app.state.service
+    key = _key(request, response_id)
+    entry = service.histories.get(key)
+    if entry is None or entry.answer is None:
+        raise _absent()
+    service.histories.drop(key)
+    service.delete_later(key)
+    return {"id": response_id, "object": "response", "deleted": True}
+
+
+def _key(request: Request, response_id: str) -> Key:
+    """Refuses what these endpoints have no meaning for, as a stream of a stored response."""
+    for name in request.query_params:
+        raise UnsupportedParameter(f"{name[:80]} is not a parameter of this endpoint", param=name[:80])
+    return tenant_of(request), response_id
+
+
+def _absent() -> NotFound:
+    return NotFound("there is no such response, or it is no longer kept", param="response_id")
+
+
+async def _submit(service: Service, body: ResponseRequest, caller: Caller) -> Responses:
+    """Find the place, render, tokenise, check and queue.
+
+    Raises:
+        PaceError: it is refused; nothing was queued and nothing is left.
+    """
+    service.check_generation(body)
+    sampling = body.sampling()
+    continuation = Continuation(service, body, caller.tenant)
+    try:
+        limit = service.engine.config.max_model_len
+        prompt = await service.off_loop(
+            messages_prompt, service.tokenizer, continuation.prompt_messages(), limit, continuation.scope
+        )
+        await continuation.open()
+        request = GenerationRequest(
+            request_id=continuation.id,
+            prompt=prompt,
+            sampling=sampling,
+            session=continuation.session,
+            tenant=caller.tenant,
+            pa=body.pacellm.pa or "on",
+            commit=body.store,
+            priority=body.priority,
+        )
+        generation = await service.submit(request, caller)
+    except BaseException:
+        continuation.close()
+        raise
+    return Responses(continuation, generation, body, service)
