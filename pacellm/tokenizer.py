@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from jinja2 import Environment, TemplateError, meta
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from pacellm.dialect import Dialect, detect
 from pacellm.errors import ContextLengthExceeded, ModelError, RequestError, UnsupportedParameter
 from pacellm.pieces import PieceMemo
 
@@ -60,10 +61,39 @@ class ChatTokenizer:
         except TemplateError:  # tags of transformers' own
             return frozenset()
 
+    @cached_property
+    def dialect(self) -> Dialect:
+        """How the model writes reasoning and calls."""
+        template = self._tokenizer.chat_template
+        source = "\n".join(template.values()) if isinstance(template, dict) else template or ""
+        return detect(source, self.template_variables, getattr(self._tokenizer, "response_template", None))
+
+    @cached_property
+    def special_texts(self) -> tuple[str, ...]:
+        """Tokens that are left out of text, as they are written."""
+        added = self.backend.get_added_tokens_decoder().values()
+        return tuple(token.content for token in added if token.special)
+
+    def response_parser(
+        self, dialect: Dialect, prompt: str, tools: Sequence[dict[str, Any]], *, continues: bool
+    ) -> Any:
+        """transformers' parser of answers to a prompt, or None where everything is content.
+
+        Args:
+            prompt: rendered.
+            tools: for the types of arguments that are not written in JSON.
+            continues: the prompt ends within an answer.
+        """
+        if dialect.template is None:
+            return None
+        prefix = dialect.prefix(prompt, continues=continues)
+        return self._tokenizer.get_response_parser(dict(dialect.template), prefix=prefix, tools=list(tools))
+
     def render(
         self,
         messages: list[dict[str, Any]],
         *,
+        tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
@@ -72,6 +102,7 @@ class ChatTokenizer:
 
         Args:
             messages: dicts with ``role`` and ``content`` (a string).
+            tools: for the template, in OpenAI's form.
             continue_final_message: leave the last message open.
             variables: for the template; only such as it reads.
 
@@ -88,6 +119,7 @@ class ChatTokenizer:
         try:
             rendered = self._tokenizer.apply_chat_template(
                 messages,
+                tools=list(tools) if tools else None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,

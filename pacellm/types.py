@@ -6,9 +6,12 @@ import enum
 import math
 import time
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from pacellm.errors import PaceError, RequestError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PAMode = Literal["on", "off", "read_only"]
 SessionStatus = Literal["none", "new", "resident", "restored", "replayed", "folded", "lost"]
@@ -93,6 +96,23 @@ class SamplingParams:
             _require("logit_bias", math.isfinite(bias) and -100 <= bias <= 100, "between -100 and 100", bias)
 
 
+class Matcher(Protocol):
+    """Where one sequence is in what its answer is constrained to."""
+
+    def allowed(self, generated: list[int], size: int) -> np.ndarray:
+        """[size] bool: the tokens that may follow what was generated."""
+
+    def is_complete(self, generated: list[int]) -> bool:
+        """Nothing may follow."""
+
+
+class Constraint(Protocol):
+    """What an answer must look like."""
+
+    def new_matcher(self) -> Matcher:
+        """At its beginning, for one sequence."""
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
     """One request to the engine.
@@ -106,6 +126,7 @@ class GenerationRequest:
         pa: whether banks are read and written, only read, or left alone.
         commit: whether the session keeps what this request did.
         priority: lower goes first in the queue; equal ones go by arrival.
+        constraint: what every choice must look like; its end tokens come only where that is complete.
         n: choices; each goes on from a copy of the state after the prompt, and the first is what a session keeps.
         arrival: monotonic seconds.
     """
@@ -119,6 +140,7 @@ class GenerationRequest:
     commit: bool = True
     priority: int = 0
     n: int = 1
+    constraint: Constraint | None = None
     arrival: float = field(default_factory=time.monotonic)
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from pacellm.types import Admitted, ChoiceEnded, Delta, Event, Failed, Finished, FinishReason, TokenLogprob
+from server.calls import Delta as Piece
 from server.progress import PromptProgress
+from server.readers import Reader
 from server.report import report
 from server.schema.chat import ChatCompletionRequest
+from server.schema.tools import NamedTool
 from server.service import Generation, Service
 
 Chunk = dict[str, Any]
@@ -20,11 +23,15 @@ class Chunks:
 
     Args:
         generation: submitted.
+        readers: of the text, one for each choice.
         body: what the client asked for.
         service: where it was submitted.
     """
 
-    def __init__(self, generation: Generation, body: ChatCompletionRequest, service: Service) -> None:
+    def __init__(
+        self, generation: Generation, readers: Sequence[Reader], body: ChatCompletionRequest, service: Service
+    ) -> None:
+        self._readers = readers
         self._generation, self._body, self._service = generation, body, service
         self._tokenizer = service.tokenizer
         self._head = {
@@ -56,31 +63,46 @@ class Chunks:
                 case Admitted():
                     self.found = self.found or event.session
                 case Delta():
-                    yield self._delta(event)
+                    pieces = self._readers[event.index].push(event.text)
+                    for chunk in self._deltas(event.index, pieces, event.logprobs):
+                        yield chunk
                 case ChoiceEnded():
-                    yield self._end(event.index, event.reason, event.stop_reason)
+                    for chunk in self._end(event.index, event.reason, event.stop_reason):
+                        yield chunk
                 case Finished():
                     for chunk in self._last(event):
                         yield chunk
                 case Failed():
                     raise event.error
 
-    def _delta(self, event: Delta) -> Chunk:
-        delta: dict[str, Any] = {"content": event.text}
-        if event.index not in self._has_role:
-            self._has_role.add(event.index)
-            delta = {"role": "assistant", **delta}
-        return {**self._head, "choices": [self._choice(event.index, delta, None, event.logprobs)]}
+    def _deltas(
+        self, index: int, pieces: Sequence[Piece], logprobs: tuple[TokenLogprob, ...] = ()
+    ) -> Iterator[Chunk]:  # fmt: skip
+        """A chunk for each piece; the first has the log-probabilities, also where the tokens have no text yet."""
+        for number, piece in enumerate(pieces or ([{}] if logprobs else [])):
+            delta = piece
+            if index not in self._has_role:
+                self._has_role.add(index)
+                delta = {"role": "assistant", "content": None, **piece}
+            yield {**self._head, "choices": [self._choice(index, delta, None, () if number else logprobs)]}
 
-    def _end(self, index: int, reason: FinishReason, stop_reason: str | int | None) -> Chunk:
+    def _end(self, index: int, reason: FinishReason, stop_reason: str | int | None) -> list[Chunk]:
+        """What the reader held back, and the end of a choice."""
+        chunks = list(self._deltas(index, self._readers[index].finish()))
         delta = {} if index in self._has_role else {"role": "assistant", "content": ""}
-        choice = self._choice(index, delta, reason.value, ())
+        choice = self._choice(index, delta, self._reason(index, reason), ())
         if stop_reason is not None:
             choice["stop_reason"] = stop_reason
-        return {**self._head, "choices": [choice]}
+        return [*chunks, {**self._head, "choices": [choice]}]
+
+    def _reason(self, index: int, reason: FinishReason) -> str:
+        """OpenAI's word; where the function was named, calling it is no reason to end."""
+        has_called = self._readers[index].num_calls > 0 and not isinstance(self._body.choice, NamedTool)
+        return "tool_calls" if has_called and reason is FinishReason.STOP else reason.value
 
     def _last(self, event: Finished) -> list[Chunk]:
-        ends = [] if self._several else self._end(0, event.reason, event.stop_reason)["choices"]
+        ends = [] if self._several else self._end(0, event.reason, event.stop_reason)
+        choices = ends.pop()["choices"] if ends else []
         pace = report(self._generation.request, event)
         usage = {
             "prompt_tokens": event.usage.prompt_tokens,
@@ -89,7 +111,8 @@ class Chunks:
             "prompt_tokens_details": {"cached_tokens": event.usage.cached_tokens},
         }
         return [
-            {**self._head, "choices": ends, "pacellm": pace},
+            *ends,
+            {**self._head, "choices": choices, "pacellm": pace},
             {**self._head, "choices": [], "usage": usage},
         ]
 
@@ -120,19 +143,33 @@ async def fold(chunks: AsyncIterator[Chunk | None]) -> Chunk:
             continue
         answer = {**answer, **{name: value for name, value in chunk.items() if name not in ("choices", "object")}}
         for part in chunk["choices"]:
-            _add(choices.setdefault(part["index"], {"text": [], "logprobs": []}), part)
+            _add(choices.setdefault(part["index"], {"logprobs": [], "calls": {}}), part)
     answer.pop("prompt_progress", None)
     return {**answer, "object": "chat.completion", "choices": [_folded(choices[index]) for index in sorted(choices)]}
 
 
 def _add(choice: Chunk, part: Chunk) -> None:
-    choice["text"].append(part["delta"].get("content", ""))
+    delta = part["delta"]
+    for name in ("content", "reasoning_content", "reasoning"):
+        if delta.get(name) is not None:
+            choice.setdefault(name, []).append(delta[name])
+    for piece in delta.get("tool_calls", ()):
+        call = choice["calls"].setdefault(piece["index"], {**piece, "function": {**piece["function"], "arguments": ""}})
+        call["function"]["arguments"] += piece["function"]["arguments"]
     choice["logprobs"] += (part["logprobs"] or {}).get("content", [])
     choice["last"] = part
 
 
 def _folded(choice: Chunk) -> Chunk:
-    message = {"role": "assistant", "content": "".join(choice["text"]), "refusal": None}
+    message: Chunk = {"role": "assistant", "content": None, "refusal": None}
+    for name in ("content", "reasoning_content", "reasoning"):
+        if name in choice:
+            message[name] = "".join(choice[name])
+    calls = [{name: value for name, value in call.items() if name != "index"} for call in choice["calls"].values()]
+    if calls:
+        message |= {"content": message["content"] or None, "tool_calls": calls}
+    elif message["content"] is None:
+        message["content"] = ""
     logprobs = {"content": choice["logprobs"], "refusal": None} if choice["logprobs"] else None
     last = {name: value for name, value in choice["last"].items() if name != "delta"}
     return {**last, "logprobs": logprobs, "message": message}

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pacellm.errors import RequestError
 from pacellm.tokenizer import ChatTokenizer
-from server.schema.chat import ChatCompletionRequest
+from server.conversation import for_template
+from server.schema.chat import ChatCompletionRequest, Message
 from server.schema.completions import CompletionRequest
+from server.schema.tools import Tool
 
 
 def chat_prompt(
     tokenizer: ChatTokenizer, body: ChatCompletionRequest, limit: int | None, scope: str | None = None
-) -> list[int]:
-    """Ids of a conversation.
+) -> tuple[str, list[int]]:
+    """A conversation's prompt, as text and ids.
 
     Args:
         limit: the model's context; a prompt that is longer for certain is refused before tokenising.
@@ -22,16 +25,36 @@ def chat_prompt(
     Raises:
         RequestError: the template refuses it, or it is too long.
     """
-    messages: list[dict[str, Any]] = [{"role": message.role, "content": message.text()} for message in body.messages]
-    for number, message in enumerate(messages):
-        check_text(message["content"], f"messages.{number}.content")
-    rendered = tokenizer.render(
-        messages,
+    rendered = rendered_chat(
+        tokenizer,
+        body.messages,
+        body.tools or (),
         add_generation_prompt=not body.continue_final_message and body.add_generation_prompt is not False,
         continue_final_message=body.continue_final_message,
         variables=body.chat_template_kwargs,
     )
-    return tokenizer.encode(rendered, limit=None if body.truncate_prompt_tokens is not None else limit, scope=scope)
+    limit = None if body.truncate_prompt_tokens is not None else limit
+    return rendered, tokenizer.encode(rendered, limit=limit, scope=scope)
+
+
+def rendered_chat(
+    tokenizer: ChatTokenizer, messages: Sequence[Message], tools: Sequence[Tool], **options: Any
+) -> str:  # fmt: skip
+    """A conversation as the model gets it.
+
+    Args:
+        options: of :meth:`ChatTokenizer.render`.
+
+    Raises:
+        RequestError: the template refuses it.
+    """
+    dialect = tokenizer.dialect
+    shown = [tool.shown() for tool in tools] if dialect.reads_tools and tools else None
+    for number, message in enumerate(messages):
+        check_text(message.text(), f"messages.{number}.content")
+    rendered = tokenizer.render(for_template(messages, tools, dialect), tools=shown, **options)
+    check_text(rendered, "messages")
+    return rendered
 
 
 def messages_prompt(
@@ -71,5 +94,7 @@ def check_text(text: str, param: str) -> None:
     Raises:
         RequestError: unpaired surrogates.
     """
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise RequestError("text has unpaired surrogates", param=param)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RequestError("text has unpaired surrogates", param=param) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 import uuid
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pacellm.engine.engine import Engine
+from pacellm.engine.grammar import Grammars
 from pacellm.engine.session_ops import Operation
 from pacellm.engine.thread import EngineThread
 from pacellm.errors import (
@@ -24,16 +26,17 @@ from pacellm.errors import (
     RequestError,
     UnsupportedParameter,
 )
+from pacellm.grammar import Grammar
 from pacellm.tokenizer import ChatTokenizer
-from pacellm.types import Admitted, Event, Failed, Finished, GenerationRequest, SamplingParams
+from pacellm.types import Admitted, Constraint, Event, Failed, Finished, GenerationRequest, SamplingParams
 from server.callers import Caller
 from server.histories import Histories, Key
 from server.idempotency import Idempotency
 from server.metrics import Metrics
-from server.prompts import chat_prompt
 from server.schema.chat import ChatCompletionRequest
 from server.schema.sampling import GenerationFields, SamplingFields
 from server.settings import Settings
+from server.turns import Turn, new_turn
 
 logger = logging.getLogger("pacellm.server")
 
@@ -101,6 +104,8 @@ class Service:
         self.engine, self.tokenizer, self.settings = engine, tokenizer, settings
         self.thread = EngineThread(engine, self._deliver)
         self.metrics = Metrics(self.thread, settings.model_name)
+        self.grammars = Grammars(tokenizer.backend, frozenset(engine.model.eos_token_ids))
+        self._compiling = asyncio.Lock()  # one grammar at a time: the threads are for others too
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pacellm-tokenizer")
         self._generations: dict[str, Generation] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -119,6 +124,7 @@ class Service:
         """End the engine; unfinished requests fail with an error."""
         await asyncio.to_thread(self.thread.stop)
         self._pool.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self.grammars.close)
 
     async def off_loop(self, function, *arguments):
         """Run slow work in a thread."""
@@ -137,7 +143,9 @@ class Service:
         with contextlib.suppress(EngineDead):
             self.thread.call(self.engine.ops.delete(session))
 
-    async def submit_chat(self, body: ChatCompletionRequest, caller: Caller, session_id: str | None) -> Generation:
+    async def submit_chat(
+        self, body: ChatCompletionRequest, caller: Caller, session_id: str | None
+    ) -> tuple[Generation, Turn]:
         """Render, tokenise, check and queue a chat request.
 
         Raises:
@@ -146,9 +154,22 @@ class Service:
         self.check_options(body, session_id)
         sampling = body.sampling()
         scope = None if session_id is None else f"{caller.tenant}/{session_id}"
-        prompt = await self.off_loop(chat_prompt, self.tokenizer, body, self.engine.config.max_model_len, scope)
-        request = self.request("chatcmpl", body, prompt, sampling, caller, session_id, body.n or 1)
-        return await self.submit(request, caller)
+        limit = self.engine.config.max_model_len
+        turn = await self.off_loop(new_turn, self.tokenizer, self.grammars, body, sampling, limit, scope)
+        request = self.request("chatcmpl", body, turn.prompt, turn.sampling, caller, session_id, body.n or 1)
+        request = dataclasses.replace(request, constraint=await self.compile(turn.grammar))
+        return await self.submit(request, caller), turn
+
+    async def compile(self, grammar: Grammar | None) -> Constraint | None:
+        """What an answer must look like, for the engine.
+
+        Raises:
+            RequestError: it is wrong or too complex; names the field.
+        """
+        if grammar is None:
+            return None
+        async with self._compiling:
+            return await self.off_loop(self.grammars.compile, grammar)
 
     def check_model(self, name: str | None) -> None:
         """Refuse another model's name.

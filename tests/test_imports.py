@@ -13,6 +13,8 @@ LEVELS = {
     "pacellm.types": 0,
     "pacellm.rows": 0,
     "pacellm.pieces": 0,
+    "pacellm.grammar": 0,
+    "pacellm.dialect": 0,
     "pacellm.memory": 1,
     "pacellm.experts": 1,
     "pacellm.model": 2,

@@ -16,7 +16,7 @@ from pacellm.engine.sampler import sample, score
 from pacellm.engine.sequence import Sequence
 from pacellm.engine.session import Session
 from pacellm.engine.stats import bank_reads
-from pacellm.errors import EngineError, PaceError, SessionConflict, SessionDeleted
+from pacellm.errors import EngineError, PaceError, RequestError, SessionConflict, SessionDeleted
 from pacellm.memory.state import COUNTERS
 from pacellm.types import (
     BankReads,
@@ -71,8 +71,11 @@ class Answers:
             return [(sequence.id, event) for event in self._finish(live, FinishReason.LENGTH)]
         try:
             params = sequence.request.sampling
-            token, logprob = sample(logits, params, sequence.prompt, sequence.generated, sequence.seed)
+            allowed = sequence.allowed(len(logits))
+            token, logprob = sample(logits, params, sequence.prompt, sequence.generated, sequence.seed, allowed)
             events = self._accept(live, token, logprob)
+        except RequestError as error:
+            return [self._engine.fail(sequence, error)]
         except Exception as error:
             logger.exception("request %s failed while sampling", sequence.id)
             return [self._engine.fail(sequence, EngineError(f"sampling failed: {error}"))]
@@ -110,6 +113,8 @@ class Answers:
         if live.text is not None and live.text.stopped_by is not None:
             sequence.stop_reason = live.text.stopped_by
             return [*events, *self._finish(live, FinishReason.STOP)]
+        if sequence.is_complete:
+            return [*events, *self._last_text(live, (), ()), *self._finish(live, FinishReason.STOP)]
         if len(sequence.generated) >= sequence.max_tokens:
             return [*events, *self._last_text(live, (), ()), *self._finish(live, FinishReason.LENGTH)]
         return events

@@ -180,6 +180,8 @@ class Engine:
             raise RequestError(f"n must be 1 to {self.config.max_num_seqs} here, not {request.n}", param="n")
         if request.sampling.prompt_logprobs is not None and request.session is not None:
             raise RequestError("log-probabilities of a prompt are not available in a session", param="echo")
+        if request.constraint is not None and request.sampling.ignore_eos:
+            raise RequestError("ignore_eos contradicts a constrained answer", param="ignore_eos", code="invalid_value")
         vocabulary = self.model.vocab_size
         for token, _ in request.sampling.logit_bias:
             if token >= vocabulary:

@@ -17,7 +17,12 @@ from pacellm.types import SamplingParams, TokenLogprob
 
 
 def sample(
-    logits: Tensor, params: SamplingParams, prompt: array[int], generated: list[int], seed: int
+    logits: Tensor,
+    params: SamplingParams,
+    prompt: array[int],
+    generated: list[int],
+    seed: int,
+    allowed: np.ndarray | None = None,
 ) -> tuple[int, TokenLogprob | None]:
     """The next token of one request, and its log-probability where that was asked for.
 
@@ -26,6 +31,7 @@ def sample(
         prompt: ids of the prompt, for the repetition penalty.
         generated: ids so far.
         seed: the request's own.
+        allowed: [V] bool, the tokens that may be chosen, after penalties and bias; None: all.
 
     Raises:
         ValueError: logits that are not finite, or a logit_bias token outside the vocabulary.
@@ -33,6 +39,8 @@ def sample(
     if not torch.isfinite(logits).all():
         raise ValueError("the model produced logits that are not finite")
     shaped = _bias(_penalise(logits, params, prompt, generated), params)
+    if allowed is not None:
+        shaped = shaped.masked_fill(~torch.from_numpy(allowed).to(shaped.device), -torch.inf)
     token = int(shaped.argmax()) if params.temperature == 0 else _draw(shaped, params, seed, len(generated))
     return token, None if params.logprobs is None else _logprob(logits, token, params.logprobs)
 
@@ -66,7 +74,7 @@ def _bias(logits: Tensor, params: SamplingParams) -> Tensor:
 def _draw(logits: Tensor, params: SamplingParams, seed: int, count: int) -> int:
     """One token from the distribution that temperature, top_k, top_p and min_p leave."""
     probabilities, order = (logits.double() / params.temperature).softmax(-1).sort(descending=True, stable=True)
-    keep = torch.ones_like(probabilities, dtype=torch.bool)
+    keep = probabilities > 0
     if params.top_k > 0:
         keep[params.top_k :] = False
     if params.top_p < 1.0:

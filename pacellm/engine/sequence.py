@@ -6,11 +6,15 @@ import enum
 import time
 from array import array
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from pacellm.engine.kv import KVTable
 from pacellm.engine.session import Session
 from pacellm.engine.turn import Turn
-from pacellm.types import FinishReason, GenerationRequest, SessionStatus
+from pacellm.types import FinishReason, GenerationRequest, Matcher, SessionStatus
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Lineage = tuple[str, tuple[str, str] | None, int]
 """What a request's first token is fed on: (tenant, session or None, the session's generation)."""
@@ -41,6 +45,7 @@ class Sequence:
         claimed: the session directory was asked about its session.
         note: what was refused on the way to its session's state.
         session: the one it works on, while it runs.
+        matcher: where it is in what its answer is constrained to, once it was asked.
         num_scored: prompt tokens after the first whose log-probability was reported.
         cached, replayed: prompt tokens not computed again; tokens of the log that are.
     """
@@ -59,6 +64,7 @@ class Sequence:
     row: int | None = None
     session: Session | None = None
     session_status: SessionStatus = "none"
+    matcher: Matcher | None = None
     num_scored: int = 0
     cached: int = 0
     replayed: int = 0
@@ -124,6 +130,23 @@ class Sequence:
         self.generated.append(token)
         self.turn.ids.append(token)
         self.total_work += 1
+
+    def allowed(self, size: int) -> np.ndarray | None:
+        """[size] bool: the tokens that may come next; None where all may.
+
+        Raises:
+            RequestError: the constraint fails here.
+        """
+        if self.request.constraint is None:
+            return None
+        if self.matcher is None:
+            self.matcher = self.request.constraint.new_matcher()
+        return self.matcher.allowed(self.generated, size)
+
+    @property
+    def is_complete(self) -> bool:
+        """Its constraint lets nothing follow."""
+        return self.matcher is not None and self.matcher.is_complete(self.generated)
 
     def fed(self) -> Turn:
         """The request's own turn as it enters the log: without the last sampled token, which was never fed."""

@@ -24,8 +24,8 @@ async def chat_completions(request: Request) -> Response:
     session = session_of(request, body.session_id)
 
     async def start() -> Response:
-        generation = await service.submit_chat(body, caller, session)
-        chunks = Chunks(generation, body, service)
+        generation, turn = await service.submit_chat(body, caller, session)
+        chunks = Chunks(generation, turn.readers, body, service)
         if body.stream:
             return await answer.streamed(service, generation, chunks, wants_usage=body.wants_usage())
         return await answer.whole(request, generation, fold(chunks()), lambda: chunks.found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
@@ -41,12 +43,14 @@ async def _submit(service: Service, body: CompletionRequest, caller: Caller, ses
     sampling, prompts = body.sampling(), body.prompts()
     if session is not None and len(prompts) > 1:
         raise RequestError("a session takes one prompt at a time", param="prompt")
+    constraint = await service.compile(None if body.structured_outputs is None else body.structured_outputs.grammar())
     limit = service.engine.config.max_model_len
     generations: list[Generation] = []
     try:
         for prompt in prompts:
             ids = await service.off_loop(text_prompt, service.tokenizer, prompt, body, limit)
             request = service.request("cmpl", body, ids, sampling, caller, session)
+            request = dataclasses.replace(request, constraint=constraint)
             generations.append(await service.submit(request, caller))
     except BaseException as error:
         for generation in generations:

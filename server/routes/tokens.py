@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 
 from pacellm.errors import RequestError
 from server.body import parsed
-from server.prompts import check_text
+from server.prompts import check_text, rendered_chat
 from server.schema.tokens import TokenizeRequest, parse_detokenize, parse_tokenize
 from server.service import Service
 
@@ -45,8 +45,6 @@ def _ids(service: Service, body: TokenizeRequest) -> list[int]:
     if body.prompt is not None:
         check_text(body.prompt, "prompt")
         return service.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
-    messages = [{"role": message.role, "content": message.text()} for message in body.messages or ()]
-    for number, message in enumerate(messages):
-        check_text(message["content"], f"messages.{number}.content")
-    rendered = service.tokenizer.render(messages, add_generation_prompt=body.add_generation_prompt)
+    options = {"add_generation_prompt": body.add_generation_prompt}
+    rendered = rendered_chat(service.tokenizer, body.messages or (), body.tools or (), **options)
     return service.tokenizer.encode(rendered)

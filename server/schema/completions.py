@@ -8,6 +8,7 @@ from pydantic import Field
 
 from pacellm.types import SamplingParams
 from server.schema.base import parse, refuse_unless_neutral
+from server.schema.formats import StructuredOutputs
 from server.schema.sampling import SamplingFields
 
 _Token = Annotated[int, Field(ge=0, lt=2**31)]
@@ -29,6 +30,7 @@ class CompletionRequest(SamplingFields):
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     add_special_tokens: bool = True
+    structured_outputs: StructuredOutputs | None = None
     # accepted only with their neutral value
     n: Any = None
     best_of: Any = None

@@ -7,7 +7,8 @@ from typing import Annotated
 from pydantic import Field
 
 from server.schema.base import Strict, parse
-from server.schema.chat import Message
+from server.schema.chat import Message, check_messages
+from server.schema.tools import MAX_TOOLS, Tool, check_tools
 
 
 class TokenizeRequest(Strict):
@@ -16,6 +17,7 @@ class TokenizeRequest(Strict):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=16_384)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool = False
@@ -30,7 +32,10 @@ class DetokenizeRequest(Strict):
 
 def parse_tokenize(body: bytes) -> TokenizeRequest:
     """A checked request."""
-    return parse(TokenizeRequest, body)
+    request = parse(TokenizeRequest, body)
+    check_messages(request.messages or [])
+    check_tools(request.tools or [], None)
+    return request
 
 
 def parse_detokenize(body: bytes) -> DetokenizeRequest:

@@ -89,10 +89,10 @@ def test_a_failed_choice_fails_the_request(model, monkeypatch):
 
     original = module.sample
 
-    def explode(logits, params, prompt_ids, generated, seed):
+    def explode(logits, params, prompt_ids, generated, seed, allowed):
         if seed == SAMPLED.seed + 2 and len(generated) == 4:
             raise RuntimeError("broken on purpose")
-        return original(logits, params, prompt_ids, generated, seed)
+        return original(logits, params, prompt_ids, generated, seed, allowed)
 
     monkeypatch.setattr(module, "sample", explode)
     engine = new_engine(model)

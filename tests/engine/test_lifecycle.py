@@ -106,7 +106,7 @@ def test_a_failure_leaves_the_kv_that_a_session_shares(model, monkeypatch):
     kept, engine = new_engine(model), new_engine(model)
     for e in (kept, engine):
         run(e, request("1", LONG, session="s"))
-    from pacellm.engine import engine as module
+    from pacellm.engine import answers as module
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "sample", lambda *_: 1 / 0)

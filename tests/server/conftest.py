@@ -20,10 +20,16 @@ NAME = "pacellm-demo"
 
 
 class Live:
-    """A running server."""
+    """A running server.
 
-    def __init__(self, config, settings, keys=None):
+    Args:
+        files: attributes of the tokenizer, as another model's files would set them.
+    """
+
+    def __init__(self, config, settings, keys=None, files=None):
         tokenizer = ChatTokenizer(MODEL_PATH)
+        for name, value in (files or {}).items():
+            setattr(tokenizer._tokenizer, name, value)
         self.engine = Engine(load(MODEL_PATH), config, tokenizer.backend)
         self.service = Service(self.engine, tokenizer, settings)
         self._server = uvicorn.Server(
@@ -60,9 +66,9 @@ class Live:
         raise AssertionError("requests are still in the engine")
 
 
-def start(config=None, keys=None, **settings):
+def start(config=None, keys=None, files=None, **settings):
     """A server whose KV memory holds the whole context; pages that are not touched cost nothing."""
-    return Live(config or EngineConfig(kv_cache_memory=2**31), Settings(model_name=NAME, **settings), keys)
+    return Live(config or EngineConfig(kv_cache_memory=2**31), Settings(model_name=NAME, **settings), keys, files)
 
 
 @pytest.fixture(scope="session")

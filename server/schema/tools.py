@@ -1,0 +1,102 @@
+"""Tools, and the messages that carry calls and results, as chat completions have them."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from pacellm.errors import RequestError
+from server.schema.base import Strict
+
+MAX_TOOLS = 128
+NAME = r"^[A-Za-z0-9_-]{1,64}$"
+_Name = Annotated[str, Field(pattern=NAME)]
+
+
+class FunctionDefinition(Strict):
+    """What a function is called and takes."""
+
+    name: _Name
+    description: Annotated[str, Field(max_length=16_384)] | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    """A function that the model may call."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+    def shown(self) -> dict[str, Any]:
+        """For the chat template."""
+        return {"type": "function", "function": self.function.model_dump(exclude_none=True, exclude={"strict"})}
+
+
+class FunctionName(Strict):
+    """One function."""
+
+    name: _Name
+
+
+class NamedTool(Strict):
+    """The function to call."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+
+
+class CalledFunction(Strict):
+    """A function and the JSON it was called with."""
+
+    name: _Name
+    arguments: Annotated[str, Field(max_length=2**24)]
+
+
+class ToolCall(Strict):
+    """A call that an earlier answer made."""
+
+    id: Annotated[str, Field(min_length=1, max_length=256)]
+    type: Literal["function"]
+    function: CalledFunction
+
+    def arguments(self, param: str) -> dict[str, Any]:
+        """The arguments as an object.
+
+        Raises:
+            RequestError: they are no JSON object.
+        """
+        try:
+            found = json.loads(self.function.arguments)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise RequestError(f"{param} must be a JSON object", param=param, code="invalid_value")
+        return found
+
+
+def check_tools(tools: list[Tool], choice: ToolChoice | None) -> None:
+    """Refuse tools that contradict each other or their choice.
+
+    Raises:
+        RequestError: names the field.
+    """
+    names: set[str] = set()
+    for number, tool in enumerate(tools):
+        field, function = f"tools.{number}.function", tool.function
+        if function.name in names:
+            raise RequestError(f"two tools are named {function.name!r}", param=f"{field}.name", code="invalid_value")
+        names.add(function.name)
+        if function.parameters is not None and function.parameters.get("type") != "object":
+            message = f'{field}.parameters must be a JSON schema with "type": "object"'
+            raise RequestError(message, param=f"{field}.parameters", code="invalid_value")
+    if isinstance(choice, NamedTool) and choice.function.name not in names:
+        message = f"tool_choice names {choice.function.name!r}, which is not among the tools"
+        raise RequestError(message, param="tool_choice.function.name", code="invalid_value")
+    if choice == "required" and not tools:
+        raise RequestError("tool_choice required needs tools", param="tool_choice", code="invalid_value")

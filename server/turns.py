@@ -1,0 +1,179 @@
+"""A chat request to what the engine needs, the prompt and the answer's form, and to readers of the answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from pacellm import grammar
+from pacellm.dialect import Dialect
+from pacellm.engine.grammar import Grammars
+from pacellm.errors import RequestError, UnsupportedParameter
+from pacellm.grammar import Function, Grammar, Mark
+from pacellm.tokenizer import ChatTokenizer
+from pacellm.types import SamplingParams
+from server.prompts import chat_prompt
+from server.readers import ListReader, ParsedReader, PlainReader, Reader
+from server.schema.chat import ChatCompletionRequest
+from server.schema.tools import NamedTool
+
+_NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation.
+
+    Attributes:
+        prompt: ids.
+        sampling: for the engine.
+        grammar: what the whole answer must look like; None where it is free.
+        readers: one for each choice.
+    """
+
+    prompt: list[int]
+    sampling: SamplingParams
+    grammar: Grammar | None
+    readers: list[Reader]
+
+
+def new_turn(
+    tokenizer: ChatTokenizer,
+    grammars: Grammars,
+    body: ChatCompletionRequest,
+    sampling: SamplingParams,
+    limit: int | None,
+    scope: str | None,
+) -> Turn:
+    """All that a chat request comes to. Slow on long prompts: called off the event loop.
+
+    Args:
+        limit: the model's context; a prompt that is longer for certain is refused before tokenising.
+        scope: whose texts these are, as tenant and session; long pieces are remembered within it.
+
+    Raises:
+        RequestError: the template refuses it, or it is too long, or its fields contradict each other.
+    """
+    form = _Form(tokenizer.dialect, grammars, body)
+    text, prompt = chat_prompt(tokenizer, body, limit, scope)
+    dialect = form.dialect
+    tools = [tool.shown() for tool in body.tools or ()]
+    readers: list[Reader] = []
+    for _ in range(body.n or 1):
+        parser = tokenizer.response_parser(dialect, text, tools, continues=body.continue_final_message)
+        special = tokenizer.special_texts if body.skip_special_tokens else ()
+        reader: Reader = PlainReader() if parser is None else ParsedReader(parser, dialect, special)
+        readers.append(ListReader(reader) if form.is_list else reader)
+    if dialect.template is not None:
+        sampling = dataclasses.replace(sampling, skip_special_tokens=False)  # marks may be special tokens
+    return Turn(prompt, sampling, form.grammar(text), readers)
+
+
+class _Form:
+    """What the answer of one request may look like.
+
+    Args:
+        dialect: the model's.
+        grammars: knows which texts are special tokens.
+        body: the request.
+
+    Raises:
+        RequestError: fields that contradict each other.
+        UnsupportedParameter: what cannot be had with this model.
+    """
+
+    def __init__(self, dialect: Dialect, grammars: Grammars, body: ChatCompletionRequest) -> None:
+        self._model, self._grammars, self._body = dialect, grammars, body
+        self._format, self._choice = body.format(), body.choice
+        self._is_forced = self._choice == "required" or isinstance(self._choice, NamedTool)
+        self._is_marked = dialect.call is not None and dialect.reads_tools
+        if self._choice == "auto":
+            self._check_auto()
+        if body.structured_outputs is not None and self._choice != "none":
+            message = "structured_outputs and tools exclude each other; tool_choice none lets both be there"
+            raise RequestError(message, param="structured_outputs", code="invalid_value")
+
+    @property
+    def is_list(self) -> bool:
+        """Calls come as a plain JSON list."""
+        return self._is_forced and not self._is_marked
+
+    @property
+    def dialect(self) -> Dialect:
+        """What the answer is read by."""
+        finds_calls = self._choice == "auto" or (self._is_forced and self._is_marked)
+        return self._model if finds_calls else self._model.without_calls()
+
+    def grammar(self, prompt: str) -> Grammar | None:
+        """The whole answer's form.
+
+        Args:
+            prompt: rendered.
+        """
+        found = self._calls() if self._is_forced or (self._choice == "auto" and self._is_marked) else self._format
+        if found is None or self._model.think is None:
+            return found
+        mark = self._mark(self._model.think)
+        is_open = self._model.is_thinking(prompt, continues=self._body.continue_final_message)
+        has_text = self._choice == "auto" and self._format is None
+        if has_text and not is_open and mark.tokens is None:
+            return found  # reasoning is text like any other
+        return grammar.after_reasoning(found, mark, is_open=is_open)
+
+    def _calls(self) -> Grammar:
+        only_one = self._body.parallel_tool_calls is False or isinstance(self._choice, NamedTool)
+        functions = self._functions()
+        if not self._is_marked:
+            return grammar.of_calls(functions, only_one=only_one)
+        assert self._model.call is not None
+        mark = self._mark(self._model.call)
+        if self._is_forced:
+            return grammar.of_marked_calls(functions, mark, only_one=only_one)
+        has_text = self._format is None
+        return grammar.of_marked_calls(
+            functions, mark, only_one=only_one, with_text=has_text, otherwise=self._format
+        )  # fmt: skip
+
+    def _functions(self) -> list[Function]:
+        """Those that may be called."""
+        only = self._choice.function.name if isinstance(self._choice, NamedTool) else None
+        return [
+            Function(
+                tool.function.name,
+                f"tools.{number}.function.parameters",
+                _NO_ARGUMENTS if tool.function.parameters is None else tool.function.parameters,
+                is_strict=tool.function.strict is True,
+            )
+            for number, tool in enumerate(self._body.tools or ())
+            if only in (None, tool.function.name)
+        ]
+
+    def _mark(self, marks: tuple[str, str]) -> Mark:
+        begin, end = (self._grammars.special(text) for text in marks)
+        return Mark(*marks, tokens=None if begin is None or end is None else (begin, end))
+
+    def _check_auto(self) -> None:
+        """Refuse what cannot be had where the model chooses by itself."""
+        if not (self._model.reads_tools and self._model.writes_calls):
+            raise UnsupportedParameter(
+                "how this model calls tools by itself is not known; tool_choice required, or a named function, works "
+                "with every model",
+                param="tool_choice",
+            )
+        if self._is_marked:
+            return
+        if self._body.parallel_tool_calls is False:
+            raise UnsupportedParameter(
+                "parallel_tool_calls false with tool_choice auto is not supported with this model",
+                param="parallel_tool_calls",
+            )
+        if self._format is not None:
+            raise UnsupportedParameter(
+                "response_format with tool_choice auto is not supported with this model", param="response_format"
+            )
+        for number, tool in enumerate(self._body.tools or ()):
+            if tool.function.strict:
+                raise UnsupportedParameter(
+                    "strict with tool_choice auto is not supported with this model",
+                    param=f"tools.{number}.function.strict",
+                )
