@@ -177,6 +177,13 @@ def named(error: RequestError) -> RequestError:
     return error
 
 
+def _format(body: ResponseRequest) -> Event:
+    """The text's form as it was asked for."""
+    if body.text is None or body.text.format is None:
+        return {"type": "text"}
+    return body.text.format.model_dump(by_alias=True, exclude_none=True)
+
+
 def _part(text: str) -> Event:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
@@ -218,7 +225,7 @@ def _head(continuation: Continuation, body: ResponseRequest, service: Service, g
         "service_tier": "default",
         "store": body.store,
         "temperature": sampling.temperature,
-        "text": {"format": {"type": "text"}, "verbosity": "medium"},
+        "text": {"format": _format(body), "verbosity": "medium"},
         "tool_choice": body.tool_choice or "auto",
         "tools": [],
         "top_logprobs": 0,

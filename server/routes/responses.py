@@ -86,6 +86,7 @@ async def _submit(service: Service, body: ResponseRequest, caller: Caller) -> Re
     """
     service.check_generation(body)
     sampling = body.sampling()
+    constraint = await service.compile(body.format())
     continuation = Continuation(service, body, caller.tenant)
     try:
         limit = service.engine.config.max_model_len
@@ -102,6 +103,7 @@ async def _submit(service: Service, body: ResponseRequest, caller: Caller) -> Re
             pa=body.pacellm.pa or "on",
             commit=body.store,
             priority=body.priority,
+            constraint=constraint,
         )
         generation = await service.submit(request, caller)
     except BaseException:

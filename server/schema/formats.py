@@ -45,6 +45,35 @@ class ResponseFormat(Strict):
         return None if self.type == "text" else grammar.of_json({"type": "object"}, "response_format")
 
 
+class TextFormat(Strict):
+    """The same as the Responses API writes it."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: Annotated[str, Field(pattern=NAME)] | None = None
+    description: Annotated[str, Field(max_length=4096)] | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+    def grammar(self) -> Grammar | None:
+        """None for text.
+
+        Raises:
+            RequestError: name and schema are missing or not asked for.
+        """
+        if self.type == "json_schema":
+            for field, value in (("name", self.name), ("schema", self.schema_)):
+                if value is None:
+                    message = f"text.format of type json_schema needs a {field}"
+                    raise RequestError(message, param=f"text.format.{field}", code="invalid_value")
+            return grammar.of_json(self.schema_ or {}, "text.format.schema", is_strict=self.strict is not False)
+        for field in ("name", "description", "schema_", "strict"):
+            if getattr(self, field) is not None:
+                name = field.rstrip("_")
+                message = f"text.format.{name} goes with type json_schema"
+                raise RequestError(message, param=f"text.format.{name}", code="invalid_value")
+        return None if self.type == "text" else grammar.of_json({"type": "object"}, "text.format")
+
+
 class StructuredOutputs(Strict):
     """One of four ways to say it."""
 

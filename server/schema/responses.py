@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from pacellm.errors import RequestError, UnsupportedParameter
+from pacellm.grammar import Grammar
 from pacellm.types import SamplingParams
 from server.schema.base import RESPONSE_PREFIX, SESSION_ID, Strict, parse, refuse_unless_neutral
 from server.schema.chat import Metadata
+from server.schema.formats import TextFormat
 from server.schema.sampling import GenerationFields
 
 
@@ -41,14 +43,6 @@ class ConversationId(Strict):
     """A conversation by its id."""
 
     id: Annotated[str, Field(pattern=SESSION_ID)]
-
-
-class TextFormat(Strict):
-    """Only plain text; the others are known, so that they are refused by name."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    type: Literal["text", "json_object", "json_schema"]
 
 
 class TextOptions(Strict):
@@ -113,6 +107,14 @@ class ResponseRequest(GenerationFields):
             return [{"role": "user", "content": self.input}]
         return [{"role": message.role, "content": message.text()} for message in self.input]
 
+    def format(self) -> Grammar | None:
+        """What the answer must look like.
+
+        Raises:
+            RequestError: it is said wrongly.
+        """
+        return None if self.text is None or self.text.format is None else self.text.format.grammar()
+
     def sampling(self) -> SamplingParams:
         """The engine's parameters.
 
@@ -143,10 +145,6 @@ def parse_response(body: bytes) -> ResponseRequest:
     if request.store and not request.pacellm.commit:
         raise RequestError("a response that is stored is committed; send store: false", param="pacellm.commit",
                            code="invalid_value")  # fmt: skip
-    if request.text is not None:
-        form = request.text.format
-        if form is not None and (form.type != "text" or form.model_extra):
-            raise UnsupportedParameter("only text.format of type text is supported here", param="text.format")
-        if request.text.verbosity not in (None, "medium"):
-            raise UnsupportedParameter("text.verbosity is not supported here with this value", param="text.verbosity")
+    if request.text is not None and request.text.verbosity not in (None, "medium"):
+        raise UnsupportedParameter("text.verbosity is not supported here with this value", param="text.verbosity")
     return request

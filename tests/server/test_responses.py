@@ -253,12 +253,14 @@ REFUSED = {
     "background": ({"background": True}, "background", "unsupported_parameter"),
     "include": ({"include": ["message.output_text.logprobs"]}, "include", "unsupported_parameter"),
     "reasoning": ({"reasoning": {"effort": "low"}}, "reasoning", "unsupported_parameter"),
-    "json": ({"text": {"format": {"type": "json_object"}}}, "text.format", "unsupported_parameter"),
-    "schema": (
-        {"text": {"format": {"type": "json_schema", "name": "a", "schema": {}}}},
-        "text.format",
-        "unsupported_parameter",
+    "no schema": ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema", "invalid_value"),
+    "no name": ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format.name", "invalid_value"),
+    "bad schema": (
+        {"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "nothing"}}}},
+        "text.format.schema",
+        None,
     ),
+    "schema of text": ({"text": {"format": {"type": "text", "schema": {}}}}, "text.format.schema", "invalid_value"),
     "verbosity": ({"text": {"verbosity": "low"}}, "text.verbosity", "unsupported_parameter"),
     "empty input": ({"input": []}, "input", None),
     "no text": ({"input": 5}, "input", None),
@@ -409,3 +411,26 @@ def test_the_largest_tenants_oldest_go_first():
     kept._next_look = 0.0
     kept.put(("large", "new"), turn("x"))
     assert kept.num_bytes == 0
+
+
+def test_text_in_a_form(clean):
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Oslo", "Rome"]}, "sure": {"type": "boolean"}},
+        "required": ["city", "sure"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "name": "place", "schema": schema, "strict": True}
+    made = clean.client.responses.create(
+        model=NAME, input="Where?", text={"format": form}, temperature=1, max_output_tokens=60, extra_body={"seed": 3}
+    )
+    found = json.loads(made.output_text)
+    assert set(found) == {"city", "sure"}
+    assert found["city"] in ("Oslo", "Rome")
+    assert (made.status, made.text.format.type) == ("completed", "json_schema")
+    streamed = clean.client.responses.create(
+        model=NAME, input="Where?", text={"format": form}, temperature=1, max_output_tokens=60, stream=True,
+        extra_body={"seed": 3},
+    )  # fmt: skip
+    *_, last = streamed
+    assert last.response.output_text == made.output_text
