@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import logging
 import os
+import time
 from array import array
 from collections.abc import Callable
 
@@ -263,10 +264,13 @@ class Engine:
                 self.worker.wait(_WAIT)
                 return events
             return events + self._stuck()
+        decodes = sum(work.sequence.is_decoding for work in step.work)
+        started = time.monotonic()
         try:
             output = self.runner.run(step)
         except StepFailed as error:
             return events + self._recover(step, error)
+        self.scheduler.pace.observe(decodes, step.num_tokens - decodes, time.monotonic() - started)
         return events + self._commit(step, output)
 
     def _admissions(self) -> list[tuple[str, Event]]:

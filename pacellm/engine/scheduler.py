@@ -2,7 +2,7 @@
 
 A step is one token of every decoding sequence, then prompt chunks: the shortest remaining prompt first, each at
 most an equal share of what is left of the budget, so that a long prompt never holds up a short one. Where a
-step decodes, its prompt tokens are capped, so that streams keep flowing.
+step decodes, its prompt tokens are capped, in number and in time, so that streams keep flowing.
 
 Memory: a request is admitted when its prompt and one more block per running sequence fit. Room is made by
 evicting idle sessions, least recently used first, and then by preempting the youngest sequence of the lowest priority,
@@ -18,6 +18,7 @@ from typing import Literal
 from pacellm.config import EngineConfig
 from pacellm.engine.kv import BLOCK, BlockAllocator, OutOfBlocks, blocks_for
 from pacellm.engine.mover import Mover
+from pacellm.engine.pace import Pace
 from pacellm.engine.plan import Planner, describe
 from pacellm.engine.prefix import Entry, PrefixCache
 from pacellm.engine.room import Room
@@ -51,6 +52,7 @@ class Scheduler:
         self.admitted: list[Sequence] = []  # since the last step
         self.preemptions = 0
         self.progress = PrefixCache(allocator, pool, segment=config.bank.segment, max_seqs=config.max_num_seqs)
+        self.pace = Pace()
         self.room = Room(allocator, sessions, pool, self.progress)
         self.planner = Planner(self.progress, has_banks=pool is not None)
 
@@ -149,9 +151,10 @@ class Scheduler:
         self._admit()
         step = Step()
         budget = self._add_decodes(step, self.config.max_num_batched_tokens)
-        if step.work:
+        decodes = bool(step.work)
+        if decodes:
             budget = min(budget, self.config.max_num_mixed_tokens)
-        self._add_prompts(step, budget)
+        self._add_prompts(step, self.pace.budget(budget, decodes=decodes))
         step.copies = self.room.take_copies()
         return step if step.work else None
 

@@ -1,0 +1,42 @@
+"""How many prompt tokens a step may take, by what they have cost of late.
+
+A prompt token's cost grows with its position: behind 200,000 tokens it is many times that behind 1,000. So a step's
+budget is one of time. Cuts change no answer, so the clock may decide them.
+"""
+
+from __future__ import annotations
+
+from pacellm.rows import ROWS
+
+SHARE = 2.0  # prompt parts of a step may take this many times what its decoding takes
+LONGEST = 2.0  # seconds of a step that decodes nothing: who arrives meanwhile waits for its end
+_KEPT = 0.6  # of an estimate, at each observation
+
+
+class Pace:
+    """Running estimates of what steps cost, in seconds."""
+
+    def __init__(self) -> None:
+        self.decode: float | None = None  # a step that only decodes
+        self.token: float | None = None  # a prompt token
+
+    def observe(self, num_decodes: int, num_prompt_tokens: int, seconds: float) -> None:
+        """A step has run."""
+        if not num_prompt_tokens:
+            self.decode = _mixed(self.decode, seconds)
+        elif not num_decodes:
+            self.token = _mixed(self.token, seconds / num_prompt_tokens)
+        elif self.decode is not None:
+            self.token = _mixed(self.token, max(0.0, seconds - self.decode) / num_prompt_tokens)
+
+    def budget(self, limit: int, *, decodes: bool) -> int:
+        """Prompt tokens of the next step: at most ``limit``, as many as there is time for, ``ROWS`` at least."""
+        seconds = LONGEST if not decodes else None if self.decode is None else SHARE * self.decode
+        if not self.token or seconds is None:
+            return limit
+        fitting = int(seconds / self.token)
+        return min(limit, max(ROWS, fitting - fitting % ROWS))
+
+
+def _mixed(old: float | None, new: float) -> float:
+    return new if old is None else _KEPT * old + (1.0 - _KEPT) * new
