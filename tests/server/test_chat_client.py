@@ -81,7 +81,13 @@ def test_a_terminal_sees_progress_on_one_line(live, document, monkeypatch):
 def test_ctrl_c_cancels_the_answer_and_keeps_the_session(live):
     command = [sys.executable, "-m", "pacellm.cli", "chat", "--url", f"{live.url}/v1", "--session", "ctrl-c"]
     live.http.delete("/v1/sessions")
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as client:
+    # where the tests themselves run in a shell's background, Ctrl-C is ignored, and children would inherit that
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        client = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with client:
         client.stdin.write("hello\n")
         client.stdin.flush()
         shown = [client.stdout.readline() for _ in range(3)]
