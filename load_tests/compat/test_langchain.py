@@ -1,0 +1,60 @@
+"""langchain-tests' suite for langchain-openai against a running server: ``pytest load_tests/compat/test_langchain.py``,
+see docs/compatibility.md."""
+
+from conftest import KEY, URL
+from langchain_openai import ChatOpenAI
+from langchain_tests.integration_tests import ChatModelIntegrationTests
+
+
+class TestPaceLLM(ChatModelIntegrationTests):
+    """The bundled model, which answers questions about facts in documents and whose template shows no tools."""
+
+    @property
+    def chat_model_class(self):
+        return ChatOpenAI
+
+    @property
+    def chat_model_params(self):
+        return {
+            "model": "pacellm-demo",
+            "base_url": URL,
+            "api_key": KEY,
+            "max_retries": 0,
+            "max_completion_tokens": 400,
+        }
+
+    @property
+    def has_tool_calling(self):
+        return True
+
+    @property
+    def has_tool_choice(self):
+        return True
+
+    @property
+    def has_structured_output(self):
+        return True
+
+    @property
+    def structured_output_kwargs(self):
+        return {"method": "json_schema"}
+
+    @property
+    def supports_json_mode(self):
+        return True
+
+    @property
+    def returns_usage_metadata(self):
+        return True
+
+    @property
+    def supports_image_inputs(self):
+        return False
+
+    @property
+    def supports_model_override(self):
+        return True
+
+    @property
+    def model_override_value(self):
+        return "pacellm-demo"
