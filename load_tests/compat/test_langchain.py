@@ -1,7 +1,9 @@
 """langchain-tests' suite for langchain-openai against a running server: ``pytest load_tests/compat/test_langchain.py``,
 see docs/compatibility.md."""
 
-from conftest import KEY, URL
+import pytest
+from conftest import FACT, KEY, URL
+from langchain_core.messages import HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 
@@ -69,3 +71,16 @@ class TestShortForms(TestPaceLLM):
     def chat_model_params(self):
         bias = {"7": 30, "98": 15, "66": 15, "17": -30}  # " } ] and the comma
         return {**super().chat_model_params, "logit_bias": bias}
+
+
+@pytest.mark.parametrize("by_id", [False, True], ids=["history", "previous_response_id"])
+def test_responses(by_id):
+    model = ChatOpenAI(
+        model="pacellm-demo", base_url=URL, api_key=KEY, use_responses_api=True, use_previous_response_id=by_id
+    )
+    begin = [SystemMessage("Answer the question."), HumanMessage(FACT)]
+    first = model.invoke(begin)
+    assert "48213" in first.text
+    again = model.invoke([*begin, first, HumanMessage("What is the access code of the amber archive?")])
+    assert "48213" in again.text
+    assert "48213" in "".join(chunk.text for chunk in model.stream(begin))
