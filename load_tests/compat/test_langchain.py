@@ -23,6 +23,7 @@ class TestPaceLLM(ChatModelIntegrationTests):
             "api_key": KEY,
             "max_retries": 0,
             "max_completion_tokens": 200,
+            "seed": 0,
             "stream_usage": True,  # by itself langchain-openai asks for it only at OpenAI's own address
         }
 
