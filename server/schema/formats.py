@@ -20,6 +20,7 @@ class JsonSchema(Strict):
     """A schema with a name."""
 
     name: Annotated[str, Field(pattern=NAME)]
+    description: Annotated[str, Field(max_length=16_384)] | None = None  # the model is not told the form
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
     strict: bool | None = None
 

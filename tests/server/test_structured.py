@@ -96,6 +96,11 @@ def test_any_object(live):
     assert empty.choices[0].message.content.startswith("{")
 
 
+def test_a_described_schema_is_taken(live):
+    form = json_schema({"enum": ["a", "b"]}, description="One of two letters.")
+    assert ask(live, response_format=form, seed=0).choices[0].message.content in ('"a"', '"b"')
+
+
 def test_a_pydantic_model_as_the_client_parses_it(live):
     class Reply(BaseModel):
         code: Annotated[int, Field(ge=0, le=99999)]
