@@ -176,7 +176,6 @@ def test_responses_stream_helper(client):
     assert "48213" in text
 
 
-@pytest.mark.xfail(reason="/v1/responses has text.format text only", raises=openai.BadRequestError, strict=True)
 def test_responses_parse(client):
     assert isinstance(client.responses.parse(model=MODEL, input=FACT, text_format=Fruit).output_parsed, Fruit)
 
