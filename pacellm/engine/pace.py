@@ -11,6 +11,7 @@ from pacellm.rows import ROWS
 SHARE = 2.0  # prompt parts of a step may take this many times what its decoding takes
 LONGEST = 2.0  # seconds of a step that decodes nothing: who arrives meanwhile waits for its end
 _KEPT = 0.6  # of an estimate, at each observation
+_FRESH = 64  # steps after which the next one only decodes, to see what that takes by now
 
 
 class Pace:
@@ -19,18 +20,26 @@ class Pace:
     def __init__(self) -> None:
         self.decode: float | None = None  # a step that only decodes
         self.token: float | None = None  # a prompt token
+        self._age = 0  # steps that decoded beside prompts since one only decoded
 
     def observe(self, num_decodes: int, num_prompt_tokens: int, seconds: float) -> None:
         """A step has run."""
         if not num_prompt_tokens:
-            self.decode = _mixed(self.decode, seconds)
+            # an old estimate may be of other streams
+            self.decode = _mixed(self.decode if self._age < _FRESH else None, seconds)
+            self._age = 0
         elif not num_decodes:
             self.token = _mixed(self.token, seconds / num_prompt_tokens)
-        elif self.decode is not None:
-            self.token = _mixed(self.token, max(0.0, seconds - self.decode) / num_prompt_tokens)
+        else:
+            self._age += 1
+            if self.decode is not None:
+                self.token = _mixed(self.token, max(0.0, seconds - self.decode) / num_prompt_tokens)
 
     def budget(self, limit: int, *, decodes: bool) -> int:
-        """Prompt tokens of the next step: at most ``limit``, as many as there is time for, ``ROWS`` at least."""
+        """Prompt tokens of the next step: at most ``limit``, as many as there is time for, ``ROWS`` at least; none
+        where it is time to see what decoding takes."""
+        if decodes and self._age >= _FRESH:
+            return 0
         seconds = LONGEST if not decodes else None if self.decode is None else SHARE * self.decode
         if not self.token or seconds is None:
             return limit

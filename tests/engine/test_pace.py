@@ -20,6 +20,7 @@ def test_prompt_parts_take_a_multiple_of_the_decoding_beside_them():
     for _ in range(50):
         pace.observe(8, 100, 0.020)
     assert pace.budget(256, decodes=True) == int(SHARE * 0.010 / 1e-4) // ROWS * ROWS
+    pace.observe(8, 0, 0.010)
     for _ in range(50):
         pace.observe(8, 100, 0.011)
     assert pace.budget(256, decodes=True) == 256
@@ -38,3 +39,16 @@ def test_a_step_faster_than_decoding_alone_costs_nothing():
     pace.observe(1, 0, 0.5)
     pace.observe(1, 64, 0.1)
     assert pace.budget(256, decodes=True) == 256
+
+
+def test_what_decoding_takes_is_looked_at_again():
+    pace = Pace()
+    pace.observe(1, 0, 0.010)
+    budgets = []
+    for _ in range(200):
+        budget = pace.budget(256, decodes=True)
+        budgets.append(budget)
+        pace.observe(32, budget, 0.040 + budget * 1e-4)  # by now decoding takes four times as long
+    assert budgets.count(0) == 3
+    assert budgets[-1] == 256
+    assert pace.decode == 0.040
