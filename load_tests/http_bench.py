@@ -3,8 +3,8 @@
 ``--streams`` chat requests are streamed at once from a server on the bundled model, and the same requests run on an
 engine in this process. ``added_ms_per_token`` is the difference of their seconds a step, ``events_per_second`` what
 the server sent. Then, beside the same streams, a text of ``--tokens`` tokens is tokenised over and over
-(``/tokenize``), or a prompt of that length is read, from its beginning and from where ``--deep`` tokens of it are in
-place: gaps between a stream's tokens, beside what they are without. The last line is JSON.
+(``/tokenize``), or a prompt of that length is being read: gaps between a stream's tokens, beside what they are without.
+The client shares the machine. The last line is JSON.
 """
 
 from __future__ import annotations
