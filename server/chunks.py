@@ -6,9 +6,9 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
-from pacellm.types import Admitted, ChoiceEnded, Delta, Event, Failed, Finished, FinishReason, TokenLogprob
+from pacellm.types import Admitted, ChoiceEnded, Delta, Failed, Finished, FinishReason, TokenLogprob
 from server.calls import Delta as Piece
-from server.progress import PromptProgress
+from server.progress import events_of
 from server.readers import Reader
 from server.report import report
 from server.schema.chat import ChatCompletionRequest
@@ -40,7 +40,6 @@ class Chunks:
             "created": int(time.time()),
             "model": service.settings.model_name,
         }
-        self._progress = PromptProgress(generation, service)
         self._several = generation.request.n > 1
         self.found: str | None = None  # what admission found of the session
         self._has_role: set[int] = set()  # choices that have begun
@@ -51,10 +50,8 @@ class Chunks:
         Raises:
             PaceError: the request failed.
         """
-        events: AsyncIterator[Event | dict[str, Any] | None] = self._generation.events(timeout)
-        if self._body.return_progress and timeout is not None:
-            events = self._progress.events(timeout)
-        async for event in events:
+        wanted = self._body.return_progress
+        async for event in events_of(self._generation, self._service, timeout, with_progress=wanted):
             match event:
                 case None:
                     yield None

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from pacellm.types import Delta, Event, Failed, Finished, PromptScores, TokenLogprob
+from server.progress import events_of
 from server.schema.completions import CompletionRequest
 from server.service import Generation, Service
 
@@ -25,7 +26,8 @@ class Completions:
     """
 
     def __init__(self, generations: Sequence[Generation], body: CompletionRequest, service: Service) -> None:
-        self._generations, self._body, self._tokenizer = generations, body, service.tokenizer
+        self._generations, self._body, self._service = generations, body, service
+        self._tokenizer = service.tokenizer
         self._offsets = [0] * len(generations)
         self._usage = {"prompt_tokens": 0, "completion_tokens": 0, "cached_tokens": 0}
         self._head = {
@@ -43,10 +45,16 @@ class Completions:
         """
         for index in range(len(self._generations)) if self._body.echo else ():
             yield self._echo(index)
-        async for index, event in merged(self._generations, timeout):
+        streams = [
+            events_of(one, self._service, timeout, with_progress=self._body.return_progress)
+            for one in self._generations
+        ]
+        async for index, event in merged(streams, timeout):
             match event:
                 case None:
                     yield None
+                case dict():
+                    yield {**self._head, "choices": [], "prompt_progress": {"index": index, **event}}
                 case PromptScores():
                     yield self._chunk(index, "", self._logprobs(index, event.logprobs))
                 case Delta():
@@ -105,15 +113,18 @@ class Completions:
         }
 
 
-async def merged(generations: Sequence[Generation], timeout: float | None) -> AsyncIterator[tuple[int, Event | None]]:
-    """Every generation's events with its index, as they come; (0, None) after ``timeout`` seconds of silence."""
-    queue: asyncio.Queue[tuple[int, Event | None]] = asyncio.Queue()
+async def merged(
+    streams: Sequence[AsyncIterator[Event | Chunk | None]], timeout: float | None
+) -> AsyncIterator[tuple[int, Event | Chunk | None]]:
+    """Every stream's events with its index, as they come; (0, None) after ``timeout`` seconds of silence."""
+    queue: asyncio.Queue[tuple[int, Event | Chunk]] = asyncio.Queue()
 
-    async def pump(index: int, generation: Generation) -> None:
-        async for event in generation.events():
-            queue.put_nowait((index, event))
+    async def pump(index: int, stream: AsyncIterator[Event | Chunk | None]) -> None:
+        async for event in stream:
+            if event is not None:
+                queue.put_nowait((index, event))
 
-    pumps = [asyncio.create_task(pump(index, one)) for index, one in enumerate(generations)]
+    pumps = [asyncio.create_task(pump(index, one)) for index, one in enumerate(streams)]
     try:
         left = len(pumps)
         while left:
@@ -143,7 +154,8 @@ async def fold(chunks: AsyncIterator[Chunk | None]) -> Chunk:
             whole = choices.setdefault(part["index"], {**part, "text": "", "logprobs": None})
             text, logprobs = whole["text"] + part["text"], whole["logprobs"]
             if part["logprobs"] is not None:
-                before = logprobs or {name: [] for name in _LISTS}
-                logprobs = {name: before[name] + part["logprobs"][name] for name in _LISTS}
+                logprobs = logprobs or {name: [] for name in _LISTS}
+                for name in _LISTS:
+                    logprobs[name] += part["logprobs"][name]
             whole.update(part, text=text, logprobs=logprobs)
     return {**answer, "choices": [choices[index] for index in sorted(choices)]}

@@ -10,6 +10,15 @@ from pacellm.types import Admitted, Event, Progress
 from server.service import Generation, Service
 
 
+def events_of(
+    generation: Generation, service: Service, timeout: float | None, *, with_progress: bool
+) -> AsyncIterator[Event | dict[str, Any] | None]:
+    """A generation's events; in a stream that asked for it (``timeout`` is set) its progress between them."""
+    if with_progress and timeout is not None:
+        return PromptProgress(generation, service).events(timeout)
+    return generation.events(timeout)
+
+
 class PromptProgress:
     """Progress of one generation, in llama.cpp's form and with the place in the queue.
 
@@ -20,7 +29,7 @@ class PromptProgress:
 
     def __init__(self, generation: Generation, service: Service) -> None:
         self._generation, self._service = generation, service
-        self._started = time.monotonic()
+        self._started = generation.request.arrival
         self._cached = 0
 
     async def events(self, timeout: float) -> AsyncIterator[Event | dict[str, Any] | None]:

@@ -9,10 +9,9 @@ from typing import Any
 
 from pacellm.errors import PaceError, RequestError
 from pacellm.types import Admitted, Delta, Failed, Finished, FinishReason
-from pacellm.types import Event as EngineEvent
 from server import sse
 from server.continuation import Continuation
-from server.progress import PromptProgress
+from server.progress import events_of
 from server.report import report
 from server.schema.responses import ResponseRequest
 from server.service import Generation, Service
@@ -36,7 +35,6 @@ class Responses:
         self, continuation: Continuation, generation: Generation, body: ResponseRequest, service: Service
     ) -> None:
         self._continuation, self._generation, self._body, self._service = continuation, generation, body, service
-        self._progress = PromptProgress(generation, service)
         self._response = _head(continuation, body, service, generation)
         self._item_id = f"msg_{continuation.id.partition('_')[2]}"
         self._number = -1
@@ -52,10 +50,8 @@ class Responses:
         """
         yield self._event("response.created", response=self._response)
         yield self._event("response.in_progress", response=self._response)
-        events: AsyncIterator[EngineEvent | Event | None] = self._generation.events(timeout)
-        if self._body.return_progress and timeout is not None:
-            events = self._progress.events(timeout)
-        async for event in events:
+        wanted = self._body.return_progress
+        async for event in events_of(self._generation, self._service, timeout, with_progress=wanted):
             match event:
                 case None:
                     yield None

@@ -270,8 +270,10 @@ class Engine:
             output = self.runner.run(step)
         except StepFailed as error:
             return events + self._recover(step, error)
+        events += self._commit(step, output)
+        # a device has done its work when tokens were sampled, not when the forward pass returned
         self.scheduler.pace.observe(decodes, step.num_tokens - decodes, time.monotonic() - started)
-        return events + self._commit(step, output)
+        return events
 
     def _admissions(self) -> list[tuple[str, Event]]:
         admitted, self.scheduler.admitted = self.scheduler.admitted, []
@@ -288,7 +290,6 @@ class Engine:
             sequence.advance(work.count)
             if not decoding:
                 self.scheduler.keep(sequence)
-            if not decoding:
                 events.append((sequence.id, Progress(sequence.total_work, sequence.done_work)))
             is_live = sequence.id in self.live  # a failed choice takes the others along
             if sequence.id in failed and is_live:

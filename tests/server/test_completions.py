@@ -112,3 +112,12 @@ def test_tokenize_and_back(live):
     for path, body in (("/tokenize", {}), ("/detokenize", {"tokens": [99999]}), ("/detokenize", {"tokens": "x"})):
         assert live.http.post(path, json=body).status_code == 400
     assert live.http.post("/tokenize", json={"prompt": "x", "model": "gpt-9"}).status_code == 404
+
+
+def test_progress_of_each_prompt(live):
+    texts = ["the river and the hills " * 400, "hi"]
+    extra = {"return_progress": True}
+    chunks = list(complete(live, prompt=texts, stream=True, max_tokens=1, extra_body=extra))
+    shown = [chunk.model_extra["prompt_progress"] for chunk in chunks if "prompt_progress" in (chunk.model_extra or {})]
+    assert {one["index"] for one in shown} == {0, 1}
+    assert all(one["processed"] <= one["total"] for one in shown)
