@@ -116,4 +116,11 @@ def score(logits: Tensor, tokens: array[int], top: int) -> tuple[TokenLogprob, .
     """
     if not torch.isfinite(logits).all():
         raise ValueError("the model produced logits that are not finite")
-    return tuple(_logprob(row, token, top) for row, token in zip(logits, tokens, strict=True))
+    logprobs = logits.log_softmax(-1)
+    ids = torch.tensor(list(tokens), device=logits.device)
+    values = logprobs.gather(1, ids[:, None])[:, 0].tolist()
+    best = logprobs.topk(top, dim=1)
+    alternatives = (
+        tuple(zip(*row, strict=True)) for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    )
+    return tuple(TokenLogprob(*one) for one in zip(tokens, values, alternatives, strict=True))
