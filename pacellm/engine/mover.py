@@ -254,19 +254,17 @@ class Mover:
                 return state.nbytes
             assert self.disk is not None
             assert self.records is not None
-            with self.disk.open(key, STATE) as (tensors, metadata):
-                size = sum(tensor.nbytes for tensor in tensors.values())
-                self.records.fill(dict(tensors), metadata, generation, tokens, spans, banks)
-                tensors.clear()
+            with self.disk.parse(key, STATE) as parsed:
+                size = sum(tensor.nbytes for tensor in parsed.tensors.values())
+                self.records.fill(parsed, self.disk.secret, generation, tokens, spans, banks)
+                parsed.tensors.clear()
             return size
 
         self.worker.submit(lambda: _timed(job), lambda done: self._restored(session, done))
 
     def _restored(self, session: Session, done: Future[tuple[int, float]]) -> None:
         session.moving = session.loading = False
-        state, session.host = session.host, None
-        if state is not None:
-            state.clear()
+        self._free(session)
         if (error := done.exception()) is not None:
             self.store.drop(session)
             self.stats.refused += isinstance(error, SnapshotRefused)
@@ -368,10 +366,15 @@ class Mover:
         return self._pool.banks(session.row) if self._pool is not None and session.row is not None else {}
 
     def _forgotten(self, session: Session) -> None:
-        if session.host is not None and not session.moving:
-            session.host.clear()
-            session.host = None
+        if not session.moving:
+            self._free(session)
         self._in_host.pop(id(session), None)
+
+    def _free(self, session: Session) -> None:
+        """Let a session's copy in host memory go; a gigabyte takes the system a tenth of a second, so elsewhere."""
+        state, session.host = session.host, None
+        if state is not None:
+            self.worker.submit(state.clear, lambda done: None)
 
     def _count_spill(self, nbytes: int, seconds: float) -> None:
         self.stats.spills += 1

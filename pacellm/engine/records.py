@@ -13,7 +13,7 @@ from torch import Tensor
 from pacellm.engine.session import Session
 from pacellm.engine.turn import Turn
 from pacellm.errors import SnapshotRefused
-from pacellm.memory.snapshot import bank_tensors, take_banks
+from pacellm.memory.snapshot import Parsed, bank_tensors, take_banks
 from pacellm.memory.tiers import Banks, HostState, Span, cut
 from pacellm.types import PAMode
 
@@ -127,31 +127,42 @@ class Records:
         return {**self.kv_tensors(state.kv, [Span(0, 0, state.tokens)], state.tokens), **self.bank_tensors(state.banks)}
 
     def fill(
-        self, tensors: dict[str, Tensor], metadata: dict[str, str], generation: int, tokens: int, spans: list[Span],
-        banks: Banks,
-    ) -> None:  # fmt: skip
-        """Put a state file into the slabs' spans and into ``banks``.
+        self, parsed: Parsed, secret: bytes, generation: int, tokens: int, spans: list[Span], banks: Banks
+    ) -> None:
+        """Put a state file into the slabs' spans, while it is read, and into ``banks``, once all of it is known good.
 
         Raises:
-            SnapshotRefused: of another model, config or generation, or with parts missing; nothing was written.
+            SnapshotRefused: damaged, of another model, config or generation, or with parts missing; the spans then
+                hold nothing of worth.
         """
+        tensors, metadata = dict(parsed.tensors), parsed.metadata
         self.check_fingerprint(metadata)
         if metadata.get("generation") != str(generation) or metadata.get("tokens") != str(tokens):
             raise SnapshotRefused("snapshot is of another generation of the session")
+        kv = {name: tensor for name, tensor in tensors.items() if not name.startswith("bank.")}
+        self.check_kv(kv, tokens, is_trusted=True)
+
+        def place(name: str, tensor: Tensor) -> None:
+            if name in kv:
+                self.place({name: tensor}, tokens, spans)
+
+        parsed.verify(secret, place)
         found = take_banks("bank", tensors, self.like)
         if bool(found) != bool(banks):
             raise SnapshotRefused("snapshot has no banks")
-        self.check_kv(tensors, tokens, is_trusted=True)
-        self.place(tensors, tokens, spans, found, banks)
+        self.place({}, tokens, spans, found, banks)
 
-    def place(self, kv: dict[str, Tensor], tokens: int, spans: list[Span], found: Banks, banks: Banks) -> None:
+    def place(
+        self, kv: dict[str, Tensor], tokens: int, spans: list[Span], found: Banks | None = None,
+        banks: Banks | None = None,
+    ) -> None:  # fmt: skip
         """Put checked KV into the slabs' spans and banks into ``banks``."""
         with torch.inference_mode():
             for name, tensor in kv.items():
                 number, head, start = (int(part) for part in name.removeprefix("kv.").split("."))
                 _place(tensor, start, self._slabs[number][head], cut(spans, tokens))
-            for layer, bank in banks.items():
-                bank.copy_(found[layer])
+            for layer, bank in (banks or {}).items():
+                bank.copy_((found or {})[layer])
         if self._slabs[0].is_cuda:
             torch.cuda.current_stream().synchronize()
 

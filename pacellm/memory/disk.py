@@ -25,6 +25,7 @@ import logging
 import mmap
 import os
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -40,6 +41,7 @@ from pacellm.memory import snapshot
 
 logger = logging.getLogger("pacellm.memory")
 _TOMBSTONE_DAYS = 7
+_AHEAD = 8 * 2**20
 LOG, STATE = "log.safetensors", "state.safetensors"
 
 
@@ -187,25 +189,34 @@ class Disk:
     # -- reading -------------------------------------------------------------------------------------------
 
     @contextmanager
-    def open(self, key: tuple[str, str], name: str) -> Iterator[tuple[dict[str, Tensor], dict[str, str]]]:
-        """A file's tensors, valid inside the block, and its metadata.
+    def parse(self, key: tuple[str, str], name: str) -> Iterator[snapshot.Parsed]:
+        """A file, valid inside the block; its data is yet to be verified.
 
         Raises:
-            SnapshotRefused: it is damaged. FileNotFoundError: it is not there.
+            SnapshotRefused: its header is damaged. FileNotFoundError: it is not there.
         """
         path = self.folder(key) / name
         with path.open("rb") as file:
             if not os.fstat(file.fileno()).st_size:
                 raise SnapshotRefused("snapshot is empty")
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        for advice in ("MADV_SEQUENTIAL", "MADV_WILLNEED"):  # where the system knows them
-            if hasattr(mmap, advice):
-                mapped.madvise(getattr(mmap, advice))
-        try:
-            yield snapshot.read(memoryview(mapped), self.secret)
-        finally:
-            with suppress(BufferError):  # a tensor still looks at it: it goes with the tensor
-                mapped.close()
+            with _reading_ahead(file):
+                try:
+                    yield snapshot.parse(memoryview(mapped))
+                finally:
+                    with suppress(BufferError):  # a tensor still looks at it: it goes with the tensor
+                        mapped.close()
+
+    @contextmanager
+    def open(self, key: tuple[str, str], name: str) -> Iterator[tuple[dict[str, Tensor], dict[str, str]]]:
+        """A file's tensors, valid inside the block, and its metadata.
+
+        Raises:
+            SnapshotRefused: it is damaged. FileNotFoundError: it is not there.
+        """
+        with self.parse(key, name) as parsed:
+            parsed.verify(self.secret)
+            yield parsed.tensors, parsed.metadata
 
     def size(self, key: tuple[str, str], name: str) -> int:
         """Bytes of a file, 0 where there is none."""
@@ -307,6 +318,28 @@ class Disk:
                 owner = self._owner(folder)
                 if owner is not None and owner.deleted and time.time() - owner.changed > _TOMBSTONE_DAYS * 86400:
                     shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _reading_ahead(file: BinaryIO) -> Iterator[None]:
+    """A thread that draws a file into the page cache, several times faster than page faults do."""
+    left = threading.Event()
+
+    def main() -> None:
+        buffer, position = bytearray(_AHEAD), 0
+        with suppress(OSError):  # whoever needs the data meets the error
+            while not left.is_set() and (length := os.preadv(file.fileno(), [buffer], position)):
+                position += length
+
+    thread = threading.Thread(target=main, name="pacellm-read-ahead", daemon=True)
+    if os.fstat(file.fileno()).st_size > 4 * _AHEAD:
+        thread.start()
+    try:
+        yield
+    finally:
+        left.set()
+        if thread.ident is not None:
+            thread.join()
 
 
 @contextmanager

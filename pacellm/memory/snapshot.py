@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -64,17 +65,47 @@ def write(file: BinaryIO, tensors: dict[str, Tensor], metadata: dict[str, str], 
     return 8 + len(header) + offset
 
 
-def read(data: memoryview, secret: bytes, *, trust_unsigned: bool = False, whole: bool = False):
-    """A snapshot's tensors, as views of ``data``, and its metadata.
+@dataclass
+class Parsed:
+    """A snapshot whose header was read and whose data was not.
 
-    Args:
-        data: the whole snapshot; stays in use as long as the tensors do.
-        secret: key of the tag.
-        trust_unsigned: accept any tag; structure is checked all the same.
-        whole: refuse a tag that covers KV by sums.
+    Attributes:
+        tensors: views of the data, in its order.
+        metadata: of the header.
+    """
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    _header: bytes
+
+    def verify(self, secret: bytes, visit: Callable[[str, Tensor], None] = lambda name, tensor: None) -> None:
+        """Read all data once and hold it against the tag.
+
+        Args:
+            secret: key of the tag.
+            visit: called with every tensor just read, before anyone knows whether the whole is good.
+
+        Raises:
+            SnapshotRefused: damaged, or not written under this secret.
+        """
+
+        def parts() -> Iterator[tuple[str, memoryview]]:
+            for name, tensor in self.tensors.items():
+                yield name, _bytes(tensor)
+                visit(name, tensor)
+
+        found = self.metadata["tag"]
+        plain = self._header.replace(f'"tag":"{found}"'.encode(), f'"tag":"{_TAG}"'.encode(), 1)
+        tag = _digest(plain, parts(), secret, self.metadata["sums"] == "1")
+        if not hmac.compare_digest(tag.encode(), found.encode()):
+            raise SnapshotRefused("snapshot is damaged or was not signed by this server (its tag does not match)")
+
+
+def parse(data: memoryview) -> Parsed:
+    """A snapshot's header, and its tensors as views of ``data``, which stays in use as long as they do.
 
     Raises:
-        SnapshotRefused: damaged, or not written under this secret; says what is wrong.
+        SnapshotRefused: the header is damaged or does not describe the data; says what is wrong.
     """
     header, entries, metadata, start = _header(data)
     tensors: dict[str, Tensor] = {}
@@ -88,15 +119,27 @@ def read(data: memoryview, secret: bytes, *, trust_unsigned: bool = False, whole
         offset = end
     if offset != len(data) - start:
         raise SnapshotRefused(f"snapshot has {len(data) - start:,} bytes of data where {offset:,} are described")
-    sums = metadata["sums"] == "1"
-    if whole and sums and not trust_unsigned:
+    return Parsed(tensors, metadata, header)
+
+
+def read(data: memoryview, secret: bytes, *, trust_unsigned: bool = False, whole: bool = False):
+    """A snapshot's tensors, as views of ``data``, and its metadata.
+
+    Args:
+        data: the whole snapshot; stays in use as long as the tensors do.
+        secret: key of the tag.
+        trust_unsigned: accept any tag; structure is checked all the same.
+        whole: refuse a tag that covers KV by sums.
+
+    Raises:
+        SnapshotRefused: damaged, or not written under this secret; says what is wrong.
+    """
+    parsed = parse(data)
+    if whole and parsed.metadata["sums"] == "1" and not trust_unsigned:
         raise SnapshotRefused("snapshot is a file of a session folder; export it over the API instead")
     if not trust_unsigned:
-        plain = header.replace(f'"tag":"{metadata["tag"]}"'.encode(), f'"tag":"{_TAG}"'.encode(), 1)
-        tag = _digest(plain, ((name, _bytes(tensor)) for name, tensor in tensors.items()), secret, sums)
-        if not hmac.compare_digest(tag.encode(), metadata["tag"].encode()):
-            raise SnapshotRefused("snapshot is damaged or was not signed by this server (its tag does not match)")
-    return tensors, metadata
+        parsed.verify(secret)
+    return parsed.tensors, parsed.metadata
 
 
 def _header(data: memoryview) -> tuple[bytes, dict[str, Any], dict[str, str], int]:
