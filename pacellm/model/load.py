@@ -13,6 +13,7 @@ from pacellm.errors import ModelError
 from pacellm.model import attention, attention_cuda
 from pacellm.model.context import KVShape, StepContext, step_context
 from pacellm.model.families import family_of
+from pacellm.model.narrow import narrow
 from pacellm.model.patch import decoder_layers
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -91,6 +92,8 @@ def prepare(module: nn.Module) -> LoadedModel:
     module.eval().requires_grad_(False)
     weight = next(module.parameters())
     kv_shapes = _probe(module, weight.device)
+    layers = decoder_layers(module)
+    narrow(layers[-1].mlp, len(layers) - 1)  # type: ignore[arg-type]
     if weight.device.type == "cuda":
         for (_, key_size), (_, value_size) in kv_shapes:
             if problem := attention_cuda.why_not(weight.dtype, key_size, value_size):
