@@ -25,8 +25,9 @@ from load_tests.scenarios.servers import OwnServer, given_or_own, parser, report
 from load_tests.scenarios.talks import Talk, make_talk
 
 _NEVER_DONE = 4000  # tokens to generate: no request of a storm may end well
-_LATEST = 1.5  # seconds after which every client has gone
+_LATEST = 3.0  # seconds after which every client has gone
 _SESSIONS = 4
+_SHORT = Talk("The code of the archive is 48213.", ("What is it?", "And now?"), ("48213", "48213"))
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def visits(talks: list[Talk], count: int, seed: int) -> list[Visit]:
     found = []
     for number in range(count):
         session = f"storm-{number % _SESSIONS}" if rng.random() < 0.4 else None
-        talk = talks[number % _SESSIONS] if session else rng.choice(talks)
+        talk = talks[number % _SESSIONS] if session else rng.choice([_SHORT] * len(talks) + talks)
         share = rng.random() if rng.random() < 0.15 else 1.0
         found.append(Visit(talk, session, rng.random() < 0.6, rng.random() ** 2 * _LATEST, share))
     return found
