@@ -68,43 +68,45 @@ class SessionTable:
 
     def update(self, reports: dict[Hashable, bytes]) -> None:
         """The replicas that run now, each with its last report; those that are not among them hold nothing."""
+        orphans: set[int] = set()
         for replica in self._reports.keys() - reports.keys():
-            self._forget(replica)
+            _, held = self._reports.pop(replica)
+            orphans |= self._drop(replica, held)
         self._sent = {key: sent for key, sent in self._sent.items() if sent[0] in reports}
         for replica, report in reports.items():
             old = self._reports.get(replica)
             if old is None or old[0] != report:
-                self._take(replica, report)
+                orphans |= self._take(replica, report)
+        if orphans:
+            self._choose(orphans)
         self._settle()
 
-    def _take(self, replica: Hashable, report: bytes) -> None:
+    def _take(self, replica: Hashable, report: bytes) -> set[int]:
+        """A replica's new report; the sessions that it may not hold any more."""
         held = dict(read_report(report))
         _, before = self._reports.get(replica, (b"", {}))
         self._reports[replica] = (report, held)
-        for key in before.keys() - held.keys():
-            self._choose(key)
+        orphans = self._drop(replica, [key for key in before if held.get(key, -1) < before[key]])
         for key, generation in held.items():
             holder = self._holders.get(key)
             if holder is None or generation > self._reports[holder][1][key]:
                 self._holders[key] = replica
-            elif holder == replica and generation < before.get(key, 0):
-                self._choose(key)
+        return orphans
 
-    def _forget(self, replica: Hashable) -> None:
-        _, held = self._reports.pop(replica)
-        for key in held:
-            if self._holders.get(key) == replica:
-                self._choose(key)
+    def _drop(self, replica: Hashable, keys: Iterable[int]) -> set[int]:
+        """Of these, the sessions that the replica held: now nobody does."""
+        dropped = {key for key in keys if self._holders.get(key) == replica}
+        for key in dropped:
+            del self._holders[key]
+        return dropped
 
-    def _choose(self, key: int) -> None:
-        """Of those that report a session, the one with the latest generation; ties stay where they are."""
-        current = self._holders.get(key)
-        found = [(held[key], replica == current, number, replica)
-                 for number, (replica, (_, held)) in enumerate(self._reports.items()) if key in held]  # fmt: skip
-        if found:
-            self._holders[key] = max(found, key=lambda one: one[:3])[3]
-        else:
-            self._holders.pop(key, None)
+    def _choose(self, keys: set[int]) -> None:
+        """Give each of these sessions to the replica that reports the latest generation; in one pass over all reports."""
+        for replica, (_, held) in self._reports.items():
+            for key in held.keys() & keys:
+                holder = self._holders.get(key)
+                if holder is None or held[key] > self._reports[holder][1][key]:
+                    self._holders[key] = replica
 
     def _settle(self) -> None:
         """What a report mentions need not be remembered apart, nor what it does not mention for long."""
