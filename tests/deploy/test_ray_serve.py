@@ -39,7 +39,7 @@ class Cluster:
     def __init__(self, folder):
         self.folder, self.port, self.head, self.board = folder, free_port(), free_port(), free_port()
         self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1",
-                            "RAY_TMPDIR": str(folder), "RAY_ADDRESS": f"127.0.0.1:{self.head}"}  # fmt: skip
+                            "RAY_TMPDIR": str(folder), "RAY_raylet_start_wait_time_s": "180", "RAY_ADDRESS": f"127.0.0.1:{self.head}"}  # fmt: skip
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=120)
 
     def command(self, *words, seconds=180):
