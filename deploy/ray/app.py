@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import uvicorn
-from ray import serve
-from ray.serve.config import RequestRouterConfig
 from starlette.types import ASGIApp
 
 from deploy.ray.flags import parse_flags
 from deploy.ray.report import held_sessions
 from deploy.ray.table import write_report
 from pacellm.cli import build
+from ray import serve
+from ray.serve.config import RequestRouterConfig
 from server import logs
 from server.app import create_admin_app, create_app
 
@@ -52,7 +52,9 @@ class Replica:
         thread, limit = self._service.thread, self._service.settings.heartbeat_limit
         age = time.monotonic() - thread.heartbeat
         if not thread.is_alive or age > limit:
-            raise RuntimeError(f"the engine is {'silent' if thread.is_alive else 'dead'}; last heartbeat {age:.0f} s ago")
+            raise RuntimeError(
+                f"the engine is {'silent' if thread.is_alive else 'dead'}; last heartbeat {age:.0f} s ago"
+            )
 
     def _start_admin(self) -> None:
         """Metrics of this replica on a port of its own, where ``--admin-port`` asks for that."""

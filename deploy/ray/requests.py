@@ -17,7 +17,9 @@ def session_key(scope: dict[str, Any], keys: Keys) -> int | None:
     """The digest of the session that a request names in its header, or else in its path; None where it names none, or
     has a wrong key: any replica can say so."""
     headers: Iterable[tuple[bytes, bytes]] = scope.get("headers", ())
-    names = {name.lower(): value.decode("latin-1") for name, value in headers if name.lower() in (_HEADER, b"authorization")}
+    names = {
+        name.lower(): value.decode("latin-1") for name, value in headers if name.lower() in (_HEADER, b"authorization")
+    }
     session = names.get(_HEADER) or _in_path(scope.get("path", ""))
     if not session:
         return None

@@ -9,13 +9,12 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+from deploy.ray.requests import session_key
+from deploy.ray.table import SessionTable
 from ray.serve._private.common import ReplicaID
 from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
-
-from deploy.ray.requests import session_key
-from deploy.ray.table import SessionTable
 from server.auth import read_keys
 
 

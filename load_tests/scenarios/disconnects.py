@@ -161,9 +161,7 @@ async def run(
         before = await open_books(client)
         await begin(client, talks)
         started, handles = await read_books(client), server.handles() if server else None
-        facts, failures = await storm(
-            client, url, key, talks, storms=storms, clients=clients, streams=streams
-        )
+        facts, failures = await storm(client, url, key, talks, storms=storms, clients=clients, streams=streams)
         ended = await wait_until_idle(client)
         failures += await compare(client, talks)
         failures += await close_books(client, before)

@@ -85,7 +85,9 @@ class Conversation:
             self.failures.append(f"{self.name}, round {turn}: {reply.text!r} instead of {right.text!r} ({state})")
         cached, expected = reply.pace["cached_tokens"], right.pace["cached_tokens"]
         if cached == expected and reply.pace["bank"] != right.pace["bank"]:
-            self.failures.append(f"{self.name}, round {turn}: its banks were read otherwise than without a kill ({state})")
+            self.failures.append(
+                f"{self.name}, round {turn}: its banks were read otherwise than without a kill ({state})"
+            )
         if state != "new" if turn == 0 else state not in FOLLOWING:
             self.failures.append(f"{self.name}, round {turn} was {state}: {reply.pace.get('note')}")
         if turn and cached != expected and not reply.pace["replayed_tokens"]:  # a first round may use kept progress
@@ -104,7 +106,9 @@ async def kill_often(server: OwnServer, kills: int, every: float) -> list[float]
 
 def leftovers(directory: Path) -> list[str]:
     """What must not be in a session directory at rest: drafts, refused files, marks of dead servers, sessions."""
-    left = [path for pattern in ("*/*.draft", "*/*.refused", "*/*.safetensors", "key.*") for path in directory.glob(pattern)]
+    left = [
+        path for pattern in ("*/*.draft", "*/*.refused", "*/*.safetensors", "key.*") for path in directory.glob(pattern)
+    ]
     marks = list((directory / "servers").iterdir())
     return [f"left over: {path.relative_to(directory)}" for path in left] + (
         [f"left over: {len(marks)} marks of servers"] if len(marks) != 1 else []

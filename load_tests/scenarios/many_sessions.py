@@ -24,9 +24,7 @@ _KINDS = 10
 _ROW = 600_000  # bytes of a session's banks of the bundled model, rounded up
 
 
-async def all_rounds(
-    client: httpx.AsyncClient, talks: list[Talk], sessions: int, clients: int
-) -> list[list[Reply]]:
+async def all_rounds(client: httpx.AsyncClient, talks: list[Talk], sessions: int, clients: int) -> list[list[Reply]]:
     """Every session's replies. A round of all sessions ends before the next begins, each in an order of its own, so
     that the session used last is asked again last."""
     heard: list[list[Reply]] = [[] for _ in range(sessions)]

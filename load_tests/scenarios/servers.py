@@ -109,5 +109,15 @@ def report(scenario: str, facts: dict[str, Any], failures: Sequence[str]) -> int
     """Print the failures and the JSON line; the exit status."""
     for failure in failures[:20]:
         print(failure, file=sys.stderr)
-    print(json.dumps({"scenario": scenario, "ok": not failures, "num_failures": len(failures), "failures": list(failures)[:20], **facts}))
+    print(
+        json.dumps(
+            {
+                "scenario": scenario,
+                "ok": not failures,
+                "num_failures": len(failures),
+                "failures": list(failures)[:20],
+                **facts,
+            }
+        )
+    )
     return 1 if failures else 0

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("ray", reason="Ray Serve is an extra: pip install -e '.[ray]'")
 
 ROOT = Path(__file__).parent.parent.parent
-BIN = Path(sys.executable).parent
+RAY, SERVE = (sys.executable, "-m", "ray.scripts.scripts"), (sys.executable, "-m", "ray.serve.scripts")
 SESSIONS = 12
 FOLLOWING = {"resident", "restored", "replayed"}
 
@@ -50,7 +50,7 @@ class Cluster:
         return done.stdout
 
     def start(self):
-        self.command(BIN / "ray", "start", "--head", "--node-ip-address", "127.0.0.1", "--port", self.head, "--num-cpus", 8,
+        self.command(*RAY, "start", "--head", "--node-ip-address", "127.0.0.1", "--port", self.head, "--num-cpus", 8,
                      "--object-store-memory", 80 * 2**20, "--include-dashboard", "true", "--dashboard-host", "127.0.0.1",
                      "--dashboard-port", self.board, "--temp-dir", self.folder)  # fmt: skip
 
@@ -88,18 +88,18 @@ class Cluster:
         }  # fmt: skip
         file = self.folder / "serve.json"
         file.write_text(json.dumps(config))
-        self.command(BIN / "serve", "deploy", file, "-a", f"http://127.0.0.1:{self.board}")
+        self.command(*SERVE, "deploy", file, "-a", f"http://127.0.0.1:{self.board}")
         self.until(lambda: len(self.replicas()) == replicas and self.is_running())
 
     def is_running(self):
-        shown = self.command(BIN / "serve", "status", "-a", f"http://127.0.0.1:{self.board}")
+        shown = self.command(*SERVE, "status", "-a", f"http://127.0.0.1:{self.board}")
         assert "DEPLOY_FAILED" not in shown, shown
         return "status: RUNNING" in shown and "HEALTHY" in shown
 
     def until(self, condition, seconds=240):
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, self.command(BIN / "serve", "status", "-a", f"http://127.0.0.1:{self.board}")
+            assert time.monotonic() < deadline, self.command(*SERVE, "status", "-a", f"http://127.0.0.1:{self.board}")
             time.sleep(1)
 
     def replicas(self):

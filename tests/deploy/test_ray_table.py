@@ -109,7 +109,10 @@ def test_the_table_is_what_the_last_reports_say():
 
 
 def scope(path="/v1/chat/completions", **headers):
-    return {"path": path, "headers": [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]}
+    return {
+        "path": path,
+        "headers": [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()],
+    }
 
 
 def test_equal_names_of_two_tenants_are_two_sessions():
