@@ -224,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.picture:
         draw(rows, args.replicas, args.picture)
     failures = [f"{name}: sessions strayed from a replica that runs" for name, row in rows.items()
-                if name.endswith("table") and any(row[event]["strayed"] for event in row if "scaled" in event)]  # fmt: skip
+                if name.endswith("table") and any(row[one]["strayed"] for one in row if "scaled" in one)]  # fmt: skip
     print(json.dumps({"bench": "routing", "per_replica": args.per_replica, "failures": failures, "rows": rows}))
     return 1 if failures else 0
 

@@ -38,7 +38,7 @@ def parse_flags(flags: Sequence[str], unknown: Sequence[str] = ()) -> argparse.N
         raise ConfigError(f"args.serve is not understood by pacellm serve: {' '.join(flags)}", param="serve") from None
     if options.session_dir is not None and not options.session_sync:
         raise ConfigError(
-            "replicas share --session-dir, and a commit that is not on disk yet cannot be taken over: add --session-sync",
+            "replicas share --session-dir, and a commit that is not on disk cannot be taken over: add --session-sync",
             param="session_sync",
         )
     return options

@@ -101,7 +101,7 @@ class SessionTable:
         return dropped
 
     def _choose(self, keys: set[int]) -> None:
-        """Give each of these sessions to the replica that reports the latest generation; in one pass over all reports."""
+        """Give each of these sessions to the replica that reports the latest generation, in one pass."""
         for replica, (_, held) in self._reports.items():
             for key in held.keys() & keys:
                 holder = self._holders.get(key)

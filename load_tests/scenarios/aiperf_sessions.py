@@ -73,7 +73,8 @@ async def run(
     if grown(before, ended, "pacellm_request_failure_total"):
         failures.append("requests failed")
     return {"finished": finished, "cached_prompt_tokens": grown(before, ended, "pacellm_cached_prompt_tokens_total"),
-            "prompt_tokens": grown(before, ended, "pacellm_prompt_tokens_total"), **figures(export)}, failures  # fmt: skip
+            "prompt_tokens": grown(before, ended, "pacellm_prompt_tokens_total"),
+            **figures(export)}, failures  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:

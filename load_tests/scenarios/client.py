@@ -1,4 +1,4 @@
-"""A client that sees what a user sees of an answer: its text, the moments of its tokens, what it says of its session."""
+"""A client that sees what a user sees of an answer: text, the moments of its tokens, what it says of its session."""
 
 from __future__ import annotations
 

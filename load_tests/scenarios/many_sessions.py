@@ -93,7 +93,8 @@ async def run(
         "first_token": spread([reply.first for reply in replies if reply.times]),
         "by_tier_at_the_end": {name.rsplit("/", 1)[1]: value for name, value in ended.samples.items()
                                if name.startswith("pacellm_sessions_by_tier/")},
-        **{name: grown(started, ended, f"pacellm_session_{name}_total") for name in ("evictions", "spills", "restores")},
+        **{name: grown(started, ended, f"pacellm_session_{name}_total")
+           for name in ("evictions", "spills", "restores")},
     }  # fmt: skip
     return facts, failures
 

@@ -59,5 +59,6 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
     """Median, 99th percentile and worst in milliseconds."""
     if not seconds:
         return {}
-    return {"median_ms": round(1e3 * statistics.median(seconds), 2), "p99_ms": round(1e3 * percentile(seconds, 0.99), 2),
+    return {"median_ms": round(1e3 * statistics.median(seconds), 2),
+            "p99_ms": round(1e3 * percentile(seconds, 0.99), 2),
             "worst_ms": round(1e3 * max(seconds), 2)}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Prints the replicas of a running cluster that answer as JSON: name, process, digests of the sessions that each reports."""
+"""Prints a running cluster's replicas that answer as JSON: name, process, digests of the sessions that each reports."""
 
 import json
 import os

@@ -38,8 +38,10 @@ class Cluster:
 
     def __init__(self, folder):
         self.folder, self.port, self.head, self.board = folder, free_port(), free_port(), free_port()
-        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1",
-                            "RAY_TMPDIR": str(folder), "RAY_raylet_start_wait_time_s": "180", "RAY_ADDRESS": f"127.0.0.1:{self.head}"}  # fmt: skip
+        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0",
+                            "OMP_NUM_THREADS": "1",
+                            "RAY_TMPDIR": str(folder), "RAY_raylet_start_wait_time_s": "180",
+                            "RAY_ADDRESS": f"127.0.0.1:{self.head}"}  # fmt: skip
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=120)
 
     def command(self, *words, seconds=180):
@@ -51,8 +53,8 @@ class Cluster:
 
     def start(self):
         self.command(*RAY, "start", "--head", "--node-ip-address", "127.0.0.1", "--port", self.head, "--num-cpus", 8,
-                     "--object-store-memory", 80 * 2**20, "--include-dashboard", "true", "--dashboard-host", "127.0.0.1",
-                     "--dashboard-port", self.board, "--temp-dir", self.folder)  # fmt: skip
+                     "--object-store-memory", 80 * 2**20, "--include-dashboard", "true",
+                     "--dashboard-host", "127.0.0.1", "--dashboard-port", self.board, "--temp-dir", self.folder)  # fmt: skip
 
     def stop(self):
         """End the processes of this cluster alone."""

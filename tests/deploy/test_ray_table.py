@@ -130,7 +130,8 @@ def test_a_session_is_named_in_the_path_too(path):
 
 @pytest.mark.parametrize(
     "one",
-    [scope(), scope("/v1/sessions"), scope("/metrics"), scope(X_Session_ID="s"), scope(X_Session_ID="s", authorization="Bearer wrong-key")],
+    [scope(), scope("/v1/sessions"), scope("/metrics"), scope(X_Session_ID="s"),
+     scope(X_Session_ID="s", authorization="Bearer wrong-key")],
 )  # fmt: skip
 def test_who_names_no_session_or_has_no_key_is_anybodys(one):
     assert session_key(one, KEYS) is None
