@@ -3,7 +3,7 @@
 ``--storms`` times ``--clients`` requests at once, each given up at a moment of its own: in the middle of its body,
 queued, while its prompt is read, while it decodes; streamed or not, a part of them in sessions. Beside them
 ``--steady`` streams ask on, and must hear what they heard before. Afterwards no request may run or wait, memory and
-file descriptors must be where they were, and every session that was stormed must answer, and read its banks, exactly as a
+file descriptors must be where they were, and every stormed session must answer, and read its banks, exactly as a
 fork made before the storm does. The last line is JSON.
 """
 

@@ -3,7 +3,7 @@
 A server with a session directory and ``--session-sync`` is killed ``--kills`` times at moments of no choosing while
 ``--sessions`` conversations go on, and started again on the same directory. A client whose answer was cut off looks at
 its session: where the commit was not heard of, it goes on from it, else it asks again. Every answer must be what it
-is without a kill, every answer that was heard must be in its session afterwards, none may be ``lost``, and nothing may be left
+is without a kill, every heard answer must be in its session afterwards, none may be ``lost``, and nothing may be left
 of half-written files. The last line is JSON.
 """
 

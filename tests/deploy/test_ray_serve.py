@@ -53,8 +53,9 @@ class Cluster:
 
     def start(self):
         self.command(*RAY, "start", "--head", "--node-ip-address", "127.0.0.1", "--port", self.head, "--num-cpus", 8,
-                     "--object-store-memory", 80 * 2**20, "--include-dashboard", "true",
-                     "--dashboard-host", "127.0.0.1", "--dashboard-port", self.board, "--temp-dir", self.folder)  # fmt: skip
+                     "--object-store-memory", 80 * 2**20, "--include-dashboard=true",
+                     "--dashboard-host", "127.0.0.1",
+                     "--dashboard-port", self.board, "--temp-dir", self.folder)  # fmt: skip
 
     def stop(self):
         """End the processes of this cluster alone."""
