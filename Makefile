@@ -4,7 +4,7 @@ TOKENS ?= 200000
 PORT ?= 8000
 BIN := .venv/bin
 
-.PHONY: venv demo serve test test-slow test-gpu lint
+.PHONY: venv demo serve test test-slow test-gpu ray load lint
 
 venv: .venv/installed
 
@@ -28,6 +28,13 @@ test-slow: venv  ## recall at length and other checks of minutes
 
 test-gpu: venv  ## what needs a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+ray: venv  ## sessions on a small Ray cluster: scaling, a replica killed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,ray]'
+	$(BIN)/python -m pytest -m slow tests/deploy/test_ray_serve.py
+
+load: venv  ## the load scenarios, in their small versions
+	$(BIN)/python -m pytest -m slow tests/test_scenarios.py
 
 lint: venv
 	$(BIN)/ruff check .

@@ -14,6 +14,8 @@ from pacellm.config import EngineConfig, PAConfig
 from pacellm.errors import ConfigError, PaceError
 
 if TYPE_CHECKING:
+    from server.auth import Keys
+    from server.service import Service
     from server.settings import Settings
 
 logger = logging.getLogger("pacellm")
@@ -35,16 +37,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def serve(options: argparse.Namespace) -> int:
     """Load a model and answer HTTP until told to stop."""
+    from server import logs
+    from server.listen import run
+
+    logs.configure(options.log_level, options.log_format)
+    service, keys = build(options)
+    if not keys and options.host not in _LOOPBACK:
+        logger.warning("listening on %s without API keys: anyone who reaches it can use it", options.host)
+    elif not keys:
+        logger.warning("no API keys: everyone on this machine can use this server, in one namespace of sessions")
+    run(
+        service,
+        keys,
+        host=options.host,
+        port=options.port,
+        log_level=options.log_level,
+        shutdown_timeout=options.shutdown_timeout,
+        tls=(options.ssl_certfile, options.ssl_keyfile),
+    )
+    return 0
+
+
+def build(options: argparse.Namespace) -> tuple[Service, Keys]:
+    """The service of ``serve``'s options, its engine not yet running, and who may use it.
+
+    Raises:
+        PaceError: options, a model or a directory that cannot work.
+    """
     from pacellm.demo import MODEL_PATH
     from pacellm.engine.engine import Engine
     from pacellm.model.load import load
     from pacellm.tokenizer import ChatTokenizer
-    from server import logs
     from server.auth import read_keys
-    from server.listen import run
     from server.service import Service
 
-    logs.configure(options.log_level, options.log_format)
     keys = read_keys(options.api_key, options.api_key_file)
     config = engine_config(options)
     path = options.model or MODEL_PATH
@@ -54,20 +80,12 @@ def serve(options: argparse.Namespace) -> int:
     tokenizer = ChatTokenizer(path)
     engine = Engine(model, config, tokenizer.backend)
     _describe(engine, str(path), config.max_model_len or model.context_length)
-    if not keys and options.host not in _LOOPBACK:
-        logger.warning("listening on %s without API keys: anyone who reaches it can use it", options.host)
-    elif not keys:
-        logger.warning("no API keys: everyone on this machine can use this server, in one namespace of sessions")
-    run(
-        Service(engine, tokenizer, settings),
-        keys,
-        host=options.host,
-        port=options.port,
-        log_level=options.log_level,
-        shutdown_timeout=options.shutdown_timeout,
-        tls=(options.ssl_certfile, options.ssl_keyfile),
-    )
-    return 0
+    return Service(engine, tokenizer, settings), keys
+
+
+def serve_options(flags: Sequence[str]) -> argparse.Namespace:
+    """The options of ``pacellm serve`` with these flags; what is wrong goes to stderr and ends with SystemExit."""
+    return _parser().parse_args(["serve", *flags])
 
 
 def server_settings(options: argparse.Namespace, model_name: str, *, has_keys: bool) -> Settings:

@@ -1,0 +1,44 @@
+"""Flags under Ray Serve, and what a replica reports; without Ray."""
+
+import pytest
+
+from deploy.ray.flags import parse_flags
+from deploy.ray.report import held_sessions
+from deploy.ray.table import digest
+from pacellm.engine.kv import BlockAllocator
+from pacellm.engine.session import Session
+from pacellm.engine.sessions import SessionStore
+from pacellm.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--port", "80"], "http_options.port"),
+        (["--host=0.0.0.0"], "http_options.host"),
+        (["--shutdown-timeout", "3"], "graceful_shutdown_timeout_s"),
+        (["--session-dir", "x"], "--session-sync"),
+        (["--no-such-flag"], "not understood"),
+    ],
+)
+def test_what_cannot_work_is_named(flags, says):
+    with pytest.raises(ConfigError, match=says):
+        parse_flags(flags)
+
+
+def test_unknown_names_are_named():
+    with pytest.raises(ConfigError, match="num_replica"):
+        parse_flags([], unknown=["num_replica"])
+
+
+def test_flags_are_those_of_serve():
+    options = parse_flags(["--session-dir", "x", "--session-sync", "--max-num-seqs", "3"])
+    assert (options.session_sync, options.max_num_seqs) == (True, 3)
+
+
+def test_sessions_on_disk_alone_are_not_reported():
+    store = SessionStore(BlockAllocator(4), None, block_bytes=1, memory=10, max_rows=1, log_memory=10, fold_after=10)
+    for name, facts in {"here": {"commits": 2, "generation": 2}, "disk": {"commits": 1, "stub": True},
+                        "begins": {"busy": True}, "nothing": {}}.items():  # fmt: skip
+        store.add(Session(("t", name), **facts))
+    assert held_sessions(store) == [(digest("t", "begins"), 0), (digest("t", "here"), 2)]

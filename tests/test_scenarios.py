@@ -1,0 +1,111 @@
+"""The load scenarios in their small versions against real servers (slow, ``make load``), and their arithmetic."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from load_tests import routing_simulation
+from load_tests.scenarios.books import Books, grown, parse
+from load_tests.scenarios.client import Reply
+from load_tests.scenarios.disconnects import visits
+from load_tests.scenarios.kill import leftovers
+from load_tests.scenarios.many_sessions import differences
+from load_tests.scenarios.servers import report
+from load_tests.scenarios.talks import make_talk, percentile, spread
+
+ROOT = Path(__file__).parent.parent
+SCENARIOS = ("long_beside_short", "many_sessions", "disconnects", "kill")
+SCRAPE = """\
+# TYPE pacellm_sessions gauge
+pacellm_sessions{model_name="m"} 3
+# TYPE pacellm_session_bytes gauge
+pacellm_session_bytes{kind="kv",model_name="m",tier="device"} 7
+# TYPE pacellm_steps counter
+pacellm_steps_total{model_name="m"} 5
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_scenario_loses_nothing_and_leaves_nothing(name):
+    done = subprocess.run(
+        [sys.executable, "-m", f"load_tests.scenarios.{name}", "--small"],
+        cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found["ok"], found["failures"]
+    assert done.returncode == 0
+    assert found["scenario"] == name
+
+
+def test_the_simulation_moves_nothing_that_need_not_move(capsys):
+    assert routing_simulation.main(["--small"]) == 0
+    rows = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["rows"]
+    assert rows["10 table"]["scaled up by half"] == {"strayed": 0, "moved": 0, "strayed_in_the_next_round": 0}
+    assert rows["10 ring"]["scaled up by half"]["strayed"] > 0
+    assert 0 < rows["10 table"]["a tenth crashed and was replaced"]["moved"] < 200
+
+
+def test_a_scrape_is_read_by_name_and_labels():
+    samples = parse(SCRAPE)
+    assert samples["pacellm_sessions"] == 3
+    assert samples["pacellm_session_bytes/kv/device"] == 7
+    assert grown(Books({}, []), Books(samples, []), "pacellm_steps_total") == 5
+
+
+def reply(text="right", state="new", cached=0, hits=1):
+    return Reply(text=text, pace={"session": state, "cached_tokens": cached, "bank": {"hits": hits}})
+
+
+@pytest.mark.parametrize(
+    ("second", "says"),
+    [
+        (reply(state="resident"), None),
+        (reply(state="restored"), None),
+        (reply(text="wrong", state="resident"), "'wrong' instead of 'right'"),
+        (reply(state="lost"), "was lost"),
+        (reply(state="new"), "was new"),
+        (reply(state="resident", hits=2), "banks"),
+        (reply(state="resident", cached=5, hits=2), None),
+    ],
+)
+def test_what_a_session_should_not_have_heard_is_named(second, says):
+    wrong = differences([[reply(), reply(state="resident")]], [[reply(), second]])
+    assert len(wrong) == (says is not None)
+    assert says is None or says in wrong[0]
+
+
+def test_failures_are_the_exit_status_and_in_the_last_line(capsys):
+    assert report("x", {"a": 1}, []) == 0
+    assert report("x", {"a": 1}, ["left over: y"]) == 1
+    last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert last == {"scenario": "x", "ok": False, "num_failures": 1, "failures": ["left over: y"], "a": 1}
+
+
+def test_what_is_left_of_a_session_directory_is_named(tmp_path):
+    (tmp_path / "servers").mkdir()
+    (tmp_path / "servers" / "alive").touch()
+    assert leftovers(tmp_path) == []
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "log.safetensors.draft").touch()
+    (tmp_path / "servers" / "dead").touch()
+    assert leftovers(tmp_path) == ["left over: folder/log.safetensors.draft", "left over: 2 marks of servers"]
+
+
+def test_a_storm_has_every_kind_of_client():
+    talks = [make_talk(seed, 2, 1000) for seed in range(4)]
+    storm = visits(talks, 200, seed=0)
+    assert visits(talks, 200, seed=0) == storm
+    assert {one.stream for one in storm} == {True, False}
+    assert {one.session for one in storm} == {None, "storm-0", "storm-1", "storm-2", "storm-3"}
+    assert any(one.share < 1 for one in storm)
+    assert b"\r\n\r\n{" in storm[0].bytes("h", None)
+
+
+def test_spread():
+    assert percentile(list(range(100)), 0.99) == 99
+    assert spread([0.001, 0.002, 0.004]) == {"median_ms": 2.0, "p99_ms": 4.0, "worst_ms": 4.0}
+    assert spread([]) == {}
