@@ -60,7 +60,7 @@ def fingerprint_of(model: LoadedModel, config: EngineConfig, tokenizer: Tokenize
         "kv_shapes": model.kv_shapes,
         "dtype": str(model.dtype),
     }
-    weights = ((name.replace(".mlp.original.", ".mlp."), w) for name, w in model.module.named_parameters())
+    weights = ((name.replace(".original.", "."), w) for name, w in model.module.named_parameters())
     return fingerprint(weights, facts)
 
 

@@ -13,7 +13,7 @@ from pacellm.errors import ModelError
 from pacellm.model import attention, attention_cuda
 from pacellm.model.context import KVShape, StepContext, step_context
 from pacellm.model.families import family_of
-from pacellm.model.patch import decoder_layers
+from pacellm.model.neurons import decoder_layers
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _ROPE_TYPES = {"default", "linear", "llama3", "yarn"}
