@@ -19,6 +19,7 @@ from pacellm.model import attention_cpu, attention_cuda
 from pacellm.model.attention_form import Form
 from pacellm.model.context import LayerProbe, StepContext, current_step
 from pacellm.model.families import FAMILIES
+from pacellm.model.temperature import tempered
 
 NAME = "pacellm"
 # what models pass along beside what is honoured, and what changes nothing here: positions are in the keys already
@@ -68,6 +69,7 @@ def attend(
             raise RuntimeError(f"attention runs more than once in layer {layer}")
         step.probe[layer] = LayerProbe(((key.shape[1], size), (value.shape[1], size)), form.special)
         return query.new_zeros(1, query.shape[2], query.shape[1], value_size), None
+    query = tempered(module, step, query)
     query, key, value = (_widen(part, size) for part in (query, key, value))
     store(step, layer, key[0], value[0])
     if query.device.type == "cpu":
@@ -84,10 +86,11 @@ def _form(
     config: Any = getattr(module, "config", None)
     chunk = None
     family = FAMILIES.get(getattr(config, "model_type", ""))
-    if family is not None and family.window_in_mask:
-        sliding_window = config.sliding_window
     types = getattr(config, "layer_types", None)
-    if types and types[int(module.layer_idx)] == "chunked_attention":  # type: ignore[arg-type]
+    kind = types[int(module.layer_idx)] if types else None  # type: ignore[arg-type]
+    if family is not None and family.window_in_mask and kind != "full_attention":
+        sliding_window = config.sliding_window
+    if kind == "chunked_attention":
         chunk = int(config.attention_chunk_size)
     softcap, sinks = kwargs.pop("softcap", None), kwargs.pop("s_aux", None)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

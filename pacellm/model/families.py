@@ -111,7 +111,8 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(
         ("afmoe", "axk1", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe",
          "glm4_moe_lite", "hy_v3", "kolibri1", "laguna", "solar_open"), _SHARED_EXPERTS),
-    **dict.fromkeys(("flint", "qwen2_moe"), _SHARED_EXPERT),
+    "flint": _SHARED_EXPERT,
+    "qwen2_moe": Family(shared="mlp.shared_expert", routed=True, window_in_mask=True),
     "bitnet": Family(norm="ffn_sub_norm"),
     "biogpt": Family("fc1_fc2", ffn="", layers="biogpt.layers"),
     "codegen": Family("fc_in_out", layers="transformer.h"),

@@ -19,6 +19,7 @@ from pacellm.model.families import family_of
 from pacellm.model.neurons import decoder_layers
 from pacellm.model.patch import patchable_layers
 from pacellm.model.rope import check_rope, scale_rope
+from pacellm.model.temperature import take_over
 
 _LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -136,6 +137,7 @@ def prepare(module: nn.Module) -> LoadedModel:
     if config._attn_implementation != attention.NAME:
         raise ModelError(f"{type(module).__name__} does not take attention functions")
     module.eval().requires_grad_(False)
+    take_over(module)
     weight = module.get_input_embeddings().weight  # type: ignore[operator]
     if weight.dtype not in _DTYPES:
         raise ModelError(f"embeddings of {weight.dtype} are not served; use a checkpoint of float32, bfloat16, float16")

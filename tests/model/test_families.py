@@ -2,8 +2,6 @@
 unpatched model, banks on against a plain loop, and neurons that can be permuted."""
 
 import copy
-import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
