@@ -29,14 +29,14 @@ def test_missing(saved):
     with pytest.raises(ModelError, match="is a file; give the directory"):
         load(saved / "config.json")
     (saved / "config.json").write_text("{")
-    with pytest.raises(ModelError, match="config.json is not JSON"):
+    with pytest.raises(ModelError, match=r"config.json is not JSON"):
         load(saved)
 
 
 def test_damaged_weights(saved):
     file = saved / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ModelError, match="model.safetensors is damaged or cut short"):
+    with pytest.raises(ModelError, match=r"model.safetensors is damaged or cut short"):
         load(saved)
     file.unlink()
     with pytest.raises(ModelError, match="holds no weights"):
@@ -47,17 +47,17 @@ def test_pickles_only_where_allowed(saved):
     state = LlamaForCausalLM(LlamaConfig(**COMMON)).state_dict()
     (saved / "model.safetensors").unlink()
     torch.save(state, saved / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="pickles.*--allow-pickle"):
+    with pytest.raises(ModelError, match=r"pickles.*--allow-pickle"):
         load(saved)
     assert load(saved, allow_pickle=True).num_layers == 3
 
 
 def test_weights_that_do_not_fit(saved):
     change(saved, num_hidden_layers=4)
-    with pytest.raises(ModelError, match="are missing: model.layers.3"):
+    with pytest.raises(ModelError, match=r"are missing: model.layers.3"):
         load(saved)
     change(saved, num_hidden_layers=3, intermediate_size=64)
-    with pytest.raises(ModelError, match="cannot load|another shape"):
+    with pytest.raises(ModelError, match=r"cannot load|another shape"):
         load(saved)
 
 
