@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from pacellm.errors import ModelError
+from pacellm.errors import ModelError, PaceError
 from pacellm.model import attention, attention_cuda
 from pacellm.model.checkpoint import check_directory, check_head, check_loaded
 from pacellm.model.context import KVShape, LayerProbe, StepContext, step_context
@@ -98,7 +98,7 @@ def load(
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except ModelError:
+    except PaceError:
         raise
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(_why_not_loaded(path, error)) from error
