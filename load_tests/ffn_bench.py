@@ -26,7 +26,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from pacellm.config import PAConfig
 from pacellm.memory.state import COUNTERS, new_bank, new_stage
 from pacellm.model.context import Banks, Chunk, Piece, StepContext, step_context
-from pacellm.model.ffn import PersistentFFN
+from pacellm.model.ffn import PersistentDown
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -76,7 +76,9 @@ def main() -> None:
     bank, stage = new_bank(*sizes), new_stage(*sizes)
     pieces = (Piece(0, args.tokens, ends=True),)
     chunk = Chunk(0, args.tokens, 0, (), pieces, Banks({0: bank}, {0: stage}, "on"))
-    patched = PersistentFFN(mlp, 0, "gate_up_down")
+    patched = Qwen2MLP(mlp.config).eval().requires_grad_(False)
+    patched.load_state_dict(mlp.state_dict())
+    patched.down_proj = PersistentDown(patched.down_proj, 0)
     peer = None if args.peer is None else released(args.peer, mlp, args.bank_size, args.tokens)
 
     generator = torch.Generator().manual_seed(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -66,6 +67,7 @@ def build(options: argparse.Namespace) -> tuple[Service, Keys]:
     """
     from pacellm.demo import MODEL_PATH
     from pacellm.engine.engine import Engine
+    from pacellm.model.checkpoint import check_directory
     from pacellm.model.load import load
     from pacellm.tokenizer import ChatTokenizer
     from server.auth import read_keys
@@ -76,9 +78,18 @@ def build(options: argparse.Namespace) -> tuple[Service, Keys]:
     path = options.model or MODEL_PATH
     name = options.served_model_name or ("pacellm-demo" if options.model is None else options.model)
     settings = server_settings(options, name, has_keys=bool(keys))
-    model = load(path, dtype=options.dtype, device=_device(options.device))
-    tokenizer = ChatTokenizer(path)
+    check_directory(path, allow_pickle=options.allow_pickle)
+    tokenizer = ChatTokenizer(path, options.chat_template)
+    model = load(
+        path,
+        dtype=options.dtype,
+        device=_device(options.device),
+        rope_scaling=options.rope_scaling,
+        allow_pickle=options.allow_pickle,
+    )
     engine = Engine(model, config, tokenizer.backend)
+    if not tokenizer.has_chat_template:
+        logger.warning("%s has no chat template: chat requests are refused; give one with --chat-template FILE", path)
     _describe(engine, str(path), config.max_model_len or model.context_length)
     return Service(engine, tokenizer, settings), keys
 
@@ -167,6 +178,10 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--served-model-name", help="the name clients ask for (default: as MODEL is written, or pacellm-demo)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     add("--device", default="auto", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+    add("--chat-template", type=Path, help="file with a Jinja chat template (default: the checkpoint's)")
+    add("--rope-scaling", type=_object, help="lengthen the context, as "
+        """'{"rope_type": "yarn", "factor": 4}'""")  # fmt: skip
+    add("--allow-pickle", action="store_true", help="read weights that are not safetensors; only from people you trust")
     add("--max-model-len", type=_size, help="longest context in tokens (default: the model's)")
     add("--max-num-batched-tokens", type=int, default=defaults.max_num_batched_tokens, help="tokens of one step")
     add("--max-num-seqs", type=int, default=defaults.max_num_seqs, help="requests that run at once")
@@ -234,6 +249,16 @@ def _size(text: str) -> int:
         return int(float(text[:-1]) * unit) if unit else int(text.replace(",", "").replace("_", ""))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it as 200000 or 8G") from None
+
+
+def _object(text: str) -> dict[str, object]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return found
 
 
 def _seconds(text: str) -> float:

@@ -147,7 +147,13 @@ class EngineConfig:
             _check(self, name, value is None or value >= 0, "at least 0")
 
     def resolve(
-        self, *, context_length: int, num_layers: int, bytes_per_token: int, available_memory: int
+        self,
+        *,
+        context_length: int,
+        num_layers: int,
+        bytes_per_token: int,
+        available_memory: int,
+        patchable_layers: tuple[int, ...] | None = None,
     ) -> EngineConfig:
         """Fill in what the model and the machine decide.
 
@@ -156,6 +162,7 @@ class EngineConfig:
             num_layers: decoder layers L.
             bytes_per_token: KV bytes of one token over all layers.
             available_memory: bytes of device memory that may be used.
+            patchable_layers: layers that can have banks; None is all of them.
 
         Raises:
             ConfigError: a value that this model cannot serve, named in ``param``.
@@ -167,12 +174,7 @@ class EngineConfig:
                 f"serve at most {context_length}",
                 param="max_model_len",
             )
-        layers = self.pa_layers if self.pa_layers is not None else default_pa_layers(num_layers)
-        for layer in layers:
-            if not 0 <= layer < num_layers:
-                raise ConfigError(
-                    f"pa_layers names layer {layer}; this model has layers 0 to {num_layers - 1}", param="pa_layers"
-                )
+        layers = self._resolve_layers(num_layers, patchable_layers)
         kv = self.kv_cache_memory
         if kv is None:
             kv = min(available_memory // 2, 4 * length * bytes_per_token)
@@ -185,8 +187,39 @@ class EngineConfig:
             session_memory=kv if self.session_memory is None else self.session_memory,
         )
 
+    def _resolve_layers(self, num_layers: int, patchable: tuple[int, ...] | None) -> tuple[int, ...]:
+        """The layers with banks.
 
-def default_pa_layers(num_layers: int) -> tuple[int, ...]:
-    """The paper's layers 13 and 27 of 28 scaled to a model of L layers, counted from 0."""
-    picked = {max(0, round(part * num_layers / 28) - 1) for part in (13, 27)}
-    return tuple(sorted(picked))
+        Raises:
+            ConfigError: one is not there, or cannot have a bank.
+        """
+        able = tuple(range(num_layers)) if patchable is None else patchable
+        if not self.pa:
+            able = tuple(range(num_layers))
+        elif not able:
+            raise ConfigError(
+                "every layer's FFN is routed experts alone, so no bank would see every token; serve this model with "
+                "--no-pa",
+                param="pa",
+            )
+        layers = self.pa_layers if self.pa_layers is not None else default_pa_layers(num_layers, able)
+        for layer in layers:
+            if not 0 <= layer < num_layers:
+                raise ConfigError(
+                    f"pa_layers names layer {layer}; this model has layers 0 to {num_layers - 1}", param="pa_layers"
+                )
+            if layer not in able:
+                raise ConfigError(
+                    f"pa_layers names layer {layer}, whose FFN is routed experts alone, so no bank would see every "
+                    f"token; layers that can have one: {', '.join(map(str, able))}",
+                    param="pa_layers",
+                )
+        return layers
+
+
+def default_pa_layers(num_layers: int, patchable: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    """The paper's layers 13 and 27 of 28 scaled to a model of L layers, counted from 0; of layers that cannot have a
+    bank the nearest that can."""
+    able = range(num_layers) if patchable is None else patchable
+    wanted = [max(0, round(part * num_layers / 28) - 1) for part in (13, 27)]
+    return tuple(sorted({min(able, key=lambda layer: (abs(layer - number), layer)) for number in wanted}))

@@ -7,12 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, TemplateError, meta
+from jinja2 import Environment, TemplateError, TemplateSyntaxError, meta
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pacellm.dialect import Dialect, detect
-from pacellm.errors import ContextLengthExceeded, ModelError, RequestError, UnsupportedParameter
+from pacellm.errors import ConfigError, ContextLengthExceeded, ModelError, RequestError, UnsupportedParameter
 from pacellm.pieces import PieceMemo
 
 # what the template is given by other means; a request sets none of these as a variable
@@ -20,6 +20,30 @@ _RESERVED = frozenset(
     ("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now", "bos_token",
      "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token", "additional_special_tokens")
 )  # fmt: skip
+_ENVIRONMENT = Environment(extensions=["jinja2.ext.loopcontrols"])
+
+
+def read_template(path: str | Path) -> str:
+    """A Jinja chat template from a file.
+
+    Raises:
+        ConfigError: it cannot be read, or is no Jinja.
+    """
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"chat template {path} cannot be read: {error}", param="chat_template") from error
+    try:
+        names = meta.find_undeclared_variables(_ENVIRONMENT.parse(text))
+    except TemplateSyntaxError as error:
+        if "unknown tag 'generation'" not in str(error):  # transformers' own tag
+            raise ConfigError(
+                f"chat template {path} is not valid Jinja, line {error.lineno}: {error.message}", param="chat_template"
+            ) from error
+        return text
+    if "messages" not in names:
+        raise ConfigError(f"chat template {path} does not use 'messages'", param="chat_template")
+    return text
 
 
 class ChatTokenizer:
@@ -27,19 +51,25 @@ class ChatTokenizer:
 
     Args:
         path: directory or hub name of the checkpoint.
+        chat_template: a file with a Jinja template to use instead of the checkpoint's.
 
     Raises:
-        ModelError: there is no fast tokenizer.
+        ModelError: there is no fast tokenizer. ConfigError: a template that cannot be read.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, chat_template: str | Path | None = None) -> None:
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"cannot load the tokenizer of {path}: {error}") from error
+        except Exception as error:  # a damaged tokenizer.json is a bare Exception
+            raise ModelError(
+                f"cannot load the tokenizer of {path}: {error}; the directory needs the tokenizer.json and "
+                f"tokenizer_config.json that the model was trained with"
+            ) from error
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
-            raise ModelError(f"{path} has no fast tokenizer")
+            raise ModelError(f"{path} has no fast tokenizer (tokenizer.json)")
+        if chat_template is not None:
+            tokenizer.chat_template = read_template(chat_template)
         self._tokenizer = tokenizer
         self.backend = backend
         self._memo = PieceMemo(backend)
@@ -55,9 +85,8 @@ class ChatTokenizer:
         """Names that the chat template reads and does not set itself."""
         template = self._tokenizer.chat_template
         sources = template.values() if isinstance(template, dict) else [template or ""]
-        environment = Environment(extensions=["jinja2.ext.loopcontrols"])
         try:
-            return frozenset().union(*(meta.find_undeclared_variables(environment.parse(text)) for text in sources))
+            return frozenset().union(*(meta.find_undeclared_variables(_ENVIRONMENT.parse(text)) for text in sources))
         except TemplateError:  # tags of transformers' own
             return frozenset()
 
@@ -110,7 +139,10 @@ class ChatTokenizer:
             RequestError: the model's template refuses the messages, reads no such variable, or there is none.
         """
         if not self.has_chat_template:
-            raise RequestError("this model has no chat template", param="messages")
+            raise RequestError(
+                "this model has no chat template; use /v1/completions, or start the server with --chat-template FILE",
+                param="messages",
+            )
         for name in variables or ():
             if name in _RESERVED or name not in self.template_variables:
                 raise UnsupportedParameter(

@@ -76,6 +76,7 @@ class Engine:
             num_layers=model.num_layers,
             bytes_per_token=model.bytes_per_token,
             available_memory=setup.available_memory(model.device),
+            patchable_layers=model.patchable_layers,
         )
         self.block_bytes = BLOCK * model.bytes_per_token
         self.num_blocks = (self.config.kv_cache_memory or 0) // self.block_bytes

@@ -58,9 +58,10 @@ def fingerprint_of(model: LoadedModel, config: EngineConfig, tokenizer: Tokenize
         "layout": None,
         "tokenizer": hashlib.sha256(text.encode()).hexdigest(),
         "kv_shapes": model.kv_shapes,
+        "rope": getattr(model.module.config, "rope_parameters", None),
         "dtype": str(model.dtype),
     }
-    weights = ((name.replace(".mlp.original.", ".mlp."), w) for name, w in model.module.named_parameters())
+    weights = ((name.replace(".original.", "."), w) for name, w in model.module.named_parameters())
     return fingerprint(weights, facts)
 
 

@@ -7,8 +7,8 @@ function is registered under its name, so models build no masks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +16,17 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from pacellm.model import attention_cpu, attention_cuda
-from pacellm.model.context import StepContext, current_step
+from pacellm.model.attention_form import Form
+from pacellm.model.context import LayerProbe, StepContext, current_step
+from pacellm.model.families import FAMILIES
+from pacellm.model.temperature import tempered
 
 NAME = "pacellm"
-Backend = Callable[[StepContext, int, Tensor, float, int | None], Tensor]
+# what models pass along beside what is honoured, and what changes nothing here: positions are in the keys already
+_HARMLESS = frozenset(
+    ("position_ids", "position_embeddings", "use_cache", "cache_position", "is_causal", "output_attentions",
+     "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep", "head_mask")
+)  # fmt: skip
 
 
 def attend(
@@ -31,7 +38,7 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer over the current step.
 
@@ -51,17 +58,49 @@ def attend(
     step = current_step()
     if step is None:
         raise RuntimeError("this model only runs inside the engine's step; load it without PaceLLM for plain use")
-    ignored = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
-    if attention_mask is not None or dropout or ignored:
-        raise RuntimeError(f"attention was given what it cannot honour: mask, dropout or {ignored}")
+    form = _form(module, query, scaling, sliding_window, kwargs)
+    unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _HARMLESS)
+    if attention_mask is not None or dropout or unknown:
+        raise RuntimeError(f"attention was given what it cannot honour: mask, dropout or {unknown}")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
+    size, value_size = max(query.shape[3], value.shape[3]), value.shape[3]
     if step.probe is not None:
-        step.probe[layer] = ((key.shape[1], key.shape[3]), (value.shape[1], value.shape[3]))
-        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+        if layer in step.probe:
+            raise RuntimeError(f"attention runs more than once in layer {layer}")
+        step.probe[layer] = LayerProbe(((key.shape[1], size), (value.shape[1], size)), form.special)
+        return query.new_zeros(1, query.shape[2], query.shape[1], value_size), None
+    query = tempered(module, step, query)
+    query, key, value = (_widen(part, size) for part in (query, key, value))
     store(step, layer, key[0], value[0])
-    backend: Backend = attention_cpu.attend if query.device.type == "cpu" else attention_cuda.attend
+    if query.device.type == "cpu":
+        output = attention_cpu.attend(step, layer, query[0], form)
+    else:
+        output = attention_cuda.attend(step, layer, query[0], form.scale, form.window)
+    return output[None, ..., :value_size], None
+
+
+def _form(
+    module: nn.Module, query: Tensor, scaling: float | None, sliding_window: int | None, kwargs: dict[str, Any]
+) -> Form:
+    """What the layer asks for; windows and chunks that the model tells its mask alone are read from its config."""
+    config: Any = getattr(module, "config", None)
+    chunk = None
+    family = FAMILIES.get(getattr(config, "model_type", ""))
+    types = getattr(config, "layer_types", None)
+    kind = types[int(module.layer_idx)] if types else None  # type: ignore[arg-type]
+    if family is not None and family.window_in_mask and kind != "full_attention":
+        sliding_window = config.sliding_window
+    if kind == "chunked_attention":
+        chunk = int(config.attention_chunk_size)
+    softcap, sinks = kwargs.pop("softcap", None), kwargs.pop("s_aux", None)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return backend(step, layer, query[0], scale, sliding_window)[None], None
+    return Form(float(scale), sliding_window, chunk, softcap, sinks)
+
+
+def _widen(part: Tensor, size: int) -> Tensor:
+    """Heads filled up with zeros, where keys and values differ in size: kernels want them alike, and zeros add
+    nothing to a score."""
+    return part if part.shape[-1] == size else nn.functional.pad(part, (0, size - part.shape[-1]))
 
 
 def store(step: StepContext, layer: int, key: Tensor, value: Tensor) -> None:

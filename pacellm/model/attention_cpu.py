@@ -23,6 +23,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from pacellm.model.attention_form import Form
 from pacellm.model.context import Chunk, Run, StepContext
 from pacellm.rows import ROWS, pad_rows
 
@@ -32,23 +33,22 @@ WINDOW = 8192
 ROWS_ALONE = 4
 _SMALL_WINDOW = 128  # sliding windows up to this wide use tiles of this many positions
 
-_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
-
-def attend(step: StepContext, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
+def attend(step: StepContext, layer: int, query: Tensor, form: Form) -> Tensor:
     """[H, T, D] packed queries -> [T, H, Dv], each chunk over its own runs."""
     keys, values = step.keys[layer], step.values[layer]
+    window = _window_of(form)
     output = query.new_zeros(query.shape[1], query.shape[0], values.shape[-1])
     decoded: list[tuple[Chunk, int]] = []
     for chunk in step.chunks:
         step.failing = chunk
         first = step.first_row(chunk, layer)
         if window is None:
-            _attend_full(chunk, first, query, keys, values, scale, output)
+            _attend_full(chunk, first, query, keys, values, form, output)
         else:
-            _attend_window(chunk, first, query, keys, values, scale, window, output)
+            _attend_window(chunk, first, query, keys, values, form, window, output)
         decoded += [(chunk, row) for row in range(max(first, chunk.stop - chunk.num_decoded), chunk.stop)]
-    _attend_decoded(step, decoded, query, keys, values, scale, window, output)
+    _attend_decoded(step, decoded, query, keys, values, form, output)
     step.failing = None
     return output
 
@@ -59,8 +59,7 @@ def _attend_decoded(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    scale: float,
-    window: int | None,
+    form: Form,
     output: Tensor,
 ) -> None:
     """Decoded tokens, each over the keys it sees, in windows of ``WINDOW``; packed and unpacked together."""
@@ -70,22 +69,38 @@ def _attend_decoded(
     heads, group = keys.shape[0], query.shape[0] // keys.shape[0]
     packed = query[:, rows].view(heads, group, len(decoded), -1).permute(2, 0, 1, 3)
     packed = pad_rows(packed.contiguous(), ROWS_ALONE)
-    slots = None if window is None or window > _SMALL_WINDOW else _window_slots(step, decoded, window)
+    window, slots = form.window, None
+    if window is not None and window <= _SMALL_WINDOW and form.chunk is None:
+        slots = _window_slots(step, decoded, window)
     if slots is not None:
         seen = (slab[:, slots].transpose(0, 1).contiguous() for slab in (keys, values))
-        output[rows] = _kernel(packed, *seen, scale=scale)[0][:, :, :group].flatten(1, 2)
+        found = form.with_sinks(*form.kernel(packed, *seen), group)
+        output[rows] = found[:, :, :group].flatten(1, 2)
         return
     results = []
     for place, (chunk, row) in enumerate(decoded):
         step.failing = chunk
         one, end = packed[place : place + 1], chunk.position + row - chunk.start + 1
         total, lse = None, None
-        for start in range(0 if window is None else max(0, end - window), end, WINDOW):
+        for start in range(_oldest(form, end - 1), end, WINDOW):
             part = _read(chunk.runs, keys, values, start, min(start + WINDOW, end))
-            total, lse = _merge(total, lse, *_kernel(one, *part, scale=scale))
+            total, lse = _merge(total, lse, *form.kernel(one, *part))
         assert total is not None
-        results.append(total)
+        results.append(form.with_sinks(total, lse, group))
     output[rows] = torch.cat(results)[:, :, :group].flatten(1, 2)
+
+
+def _window_of(form: Form) -> int | None:
+    """The window that prompts are read in; None where tiles read all keys from the start, or from their chunk's."""
+    if form.chunk is None or (form.chunk % TILE == 0 and form.window is None):
+        return form.window
+    return form.chunk if form.window is None else min(form.window, form.chunk)
+
+
+def _oldest(form: Form, position: int) -> int:
+    """The first position that a query sees."""
+    oldest = 0 if form.window is None else max(0, position + 1 - form.window)
+    return oldest if form.chunk is None else max(oldest, position - position % form.chunk)
 
 
 def _window_slots(step: StepContext, decoded: list[tuple[Chunk, int]], window: int) -> Tensor | None:
@@ -114,7 +129,7 @@ def _slots(runs: tuple[Run, ...], start: int, stop: int) -> Tensor:
 
 
 def _attend_full(
-    chunk: Chunk, first: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, output: Tensor
+    chunk: Chunk, first: int, query: Tensor, keys: Tensor, values: Tensor, form: Form, output: Tensor
 ) -> None:
     group = query.shape[0] // keys.shape[0]
     for position, rows in _tiles(chunk, first, TILE):
@@ -122,18 +137,18 @@ def _attend_full(
         end = position + rows.stop - rows.start
         packed, count = _pack(query[:, rows], group)
         total, lse = None, None
-        for start in range(0, tile, WINDOW):
+        for start in range(0 if form.chunk is None else tile - tile % form.chunk, tile, WINDOW):
             part = _read(chunk.runs, keys, values, start, min(start + WINDOW, tile))
-            total, lse = _merge(total, lse, *_kernel(packed, *part, scale=scale))
+            total, lse = _merge(total, lse, *form.kernel(packed, *part))
         span = _round_up(end - tile, BLOCK)
         part = _read(chunk.runs, keys, values, tile, tile + span)
         if group == 1 and position == tile and end - tile == span:
-            tail = _kernel(packed, *part, is_causal=True, scale=scale)
+            tail = form.kernel(packed, *part, is_causal=True)
         else:
             mask = _causal(position - tile, end - tile, span, group, packed.shape[2], packed.dtype)
-            tail = _kernel(packed, *part, attn_mask=mask, scale=scale)
+            tail = form.kernel(packed, *part, mask)
         total, lse = _merge(total, lse, *tail)
-        output[rows] = _unpack(total, count, group)
+        output[rows] = _unpack(form.with_sinks(total, lse, group), count, group)
 
 
 def _attend_window(
@@ -142,7 +157,7 @@ def _attend_window(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    scale: float,
+    form: Form,
     window: int,
     output: Tensor,
 ) -> None:
@@ -151,8 +166,8 @@ def _attend_window(
     past = _round_up(window - 1, size)
     tiles = _tiles(chunk, first, size)
     whole = [tile for tile in tiles if tile[0] % size == 0 and tile[0] >= past and _length(tile[1]) == size]
-    if len(whole) > 1:
-        _attend_whole_tiles(chunk, whole, query, keys, values, scale, window, size, output)
+    if len(whole) > 1 and form.chunk is None:
+        _attend_whole_tiles(chunk, whole, query, keys, values, form, window, size, output)
         tiles = [tile for tile in tiles if tile not in whole]
     for position, rows in tiles:
         tile = position - position % size
@@ -160,10 +175,9 @@ def _attend_window(
         oldest = max(0, tile - past)
         packed, count = _pack(query[:, rows], group)
         part = _read(chunk.runs, keys, values, oldest, tile + size)
-        mask = _banded(
-            position - oldest, end - oldest, tile + size - oldest, window, group, packed.shape[2], packed.dtype
-        )
-        result, _ = _kernel(packed, *part, attn_mask=mask, scale=scale)
+        band = (position - oldest, end - oldest, tile + size - oldest, window, group, packed.shape[2], packed.dtype)
+        mask = _banded(*band) if form.chunk is None else _banded(*band, form.chunk, oldest % form.chunk)
+        result = form.with_sinks(*form.kernel(packed, *part, mask), group)
         output[rows] = _unpack(result, count, group)
 
 
@@ -173,7 +187,7 @@ def _attend_whole_tiles(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    scale: float,
+    form: Form,
     window: int,
     size: int,
     output: Tensor,
@@ -187,7 +201,7 @@ def _attend_whole_tiles(
     seen = _read(chunk.runs, keys, values, position - past, position + count * size)
     key, value = (part[0].unfold(1, past + size, size).permute(1, 0, 3, 2) for part in seen)
     mask = _banded(past, past + size, past + size, window, group, size * group, query.dtype)
-    result = _kernel(packed, key, value, attn_mask=mask, scale=scale)[0].view(count, heads, size, group, -1)
+    result = form.with_sinks(*form.kernel(packed, key, value, mask), group).view(count, heads, size, group, -1)
     output[rows] = result.transpose(1, 2).reshape(count * size, heads * group, -1)
 
 
@@ -250,10 +264,23 @@ def _causal(first: int, last: int, span: int, group: int, num_rows: int, dtype: 
 
 
 @lru_cache(maxsize=32)
-def _banded(first: int, last: int, span: int, window: int, group: int, num_rows: int, dtype: torch.dtype) -> Tensor:
-    """The same for a sliding window."""
-    distance = torch.arange(first, last)[:, None] - torch.arange(span)
-    return _expand((distance < 0) | (distance >= window), group, num_rows, dtype)
+def _banded(
+    first: int,
+    last: int,
+    span: int,
+    window: int,
+    group: int,
+    num_rows: int,
+    dtype: torch.dtype,
+    chunk: int | None = None,
+    phase: int = 0,
+) -> Tensor:
+    """The same for a sliding window, and blocks of ``chunk`` positions where the first key stands at ``phase``."""
+    queries, keys = torch.arange(first, last)[:, None], torch.arange(span)
+    hidden = (keys > queries) | (queries - keys >= window)
+    if chunk is not None:
+        hidden |= (queries + phase) // chunk != (keys + phase) // chunk
+    return _expand(hidden, group, num_rows, dtype)
 
 
 def _expand(hidden: Tensor, group: int, num_rows: int, dtype: torch.dtype) -> Tensor:

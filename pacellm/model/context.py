@@ -23,6 +23,14 @@ KVShape = tuple[tuple[int, int], tuple[int, int]]
 
 
 @dataclass(frozen=True)
+class LayerProbe:
+    """What a layer's attention was seen to work on: its KV shapes, and names of what it asks beyond a window."""
+
+    shapes: KVShape
+    special: list[str]
+
+
+@dataclass(frozen=True)
 class Run:
     """``length`` tokens of a sequence from ``start``, stored side by side in the slab from ``slot``."""
 
@@ -87,7 +95,7 @@ class StepContext:
     pa: PAConfig = field(default_factory=PAConfig)
     failing: Chunk | None = None
     scratch: dict[str, object] = field(default_factory=dict)
-    probe: dict[int, KVShape] | None = None
+    probe: dict[int, LayerProbe] | None = None
     wanted: list[int] | None = None
 
     def first_row(self, chunk: Chunk, layer: int) -> int:

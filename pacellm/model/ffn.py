@@ -1,7 +1,8 @@
-"""The FFN that reads and writes banks.
+"""The down-projection of an FFN that reads and writes banks.
 
-It calls the original projections, so quantised or sharded linears keep working, and without a step, or for a
-request whose banks are off, it is the original FFN.
+Its input is the inner activation x, whatever the FFN in front of it looks like, and its output is the y that banks
+hold, so one wrapper serves every family. It calls the original projection, so quantised or sharded ones keep working;
+without a step, or for a request whose banks are off, it is the original.
 """
 
 from __future__ import annotations
@@ -14,50 +15,52 @@ from torch import Tensor, nn
 
 from pacellm.memory import bank, decoded
 from pacellm.model.context import Banks, Piece, StepContext, current_step
-from pacellm.model.families import Layout, activation_of
 
 
-class PersistentFFN(nn.Module):
-    """A gated FFN with working memory.
+class PersistentDown(nn.Module):
+    """A down-projection with working memory.
 
     Args:
-        original: the model's own FFN, kept as a submodule.
+        original: the model's own projection, kept as a submodule.
         layer: the decoder layer's number, counted from 0.
-        layout: how the FFN's projections are laid out.
     """
 
-    def __init__(self, original: nn.Module, layer: int, layout: Layout) -> None:
+    def __init__(self, original: nn.Module, layer: int) -> None:
         super().__init__()
         self.original: Any = original
         self.layer = layer
-        self.layout = layout
-        self.activation: Any = activation_of(original)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[1, T, H] -> [1, T, H]."""
+    @property
+    def weight(self) -> Tensor:
+        """The original's."""
+        return self.original.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The original's."""
+        return self.original.bias
+
+    def forward(self, inner: Tensor) -> Tensor:
+        """Inner activations [1, T, F] or [T, F] -> FFN outputs [1, T, H] or [T, H]."""
         step = current_step()
+        plain = self.original(inner)
         if step is None or not any(chunk.banks for chunk in step.chunks):
-            return self.original(hidden)
-        inner = self.inner(hidden)
-        plain = self.original.down_proj(inner)
-        output = plain[0].clone()
-        alone = hidden.device.type == "cpu"
+            return plain
+        return self.remember(step, inner.flatten(0, -2), plain.flatten(0, -2)).view(plain.shape)
+
+    def remember(self, step: StepContext, inner: Tensor, plain: Tensor) -> Tensor:
+        """FFN outputs [T, H] with memory, of a step's inner activations [T, F] and plain outputs [T, H]."""
+        output = plain.clone()
+        alone = inner.device.type == "cpu"
         for chunk in step.chunks:
             if chunk.banks is not None:
                 step.failing = chunk
                 pieces = chunk.pieces[: len(chunk.pieces) - chunk.num_decoded] if alone else chunk.pieces
-                self._remember(pieces, chunk.banks, step, inner[0], plain[0], output)
+                self._remember(pieces, chunk.banks, step, inner, plain, output)
         step.failing = None
         if alone:
-            self._remember_decoded(step, inner[0], plain[0], output)
-        return output[None]
-
-    def inner(self, hidden: Tensor) -> Tensor:
-        """[..., H] -> [..., F], ``act(gate) * up``."""
-        if self.layout == "fused_gate_up":
-            gate, up = self.original.gate_up_proj(hidden).chunk(2, dim=-1)
-            return up * self.activation(gate)
-        return self.activation(self.original.gate_proj(hidden)) * self.original.up_proj(hidden)
+            self._remember_decoded(step, inner, plain, output)
+        return output
 
     def _remember(
         self,
@@ -69,7 +72,7 @@ class PersistentFFN(nn.Module):
         output: Tensor,
     ) -> None:
         """Read, and where the request may write, stage and write, piece by piece in order."""
-        state, bias = owned.banks[self.layer], self.original.down_proj.bias
+        state, bias = owned.banks[self.layer], self.bias
         for piece in pieces:
             rows = slice(piece.start, piece.stop)
             x, y = inner[rows], plain[rows]
@@ -84,7 +87,7 @@ class PersistentFFN(nn.Module):
     def _remember_decoded(self, step: StepContext, inner: Tensor, plain: Tensor, output: Tensor) -> None:
         """The same for decoded tokens: the first of every sequence at once, then the second, and so on; a step has more
         than one of a sequence only where a log is replayed."""
-        bias = self.original.down_proj.bias
+        bias = self.bias
         turn, left = 0, [chunk for chunk in step.chunks if chunk.banks is not None and chunk.num_decoded]
         while left:
             rows = torch.tensor([chunk.stop - chunk.num_decoded + turn for chunk in left])

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from pacellm.errors import ModelError
+from pacellm.errors import ModelError, PaceError
 from pacellm.model import attention, attention_cuda
-from pacellm.model.context import KVShape, StepContext, step_context
+from pacellm.model.checkpoint import check_directory, check_head, check_loaded
+from pacellm.model.context import KVShape, LayerProbe, StepContext, step_context
 from pacellm.model.families import family_of
 from pacellm.model.narrow import narrow
-from pacellm.model.patch import decoder_layers
+from pacellm.model.neurons import decoder_layers, ffns
+from pacellm.model.patch import patchable_layers
+from pacellm.model.rope import check_rope, scale_rope
+from pacellm.model.temperature import take_over
 
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
-_ROPE_TYPES = {"default", "linear", "llama3", "yarn"}
+_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -30,8 +36,9 @@ class LoadedModel:
         vocab_size: rows of its logits.
         eos_token_ids: tokens that end an answer.
         kv_shapes: per layer ((kv heads, key size), (kv heads, value size)), as the model really produces them.
-        dtype: of weights, KV and banks.
+        dtype: of activations, KV and banks.
         device: where all of it lies.
+        patchable_layers: those whose FFN can have banks: all but layers of routed experts alone.
     """
 
     module: nn.Module
@@ -41,6 +48,7 @@ class LoadedModel:
     kv_shapes: list[KVShape]
     dtype: torch.dtype
     device: torch.device
+    patchable_layers: tuple[int, ...] | None = None
 
     @property
     def num_layers(self) -> int:
@@ -54,27 +62,64 @@ class LoadedModel:
         return numbers * self.dtype.itemsize
 
 
-def load(path: str | Path, *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu") -> LoadedModel:
-    """Load a checkpoint from a directory or a hub name; safetensors only, no remote code.
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device = "cpu",
+    rope_scaling: Mapping[str, Any] | None = None,
+    allow_pickle: bool = False,
+) -> LoadedModel:
+    """Load a checkpoint from a directory or a hub name. Code of a checkpoint's own is never run.
 
-    ``dtype`` "auto" is the checkpoint's own, but bfloat16 for float32 on CUDA, where attention takes no float32.
+    Args:
+        path: directory, or name on the hub.
+        dtype: "auto" is the checkpoint's own, but bfloat16 for float32 on CUDA, where attention takes no float32.
+        device: where it shall lie.
+        rope_scaling: lengthens the context (:func:`pacellm.model.rope.scale_rope`).
+        allow_pickle: read weights that are not safetensors (tensors only, but from a format that can run code).
 
     Raises:
-        ModelError: it cannot be read, or not be served correctly; says why.
+        ModelError: it cannot be read, or not be served correctly; says why. ConfigError: a wrong ``rope_scaling``.
     """
+    check_directory(path, allow_pickle=allow_pickle)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        check_head(config)
+        if rope_scaling is not None:
+            scale_rope(config, rope_scaling)
         check_config(config)
         attention.register()
-        module: nn.Module = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention.NAME, use_safetensors=True, trust_remote_code=False
+        module, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention.NAME,
+            use_safetensors=None if allow_pickle else True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load {path}: {error}") from error
+    except PaceError:
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(_why_not_loaded(path, error)) from error
+    check_loaded(path, info)
     target = torch.device(device)
     if dtype == "auto" and target.type == "cuda" and next(module.parameters()).dtype == torch.float32:
         module.to(torch.bfloat16)  # as the kernel needs; where float32 is asked for, `prepare` refuses
     return prepare(module.to(target))
+
+
+def _why_not_loaded(path: str | Path, error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    if "trust_remote_code" in text or "execute the configuration file" in text:
+        return (
+            f"cannot load {path}: it brings code of its own, which is never run here; save it with a model type that "
+            f"transformers knows, or use another model (docs/models.md)"
+        )
+    if isinstance(error, ImportError):
+        return f"cannot load {path}: a package is missing (quantised weights need their own): {text}"
+    return f"cannot load {path}: {text}"
 
 
 def prepare(module: nn.Module) -> LoadedModel:
@@ -86,27 +131,48 @@ def prepare(module: nn.Module) -> LoadedModel:
     config: PreTrainedConfig = module.config  # type: ignore[assignment]
     check_config(config)
     attention.register()
-    module.set_attn_implementation(attention.NAME)  # type: ignore[operator]
+    try:
+        module.set_attn_implementation(attention.NAME)  # type: ignore[operator]
+    except ValueError as error:
+        raise ModelError(f"{type(module).__name__} does not take attention functions: {error}") from error
     if config._attn_implementation != attention.NAME:
         raise ModelError(f"{type(module).__name__} does not take attention functions")
     module.eval().requires_grad_(False)
-    weight = next(module.parameters())
-    kv_shapes = _probe(module, weight.device)
-    layers = decoder_layers(module)
-    narrow(layers[-1].mlp, len(layers) - 1)  # type: ignore[arg-type]
+    take_over(module)
+    weight = module.get_input_embeddings().weight  # type: ignore[operator]
+    if weight.dtype not in _DTYPES:
+        raise ModelError(f"embeddings of {weight.dtype} are not served; use a checkpoint of float32, bfloat16, float16")
+    probed, vocab_size = _probe(module, weight.device)
+    kv_shapes = [layer.shapes for layer in probed]
+    last = ffns(module)[-1]
+    if last is not None and last.module is not decoder_layers(module)[-1]:
+        narrow(last.module, last.layer)
     if weight.device.type == "cuda":
-        for (_, key_size), (_, value_size) in kv_shapes:
-            if problem := attention_cuda.why_not(weight.dtype, key_size, value_size):
-                raise ModelError(f"{problem}; use --dtype bfloat16 or --device cpu")
+        _check_cuda(weight.dtype, probed)
     return LoadedModel(
         module=module,
         context_length=context_length(config),
-        vocab_size=int(config.vocab_size),
+        vocab_size=vocab_size,
         eos_token_ids=eos_token_ids(module),
         kv_shapes=kv_shapes,
         dtype=weight.dtype,
         device=weight.device,
+        patchable_layers=patchable_layers(module),
     )
+
+
+def _check_cuda(dtype: torch.dtype, probed: list[LayerProbe]) -> None:
+    """Refuse what the CUDA kernels do not compute.
+
+    Raises:
+        ModelError: names it.
+    """
+    for layer in probed:
+        (_, key_size), (_, value_size) = layer.shapes
+        if layer.special:
+            raise ModelError(f"{layer.special[0]} is served on a CPU only; use --device cpu")
+        if problem := attention_cuda.why_not(dtype, key_size, value_size):
+            raise ModelError(f"{problem}; use --dtype bfloat16 or --device cpu")
 
 
 def check_config(config: PreTrainedConfig) -> None:
@@ -118,25 +184,25 @@ def check_config(config: PreTrainedConfig) -> None:
     family_of(config.model_type)
     strange = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
     if strange:
-        raise ModelError(f"layer types {sorted(strange)} are not served; only {sorted(_LAYER_TYPES)}")
-    if getattr(config, "attn_logit_softcapping", None):
-        raise ModelError("attention soft-capping is not served")
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = (
-        parameters.values() if parameters and all(isinstance(p, dict) for p in parameters.values()) else [parameters]
-    )
-    for rope in nested:
-        kind = rope.get("rope_type", "default")
-        if kind not in _ROPE_TYPES:
-            raise ModelError(
-                f"rope type {kind!r} depends on the longest position in a batch and is not served; "
-                f"these are: {', '.join(sorted(_ROPE_TYPES))}"
-            )
+        raise ModelError(
+            f"layer types {sorted(strange)} are not served; only {sorted(_LAYER_TYPES)}: others keep a state beside "
+            f"keys and values, which sessions here do not hold"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError("encoder-decoder models are not served; use a decoder")
+    check_rope(config)
 
 
 def context_length(config: PreTrainedConfig) -> int:
-    """Tokens that the model's positions reach."""
-    return int(config.max_position_embeddings)
+    """Tokens that the model's positions reach.
+
+    Raises:
+        ModelError: the config does not say.
+    """
+    length = getattr(config, "max_position_embeddings", None)
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise ModelError(f"the config's max_position_embeddings is {length!r}, so the context's length is not known")
+    return length
 
 
 def eos_token_ids(module: nn.Module) -> frozenset[int]:
@@ -148,13 +214,21 @@ def eos_token_ids(module: nn.Module) -> frozenset[int]:
     return frozenset(found)
 
 
-def _probe(module: nn.Module, device: torch.device) -> list[KVShape]:
-    """Each layer's KV shapes, seen in a forward pass of four tokens through PaceLLM's attention."""
+def _probe(module: nn.Module, device: torch.device) -> tuple[list[LayerProbe], int]:
+    """What each layer's attention works on, and the number of logits, seen in a forward pass of four tokens through
+    PaceLLM's attention."""
     step = StepContext(chunks=[], keys=[], values=[], probe={})
     ids = torch.zeros(1, 4, dtype=torch.long, device=device)
-    with torch.inference_mode(), step_context(step):
-        module(input_ids=ids, position_ids=torch.arange(4, device=device)[None], use_cache=False)
+    name = type(module).__name__
+    try:
+        with torch.inference_mode(), step_context(step):
+            positions = torch.arange(4, device=device)[None]
+            output = module(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=ids[0, :1])
+    except Exception as error:
+        raise ModelError(f"{name} does not run here: {type(error).__name__}: {error}") from error
     seen = step.probe or {}
     if sorted(seen) != list(range(len(decoder_layers(module)))):
-        raise ModelError(f"{type(module).__name__} did not use PaceLLM's attention in every layer")
-    return [seen[layer] for layer in sorted(seen)]
+        raise ModelError(f"{name} did not use PaceLLM's attention in every layer")
+    if output.logits.shape[1] != 1:
+        raise ModelError(f"{name} computes logits of every token and cannot be asked for some (logits_to_keep)")
+    return [seen[layer] for layer in sorted(seen)], int(output.logits.shape[-1])

@@ -6,48 +6,47 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from pacellm.errors import ModelError
+from pacellm.errors import ConfigError, ModelError
 from pacellm.memory.pool import BankShape
-from pacellm.model.families import family_of, ffn_sizes
-from pacellm.model.ffn import PersistentFFN
+from pacellm.model.ffn import PersistentDown
+from pacellm.model.neurons import ffns
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The model's decoder layers, in order.
+def patchable_layers(model: nn.Module) -> tuple[int, ...]:
+    """Decoder layers with an FFN that every token passes; layers of routed experts alone have none.
 
     Raises:
-        ModelError: a model without ``model.layers``.
+        ModelError: a model that is not served.
     """
-    base = getattr(model, "model", None)
-    layers = getattr(base, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not all(hasattr(layer, "mlp") for layer in layers):
-        raise ModelError(f"{type(model).__name__} has no model.layers[i].mlp; it cannot be patched")
-    return layers
+    return tuple(ffn.layer for ffn in ffns(model) if ffn is not None)
 
 
 def patch(model: nn.Module, layers: Iterable[int]) -> list[BankShape]:
-    """Replace the FFNs of ``layers`` by ones with banks; the model computes the same until a step brings banks.
+    """Give the FFNs of ``layers`` banks; the model computes the same until a step brings banks.
 
     Returns:
         The banks' sizes, one per patched layer.
 
     Raises:
-        ModelError: an FFN that cannot be patched, or is already.
+        ConfigError: a layer that has no FFN of its own. ModelError: one that is patched already.
     """
-    layout = family_of(model.config.model_type)  # type: ignore[union-attr,arg-type]
-    decoder, shapes = decoder_layers(model), []
+    found, shapes = ffns(model), []
     for number in layers:
-        layer = decoder[number]
-        if isinstance(layer.mlp, PersistentFFN):
+        ffn = found[number]
+        if ffn is None:
+            raise ConfigError(
+                f"pa_layers names layer {number}, whose FFN is routed experts alone, so no bank would see every token",
+                param="pa_layers",
+            )
+        if isinstance(ffn.down, PersistentDown):
             raise ModelError(f"layer {number} is already patched")
-        inner, hidden = ffn_sizes(layer.mlp, layout)  # type: ignore[arg-type]
-        layer.mlp = PersistentFFN(layer.mlp, number, layout)  # type: ignore[arg-type]
-        shapes.append(BankShape(number, inner, hidden))
+        setattr(ffn.module, ffn.layout.down, PersistentDown(ffn.down, number))
+        shapes.append(BankShape(number, ffn.inner, ffn.hidden))
     return shapes
 
 
 def unpatch(model: nn.Module) -> None:
-    """Put the original FFNs back."""
-    for layer in decoder_layers(model):
-        if isinstance(layer.mlp, PersistentFFN):
-            layer.mlp = layer.mlp.original
+    """Put the original projections back."""
+    for ffn in ffns(model):
+        if ffn is not None and isinstance(ffn.down, PersistentDown):
+            setattr(ffn.module, ffn.layout.down, ffn.down.original)

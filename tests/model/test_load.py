@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pacellm.errors import ModelError
 from pacellm.model.context import StepContext, current_step, step_context
@@ -22,8 +22,8 @@ def test_kv_shapes_are_what_the_model_produces(family):
 
 
 def test_other_architectures_are_refused():
-    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=20))
-    with pytest.raises(ModelError, match="'gpt2' is not served"):
+    model = BloomForCausalLM(BloomConfig(n_layer=1, n_head=2, hidden_size=8, vocab_size=20))
+    with pytest.raises(ModelError, match="'bloom' is not served: its attention adds a bias by distance"):
         prepare(model)
 
 

@@ -1,0 +1,100 @@
+"""What lies in a checkpoint's directory, looked at before transformers does: what is missing or damaged is named."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
+
+from pacellm.errors import ModelError
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_OTHER_HEADS = re.compile(r"For(Sequence|Token|Image)Classification|ForQuestionAnswering|ForMaskedLM|RewardModel")
+
+
+def check_directory(path: str | Path, *, allow_pickle: bool) -> None:
+    """Look at a local checkpoint; names on a hub are left to transformers.
+
+    Raises:
+        ModelError: it is missing, incomplete, damaged, or holds pickles that were not allowed.
+    """
+    directory = Path(path).expanduser()
+    if not directory.exists():
+        if _HUB_NAME.fullmatch(str(path)) and not str(path).endswith((".gguf", ".safetensors")):
+            return
+        raise ModelError(f"{path} does not exist; give a checkpoint's directory, or a name on the hub as OWNER/NAME")
+    if not directory.is_dir():
+        raise ModelError(f"{path} is a file; give the directory that holds it, with its config.json")
+    config = read_json(directory / "config.json")
+    if not config.get("model_type"):
+        raise ModelError(f"{directory / 'config.json'} names no model_type; it is not a checkpoint of transformers")
+    files = sorted(directory.glob("*.safetensors"))
+    if not files and not allow_pickle:
+        if any(next(directory.glob(pattern), None) for pattern in _PICKLES):
+            raise ModelError(
+                f"{path} holds its weights as pickles, which can run code when they are read; convert them to "
+                f"safetensors (save_pretrained of transformers does), or pass --allow-pickle if you trust them"
+            )
+        raise ModelError(f"{path} holds no weights (*.safetensors); it may be downloaded in part")
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                opened.keys()
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} is damaged or cut short ({error}); download it again") from error
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        wanted = set(read_json(index).get("weight_map", {}).values())
+        if missing := sorted(wanted - {file.name for file in files}):
+            raise ModelError(f"{path} lacks {missing[0]}, which {index.name} names; it may be downloaded in part")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ModelError: there is none, or it is something else.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{file.parent} has no {file.name}; it is not a checkpoint's directory") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{file} is not a JSON object")
+    return found
+
+
+def check_head(config: PreTrainedConfig) -> None:
+    """Refuse checkpoints that were made for another task.
+
+    Raises:
+        ModelError: names the architecture.
+    """
+    for name in getattr(config, "architectures", None) or ():
+        if _OTHER_HEADS.search(name):
+            raise ModelError(f"the checkpoint is a {name}, which writes no text; a causal language model is needed")
+
+
+def check_loaded(path: str | Path, info: dict[str, Any]) -> None:
+    """Refuse a model of which transformers has filled in some weights at random.
+
+    Args:
+        info: the loading info of ``from_pretrained``.
+
+    Raises:
+        ModelError: names the first weights.
+    """
+    for key, what in (("mismatched_keys", "of another shape than its config says"), ("missing_keys", "missing")):
+        names = sorted(str(name[0] if isinstance(name, tuple | list) else name) for name in info.get(key) or ())
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ModelError(f"weights of {path} are {what}: {', '.join(names[:3])}{more}")
+    if info.get("error_msgs"):
+        raise ModelError(f"weights of {path} cannot be loaded: {'; '.join(map(str, info['error_msgs'][:3]))}")
