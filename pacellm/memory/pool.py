@@ -48,7 +48,7 @@ class BankPool:
         device: torch.device,
     ) -> None:
         self.config, self.shapes, self.num_rows = config, shapes, num_rows
-        self._arena = {shape.layer: _new_arena(config, shape, num_rows, dtype, device) for shape in shapes}
+        self._arena = {shape.layer: _new_arena(config, shape, num_rows + 1, dtype, device) for shape in shapes}
         self._stages = [
             {shape.layer: new_stage(config, shape.inner, shape.hidden, dtype, device) for shape in shapes}
             for _ in range(num_stages)
@@ -60,6 +60,16 @@ class BankPool:
             {layer: BankState(*(tensor[row] for tensor in arena)) for layer, arena in self._arena.items()}
             for row in range(num_rows)
         ]
+
+    @property
+    def arena(self) -> dict[int, BankState]:
+        """All rows of each layer: every tensor has a leading dimension of ``num_rows`` + 1."""
+        return self._arena
+
+    @property
+    def scratch_row(self) -> int:
+        """The row that nobody owns: what a step does in vain goes there."""
+        return self.num_rows
 
     @property
     def num_free(self) -> int:
