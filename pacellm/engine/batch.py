@@ -89,7 +89,7 @@ def _chunk(work: Work, row: int, pool: BankPool | None, segment: int) -> Chunk:
     banks: Banks | None = None
     pieces: tuple[Piece, ...] = ()
     if pool is not None and sequence.row is not None and turn.pa != "off":
-        banks = Banks(pool.banks(sequence.row), pool.stages(sequence.row), turn.pa)
+        banks = Banks(pool.banks(sequence.row), pool.stages(sequence.row), turn.pa, sequence.row)
         pieces = tuple(turn.pieces(sequence.cursor, work.count, row, segment))
     num_decoded = min(work.count, max(0, sequence.position + work.count - turn.prompt_end))
     return Chunk(

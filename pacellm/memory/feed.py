@@ -7,6 +7,9 @@ between replays. What a masked token would write goes to the arena's last row, w
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -31,6 +34,19 @@ class Tokens(NamedTuple):
     rows: Tensor
     live: Tensor
     writes: Tensor
+
+
+Feed = Callable[[BankState, Tokens, Tensor, Tensor, PAConfig], Tensor]
+
+
+@cache
+def best_feed(device: torch.device) -> Feed:
+    """Triton's form on a GPU where Triton is there, else torch's."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from pacellm.memory import feed_triton
+
+        return feed_triton.feed
+    return feed
 
 
 def feed(arena: BankState, tokens: Tokens, x: Tensor, y: Tensor, config: PAConfig) -> Tensor:

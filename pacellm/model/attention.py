@@ -59,6 +59,9 @@ def attend(
         step.probe[layer] = ((key.shape[1], key.shape[3]), (value.shape[1], value.shape[3]))
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
     store(step, layer, key[0], value[0])
+    if step.decode is not None and query.device.type != "cpu":
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return attention_cuda.attend_decoded(step, layer, query[0], scale, sliding_window)[None], None
     backend: Backend = attention_cpu.attend if query.device.type == "cpu" else attention_cuda.attend
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return backend(step, layer, query[0], scale, sliding_window)[None], None
@@ -66,6 +69,10 @@ def attend(
 
 def store(step: StepContext, layer: int, key: Tensor, value: Tensor) -> None:
     """Put the step's keys and values [Hkv, T, D] into the slab, at each chunk's positions."""
+    if step.decode is not None:
+        step.keys[layer].index_copy_(1, step.decode.slots, key)
+        step.values[layer].index_copy_(1, step.decode.slots, value)
+        return
     places = step.scratch.get("places")
     if not isinstance(places, Places):
         places = step.scratch["places"] = _places(step, key.device)

@@ -65,6 +65,15 @@ def attend(step: StepContext, layer: int, query: Tensor, scale: float, window: i
     return output
 
 
+def attend_decoded(step: StepContext, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
+    """[H, B, D] queries of a step that only decodes, told by ``step.decode`` -> [B, H, D]."""
+    from pacellm.model import decode_triton  # Triton comes with torch's CUDA builds only
+
+    assert step.decode is not None
+    splits = 32 if step.deterministic else None
+    return decode_triton.attend(query, step.keys[layer], step.values[layer], step.decode, scale, window, splits)
+
+
 def _in_place(chunk: Chunk, window: int | None) -> bool:
     used = _used_runs(chunk)
     return len(used) == 1 or (window is None and used[-1].start <= chunk.position)
@@ -125,11 +134,16 @@ def _plan(members: list[tuple[Chunk, Run]], causal: bool, device: torch.device) 
 def _call(
     queries: Tensor, keys: Tensor, values: Tensor, plan: _Plan, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """([n, H, D], lse [n, H]) of the plan's rows over the plan's runs."""
+    """([n, H, D], lse [n, H]) of the plan's rows over the plan's runs.
+
+    A single query at the end of its keys sees all of them, so nothing is causal about it; said so, the kernel packs the
+    heads of a group and splits the keys.
+    """
+    causal = plan.causal and (plan.max_queries > 1 or window is not None)
     result = _kernel(
         queries[plan.rows], keys, values, plan.cu_queries, plan.starts, plan.max_queries, plan.max_keys, 0.0,
-        plan.causal, False, scale=scale, window_size_left=window - 1 if window else -1,
-        window_size_right=0 if plan.causal else -1, seqused_k=plan.lengths,
+        causal, False, scale=scale, window_size_left=window - 1 if window else -1,
+        window_size_right=0 if causal else -1, seqused_k=plan.lengths,
     )  # fmt: skip
     return result[0], result[1].transpose(0, 1)
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pacellm.memory import bank, decoded
-from pacellm.model.context import Banks, Piece, StepContext, current_step
+from pacellm.memory.feed import Feed, Tokens, best_feed
+from pacellm.model.context import Banks, Chunk, Piece, StepContext, current_step
 from pacellm.model.families import Layout, activation_of
 
 
@@ -36,21 +37,39 @@ class PersistentFFN(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[1, T, H] -> [1, T, H]."""
         step = current_step()
+        if step is not None and step.decode is not None and step.arenas:
+            return self._forward_decoded(step, hidden)
         if step is None or not any(chunk.banks for chunk in step.chunks):
             return self.original(hidden)
         inner = self.inner(hidden)
         plain = self.original.down_proj(inner)
         output = plain[0].clone()
-        alone = hidden.device.type == "cpu"
         for chunk in step.chunks:
             if chunk.banks is not None:
                 step.failing = chunk
-                pieces = chunk.pieces[: len(chunk.pieces) - chunk.num_decoded] if alone else chunk.pieces
+                pieces = chunk.pieces[: len(chunk.pieces) - chunk.num_decoded]
                 self._remember(pieces, chunk.banks, step, inner[0], plain[0], output)
         step.failing = None
-        if alone:
+        if hidden.device.type == "cpu":
             self._remember_decoded(step, inner[0], plain[0], output)
+        else:
+            self._remember_rows(step, inner[0], plain[0], output)
         return output[None]
+
+    def _forward_decoded(self, step: StepContext, hidden: Tensor) -> Tensor:
+        """A step of one token for each sequence: rows of banks by index, nothing that waits for the device."""
+        assert step.decode is not None
+        inner = self.inner(hidden)
+        plain = self.original.down_proj(inner)[0]
+        bias, tokens = self.original.down_proj.bias, step.decode.tokens
+        found = self._feed(hidden.device)(
+            step.arenas[self.layer], tokens, inner[0], plain if bias is None else plain - bias, step.pa
+        )
+        output = found if bias is None else found + bias
+        return torch.where(tokens.live[:, None], output, plain)[None]
+
+    def _feed(self, device: torch.device) -> Feed:
+        return best_feed(device)
 
     def inner(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., F], ``act(gate) * up``."""
@@ -95,3 +114,32 @@ class PersistentFFN(nn.Module):
             output[rows] = found if bias is None else found + bias
             turn += 1
             left = [chunk for chunk in left if chunk.num_decoded > turn]
+
+    def _remember_rows(self, step: StepContext, inner: Tensor, plain: Tensor, output: Tensor) -> None:
+        """The same on a device: rows of the arena by index, which are uploaded once a step."""
+        turns = step.scratch.get("decoded rows")
+        if turns is None:
+            turns = step.scratch["decoded rows"] = _decoded_rows(step.chunks, inner.device)
+        bias = self.original.down_proj.bias
+        for rows, tokens in turns:  # type: ignore[attr-defined]
+            y = plain[rows] if bias is None else plain[rows] - bias
+            found = self._feed(inner.device)(step.arenas[self.layer], tokens, inner[rows], y, step.pa)
+            output.index_copy_(0, rows, found if bias is None else found + bias)
+
+
+def _decoded_rows(chunks: Sequence[Chunk], device: torch.device) -> list[tuple[Tensor, Tokens]]:
+    """Rows of the step and whose banks they meet: the first decoded token of every sequence, then the second, …"""
+    turns, turn = [], 0
+    left = [(chunk, chunk.banks) for chunk in chunks if chunk.banks is not None and chunk.num_decoded]
+    while left:
+        numbers = [
+            [chunk.stop - chunk.num_decoded + turn for chunk, _ in left],
+            [banks.row for _, banks in left],
+            [banks.mode == "on" for _, banks in left],
+        ]
+        host = torch.tensor(numbers, dtype=torch.int64)
+        rows, owned, writes = (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+        turns.append((rows, Tokens(owned, torch.ones_like(owned, dtype=torch.bool), writes.bool())))
+        turn += 1
+        left = [(chunk, banks) for chunk, banks in left if chunk.num_decoded > turn]
+    return turns
