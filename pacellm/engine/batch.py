@@ -63,6 +63,11 @@ def build(step: Step, pool: BankPool | None, segment: int, device: torch.device)
     )
 
 
+def build_chunks(sequences: list[Sequence], pool: BankPool | None, segment: int) -> list[Chunk]:
+    """One row for each sequence: its next token."""
+    return [_chunk(Work(sequence, 1), row, pool, segment) for row, sequence in enumerate(sequences)]
+
+
 def padded(rows: list[int], device: torch.device) -> Tensor:
     """[R] int64 on the device, at least ``ROWS`` of them and a multiple: what is missing is row 0."""
     missing = missing_rows(len(rows)) if rows else ROWS
