@@ -50,7 +50,18 @@ def serve(options: argparse.Namespace) -> int:
     path = options.model or MODEL_PATH
     name = options.served_model_name or ("pacellm-demo" if options.model is None else options.model)
     settings = server_settings(options, name, has_keys=bool(keys))
-    model = load(path, dtype=options.dtype, device=_device(options.device))
+    team = None
+    if options.tensor_parallel_size > 1:
+        from pacellm.engine import launch
+
+        team = launch.start(
+            str(path),
+            options.tensor_parallel_size,
+            dtype=options.dtype,
+            device=_device(options.device),
+            on_lost=launch.end_service,
+        )
+    model = team.model if team is not None else load(path, dtype=options.dtype, device=_device(options.device))
     tokenizer = ChatTokenizer(path)
     engine = Engine(model, config, tokenizer.backend)
     _describe(engine, str(path), config.max_model_len or model.context_length)
@@ -67,6 +78,8 @@ def serve(options: argparse.Namespace) -> int:
         shutdown_timeout=options.shutdown_timeout,
         tls=(options.ssl_certfile, options.ssl_keyfile),
     )
+    if team is not None:
+        team.close()
     return 0
 
 
@@ -124,6 +137,9 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         session_dir=options.session_dir,
         session_sync=options.session_sync,
         session_ttl=options.session_ttl,
+        gpu_memory_utilization=options.gpu_memory_utilization,
+        cuda_graphs=options.cuda_graphs,
+        deterministic=options.deterministic,
         pa_memory=options.pa_memory,
         pa=options.pa,
         pa_layers=options.pa_layers,
@@ -149,10 +165,17 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--served-model-name", help="the name clients ask for (default: as MODEL is written, or pacellm-demo)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     add("--device", default="auto", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+    add("--tensor-parallel-size", type=_at_least_one, default=1, help="processes, one device each, that the model is "
+        "split over")  # fmt: skip
     add("--max-model-len", type=_size, help="longest context in tokens (default: the model's)")
     add("--max-num-batched-tokens", type=int, default=defaults.max_num_batched_tokens, help="tokens of one step")
     add("--max-num-seqs", type=int, default=defaults.max_num_seqs, help="requests that run at once")
     add("--kv-cache-memory-bytes", type=_size, help="bytes of KV memory, as 8G (default: from what is free)")
+    add("--gpu-memory-utilization", type=float, default=defaults.gpu_memory_utilization, help="share of a GPU's memory "
+        "for weights, steps, KV and banks together")  # fmt: skip
+    add("--cuda-graphs", action=argparse.BooleanOptionalAction, default=True, help="capture decode steps on a GPU")
+    add("--deterministic", action="store_true", help="answers independent of batch mates on a GPU too, at a cost; "
+        "on a CPU they always are")  # fmt: skip
     add("--session-memory", type=_size, help="bytes of idle sessions' KV kept on the device (default: KV memory)")
     add("--session-host-memory", type=_size, help="bytes of sessions in host memory, below the device (default: as "
         "--session-memory beside a GPU, else 0)")  # fmt: skip
@@ -226,6 +249,12 @@ def _seconds(text: str) -> float:
     if not 0 < seconds < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
     return seconds
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
 
 
 def _layers(text: str) -> tuple[int, ...]:

@@ -9,7 +9,8 @@ is how it is tested.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence as Items
+from collections.abc import Callable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,12 @@ from pacellm.memory.feed import Tokens
 from pacellm.model.context import DecodeRows, Shared
 
 logger = logging.getLogger("pacellm.engine")
+
+
+class CaptureFailed(Exception):
+    """A decode step cannot be captured on this machine."""
+
+
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 MEMBERS = 16  # sequences of one shared beginning; more make further groups
 _LEAST_SHARED = 4 * BLOCK  # tokens; shorter beginnings are read by each sequence
@@ -199,7 +206,12 @@ class Decoder:
         graph = None
         if self._capture:  # before the buffers are filled: a capture runs on padding alone
             wanted = _shares(sequences)
-            graph = self._graphs.get((size, wanted)) or self._record(size, buffers, wanted)
+            try:
+                graph = self._graphs.get((size, wanted)) or self._record(size, buffers, wanted)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                raise CaptureFailed(f"{type(error).__name__}: {error}") from error
         is_shared = buffers.fill(sequences)
         if graph is not None:
             graph[0].replay()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from pacellm.model.attention import slab
 from pacellm.model.context import Chunk, DecodeRows, StepContext, step_context
 from pacellm.model.load import LoadedModel
 from pacellm.rows import ROWS, missing_rows
+
+logger = logging.getLogger("pacellm.engine")
 
 
 class StepFailed(EngineError):
@@ -94,7 +97,11 @@ class Runner:
             StepFailed: names the sequence where it can.
         """
         if self.decoder is not None and graphs.fits(step):
-            return self._run_decoder(self.decoder, step)
+            try:
+                return self._run_decoder(self.decoder, step)
+            except graphs.CaptureFailed as error:
+                logger.warning("CUDA graphs are off, decoding is slower: %s", error)
+                self.decoder = None
         packed = batch.build(step, self.pool, self.pa.segment, self.model.device)
         return Output(self.forward(step, packed, packed.wanted), packed.sampled, packed.scored)
 
@@ -122,9 +129,17 @@ class Runner:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _context(self, chunks: list[Chunk], **more: Any) -> StepContext:
+        total = self.model.ranks.total if self.model.ranks is not None else None
         arenas = self.pool.arena if self.pool is not None else {}
         return StepContext(
-            chunks, self._keys, self._values, self.pa, arenas=arenas, deterministic=self.deterministic, **more
+            chunks,
+            self._keys,
+            self._values,
+            self.pa,
+            arenas=arenas,
+            deterministic=self.deterministic,
+            total=total,
+            **more,
         )
 
     @torch.inference_mode()
@@ -132,7 +147,10 @@ class Runner:
         sequences = [work.sequence for work in step.work]
         try:
             self._copy(step.copies)
+            step.copies = []
             logits = decoder.run(sequences)
+        except graphs.CaptureFailed:
+            raise
         except Exception as error:
             blamed = sequences[0] if len(sequences) == 1 else None
             raise StepFailed(f"{type(error).__name__}: {error}", blamed) from error
@@ -147,9 +165,7 @@ class Runner:
         if missing:
             raise ValueError(f"on a CPU buckets are multiples of {ROWS} sequences, not {buffers.size}")
         with step_context(self._context(chunks, decode=rows)):
-            output = self.model.module(
-                input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=kept
-            )
+            output = self.model.module(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=kept)
         return output.logits[0]
 
     def scrub(self, table: KVTable) -> None:

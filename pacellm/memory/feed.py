@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pacellm.config import PAConfig
-from pacellm.memory.bank import Verdict, judge, mix
+from pacellm.memory.bank import Total, Verdict, cosines_of_parts, judge, mix
 from pacellm.memory.decoded import cosines, each
 from pacellm.memory.state import EMPTY, FUSES, HITS, MERGES, MISSES, REPLACEMENTS, BankState, compute_dtype
 from pacellm.rows import pad_rows
@@ -49,12 +49,15 @@ def best_feed(device: torch.device) -> Feed:
     return feed
 
 
-def feed(arena: BankState, tokens: Tokens, x: Tensor, y: Tensor, config: PAConfig) -> Tensor:
+def feed(
+    arena: BankState, tokens: Tokens, x: Tensor, y: Tensor, config: PAConfig, total: Total | None = None
+) -> Tensor:
     """Read one token against each bank and, where asked, write it.
 
     Args:
         arena: one layer's banks, every tensor with a leading dimension of rows; no row twice among live tokens.
         tokens: whose tokens these are.
+        total: sums over the ranks that F is split over, where it is.
         x: [B, F] inner activations. y: [B, H] bias-free FFN outputs.
 
     Returns:
@@ -62,7 +65,7 @@ def feed(arena: BankState, tokens: Tokens, x: Tensor, y: Tensor, config: PAConfi
     """
     wide = compute_dtype(x.dtype)
     filled = arena.filled[tokens.rows]
-    found = judge(_cosines(arena.keys, tokens.rows, x.to(wide)), filled[:, None], config)
+    found = judge(_cosines(arena.keys, tokens.rows, x.to(wide), total), filled[:, None], config)
     recalled = _recall(found.weights, arena.values, tokens.rows)
     output = mix(recalled, y.to(wide), found.hit, found.fuse, config).to(y.dtype)
     _count(arena, tokens, found)
@@ -73,12 +76,15 @@ def feed(arena: BankState, tokens: Tokens, x: Tensor, y: Tensor, config: PAConfi
     return output
 
 
-def _cosines(keys: Tensor, rows: Tensor, x: Tensor) -> Tensor:
+def _cosines(keys: Tensor, rows: Tensor, x: Tensor, total: Total | None) -> Tensor:
     if x.device.type == "cpu":
-        return cosines([keys[row] for row in rows.tolist()], pad_rows(x))
+        return cosines([keys[row] for row in rows.tolist()], pad_rows(x), total)
     own = keys[rows].to(x.dtype)
+    products = torch.bmm(own, x[:, :, None])[:, :, 0]
+    if total is not None:
+        return cosines_of_parts(products, (x * x).sum(1, keepdim=True), (own * own).sum(2), total)
     lengths = torch.linalg.vector_norm(x, dim=1, keepdim=True) * torch.linalg.vector_norm(own, dim=2)
-    return torch.bmm(own, x[:, :, None])[:, :, 0] / lengths.clamp(min=1e-12)
+    return products / lengths.clamp(min=1e-12)
 
 
 def _recall(weights: Tensor, values: Tensor, rows: Tensor) -> Tensor:

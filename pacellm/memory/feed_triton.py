@@ -156,7 +156,7 @@ def _judge(
     usage = tl.where((positive > 0) & counted, usage + 1, usage)
     stamp = tl.where((positive > 0) & merges, clock, stamp)
     least = tl.min(usage, 0)
-    if AGE:
+    if AGE:  # noqa: SIM108
         victim = tl.argmin(tl.where(usage == least, stamp, 9223372036854775807), 0)
     else:
         victim = tl.argmin(usage, 0)

@@ -86,14 +86,20 @@ class BankPool:
         if not self._free or not self._free_stages:
             raise EngineError("no free bank row; raise pa_memory or lower max_num_seqs")
         row, stage = self._free.pop(), self._free_stages.pop()
-        self._stage_of[row] = stage
+        self.prepare(row, stage, source)
+        return row
+
+    def prepare(self, row: int, stage: int | None, source: int | None) -> None:
+        """Overwrite a row with empty banks or those of row ``source``; with a stage it is a working row."""
+        if stage is not None:
+            self._stage_of[row] = stage
         for layer, bank in self._views[row].items():
-            self._stages[stage][layer].clear()
+            if stage is not None:
+                self._stages[stage][layer].clear()
             if source is None:
                 bank.clear()
             else:
                 bank.copy_(self._views[source][layer])
-        return row
 
     def take(self, source: int | None = None) -> int:
         """A row without a stage, for a session at rest: a copy of row ``source``, or empty banks.
@@ -104,11 +110,7 @@ class BankPool:
         if not self._free:
             raise EngineError("no free bank row; raise pa_memory or lower max_num_seqs")
         row = self._free.pop()
-        for layer, bank in self._views[row].items():
-            if source is None:
-                bank.clear()
-            else:
-                bank.copy_(self._views[source][layer])
+        self.prepare(row, None, source)
         return row
 
     def settle(self, row: int) -> None:

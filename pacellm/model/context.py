@@ -16,6 +16,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from pacellm.config import PAConfig
+from pacellm.memory.bank import Total
 from pacellm.memory.feed import Tokens
 from pacellm.memory.state import BankState, Stage
 from pacellm.types import PAMode
@@ -121,7 +122,7 @@ class StepContext:
     attention only records each layer's KV shapes in it. ``wanted`` are the rows that the model's head reads, in order;
     None is all of them. ``arenas`` are all sessions' banks by layer. With ``decode`` the step is one token of each
     sequence; a CPU's attention still goes by the chunks. ``deterministic`` fixes
-    how sums are split, whatever else is in the step.
+    how sums are split, whatever else is in the step. ``total`` sums over the ranks of a tensor-parallel model.
     """
 
     chunks: list[Chunk]
@@ -135,6 +136,7 @@ class StepContext:
     arenas: dict[int, BankState] = field(default_factory=dict)
     decode: DecodeRows | None = None
     deterministic: bool = False
+    total: Total | None = None
 
     def first_row(self, chunk: Chunk, layer: int) -> int:
         """The first of a chunk's rows whose attention in ``layer`` anybody reads; ``chunk.stop`` where nobody does.

@@ -7,13 +7,15 @@ request whose banks are off, it is the original FFN.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pacellm.memory import bank, decoded
-from pacellm.memory.feed import Feed, Tokens, best_feed
+from pacellm.memory.bank import Total
+from pacellm.memory.feed import Feed, Tokens, best_feed, feed
 from pacellm.model.context import Banks, Chunk, Piece, StepContext, current_step
 from pacellm.model.families import Layout, activation_of
 
@@ -33,6 +35,7 @@ class PersistentFFN(nn.Module):
         self.layer = layer
         self.layout = layout
         self.activation: Any = activation_of(original)
+        self.is_split = False  # over the ranks of a tensor-parallel model, along the inner activations
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[1, T, H] -> [1, T, H]."""
@@ -62,14 +65,17 @@ class PersistentFFN(nn.Module):
         inner = self.inner(hidden)
         plain = self.original.down_proj(inner)[0]
         bias, tokens = self.original.down_proj.bias, step.decode.tokens
-        found = self._feed(hidden.device)(
+        found = self._feed(hidden.device, self._total(step))(
             step.arenas[self.layer], tokens, inner[0], plain if bias is None else plain - bias, step.pa
         )
         output = found if bias is None else found + bias
         return torch.where(tokens.live[:, None], output, plain)[None]
 
-    def _feed(self, device: torch.device) -> Feed:
-        return best_feed(device)
+    def _feed(self, device: torch.device, total: Total | None) -> Feed:
+        return best_feed(device) if total is None else partial(feed, total=total)
+
+    def _total(self, step: StepContext) -> Total | None:
+        return step.total if self.is_split else None
 
     def inner(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., F], ``act(gate) * up``."""
@@ -92,7 +98,7 @@ class PersistentFFN(nn.Module):
         for piece in pieces:
             rows = slice(piece.start, piece.stop)
             x, y = inner[rows], plain[rows]
-            result = bank.read(state, x, y if bias is None else y - bias, step.pa)
+            result = bank.read(state, x, y if bias is None else y - bias, step.pa, self._total(step))
             output[rows] = result.output if bias is None else result.output + bias
             if owned.mode == "on":
                 staged = owned.stages[self.layer]
@@ -110,7 +116,7 @@ class PersistentFFN(nn.Module):
             owned = [chunk.banks for chunk in left if chunk.banks is not None]
             y = plain[rows] if bias is None else plain[rows] - bias
             banks = [one.banks[self.layer] for one in owned]
-            found = decoded.feed(banks, [one.mode == "on" for one in owned], inner[rows], y, step.pa)
+            found = decoded.feed(banks, [one.mode == "on" for one in owned], inner[rows], y, step.pa, self._total(step))
             output[rows] = found if bias is None else found + bias
             turn += 1
             left = [chunk for chunk in left if chunk.num_decoded > turn]
@@ -123,7 +129,9 @@ class PersistentFFN(nn.Module):
         bias = self.original.down_proj.bias
         for rows, tokens in turns:  # type: ignore[attr-defined]
             y = plain[rows] if bias is None else plain[rows] - bias
-            found = self._feed(inner.device)(step.arenas[self.layer], tokens, inner[rows], y, step.pa)
+            found = self._feed(inner.device, self._total(step))(
+                step.arenas[self.layer], tokens, inner[rows], y, step.pa
+            )
             output.index_copy_(0, rows, found if bias is None else found + bias)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from pacellm.model import attention, attention_cuda
 from pacellm.model.context import KVShape, StepContext, step_context
 from pacellm.model.families import family_of
 from pacellm.model.patch import decoder_layers
+from pacellm.model.ranks import Ranks
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _ROPE_TYPES = {"default", "linear", "llama3", "yarn"}
@@ -31,6 +33,7 @@ class LoadedModel:
         kv_shapes: per layer ((kv heads, key size), (kv heads, value size)), as the model really produces them.
         dtype: of weights, KV and banks.
         device: where all of it lies.
+        ranks: the tensor-parallel group that each layer is split over; ``kv_shapes`` are this rank's then.
     """
 
     module: nn.Module
@@ -40,6 +43,7 @@ class LoadedModel:
     kv_shapes: list[KVShape]
     dtype: torch.dtype
     device: torch.device
+    ranks: Ranks | None = None
 
     @property
     def num_layers(self) -> int:
@@ -53,7 +57,13 @@ class LoadedModel:
         return numbers * self.dtype.itemsize
 
 
-def load(path: str | Path, *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu") -> LoadedModel:
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device = "cpu",
+    ranks: Ranks | None = None,
+) -> LoadedModel:
     """Load a checkpoint from a directory or a hub name; safetensors only, no remote code.
 
     ``dtype`` "auto" is the checkpoint's own, but bfloat16 for float32 on CUDA, where attention takes no float32.
@@ -66,14 +76,16 @@ def load(path: str | Path, *, dtype: torch.dtype | str = "auto", device: str | t
         check_config(config)
         attention.register()
         module: nn.Module = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention.NAME, use_safetensors=True, trust_remote_code=False
-        )
+            path, dtype=dtype, attn_implementation=attention.NAME, use_safetensors=True, trust_remote_code=False,
+            **(ranks.loading(config) if ranks is not None else {}),
+        )  # fmt: skip
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load {path}: {error}") from error
     target = torch.device(device)
     if dtype == "auto" and target.type == "cuda" and next(module.parameters()).dtype == torch.float32:
         module.to(torch.bfloat16)  # as the kernel needs; where float32 is asked for, `prepare` refuses
-    return prepare(module.to(target))
+    prepared = prepare(module if ranks is not None else module.to(target))
+    return prepared if ranks is None else dataclasses.replace(prepared, ranks=ranks)
 
 
 def prepare(module: nn.Module) -> LoadedModel:
@@ -143,6 +155,20 @@ def eos_token_ids(module: nn.Module) -> frozenset[int]:
         ids = getattr(config, "eos_token_id", None)
         found.update(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
     return frozenset(found)
+
+
+def probe_step(model: LoadedModel, tokens: int) -> None:
+    """A forward pass of ``tokens`` tokens in which attention returns zeros: for what else a step takes."""
+    step = StepContext(chunks=[], keys=[], values=[], probe={})
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+    last = torch.tensor([tokens - 1], device=model.device)
+    with torch.inference_mode(), step_context(step):
+        model.module(
+            input_ids=ids,
+            position_ids=torch.arange(tokens, device=model.device)[None],
+            use_cache=False,
+            logits_to_keep=last,
+        )
 
 
 def _probe(module: nn.Module, device: torch.device) -> list[KVShape]:

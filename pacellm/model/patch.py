@@ -10,6 +10,7 @@ from pacellm.errors import ModelError
 from pacellm.memory.pool import BankShape
 from pacellm.model.families import family_of, ffn_sizes
 from pacellm.model.ffn import PersistentFFN
+from pacellm.model.ranks import Ranks
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -25,8 +26,11 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return layers
 
 
-def patch(model: nn.Module, layers: Iterable[int]) -> list[BankShape]:
+def patch(model: nn.Module, layers: Iterable[int], ranks: Ranks | None = None) -> list[BankShape]:
     """Replace the FFNs of ``layers`` by ones with banks; the model computes the same until a step brings banks.
+
+    Args:
+        ranks: those that the model's layers are split over, if they are.
 
     Returns:
         The banks' sizes, one per patched layer.
@@ -42,7 +46,9 @@ def patch(model: nn.Module, layers: Iterable[int]) -> list[BankShape]:
             raise ModelError(f"layer {number} is already patched")
         inner, hidden = ffn_sizes(layer.mlp, layout)  # type: ignore[arg-type]
         layer.mlp = PersistentFFN(layer.mlp, number, layout)  # type: ignore[arg-type]
-        shapes.append(BankShape(number, inner, hidden))
+        own = inner if ranks is None else ranks.own_width(layer.mlp, hidden)
+        layer.mlp.is_split = own < inner
+        shapes.append(BankShape(number, own, hidden))
     return shapes
 
 
