@@ -53,11 +53,12 @@ class Team:
             tell(self.model.ranks, None)
         except EngineDead as error:
             logger.info("a rank was gone already: %s", error)
+        self.model.ranks.leave()
         for process in self.processes:
             process.join(10)
             if process.is_alive():
                 process.kill()
-        self.model.ranks.leave()
+                process.join()
 
 
 def start(path: str, size: int, *, dtype: str, device: str, on_lost: Callable[[str], None]) -> Team:

@@ -10,7 +10,7 @@ import torch
 
 from pacellm.engine import launch
 from pacellm.engine.thread import EngineThread
-from pacellm.errors import ConfigError, EngineDead, ModelError
+from pacellm.errors import ConfigError, EngineDead, ModelError, RequestError
 from pacellm.model.load import load
 from pacellm.types import Delta, Failed, SamplingParams
 from tests.engine.helpers import assert_nothing_held, banks, finish, new_engine, prompt, request, run, tokens
@@ -54,6 +54,8 @@ def test_two_processes_give_the_tokens_of_one(family, tmp_path):
             mine = whole[name] if not whole[name].ndim else whole[name][..., : part[name].shape[-1]]
             torch.testing.assert_close(part[name], mine, rtol=1e-3, atol=1e-4)
         assert_nothing_held(engine)
+        with pytest.raises(RequestError, match="tensor-parallel-size"):
+            engine.snapshots.export(("tenant", "a"), kv=True, limit=10**9)
         unpatched = new_engine(team.model, pa=False)
         assert len(tokens(run(unpatched, request("x", prompt(30, 5)))["x"])) == 10
         with pytest.raises(ConfigError, match="session_dir"):
