@@ -23,9 +23,9 @@ class NoWaiting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def new_pool(config, dtype=torch.float32):
+def new_pool(config, dtype=torch.float32, device="cpu"):
     shape = [BankShape(0, INNER, HIDDEN)]
-    return BankPool(config, shape, num_rows=ROWS, num_stages=2, dtype=dtype, device=torch.device("cpu"))
+    return BankPool(config, shape, num_rows=ROWS, num_stages=2, dtype=dtype, device=torch.device(device))
 
 
 def config(**changes):
