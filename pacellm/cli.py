@@ -15,6 +15,8 @@ from pacellm.config import EngineConfig, PAConfig
 from pacellm.errors import ConfigError, PaceError
 
 if TYPE_CHECKING:
+    from pacellm.engine.launch import Team
+    from pacellm.model.load import LoadedModel
     from server.auth import Keys
     from server.service import Service
     from server.settings import Settings
@@ -42,7 +44,7 @@ def serve(options: argparse.Namespace) -> int:
     from server.listen import run
 
     logs.configure(options.log_level, options.log_format)
-    service, keys = build(options)
+    service, keys, team = build(options)
     if not keys and options.host not in _LOOPBACK:
         logger.warning("listening on %s without API keys: anyone who reaches it can use it", options.host)
     elif not keys:
@@ -56,11 +58,13 @@ def serve(options: argparse.Namespace) -> int:
         shutdown_timeout=options.shutdown_timeout,
         tls=(options.ssl_certfile, options.ssl_keyfile),
     )
+    if team is not None:
+        team.close()
     return 0
 
 
-def build(options: argparse.Namespace) -> tuple[Service, Keys]:
-    """The service of ``serve``'s options, its engine not yet running, and who may use it.
+def build(options: argparse.Namespace) -> tuple[Service, Keys, Team | None]:
+    """The service of ``serve``'s options, its engine not yet running; who may use it; a split model's processes.
 
     Raises:
         PaceError: options, a model or a directory that cannot work.
@@ -68,7 +72,6 @@ def build(options: argparse.Namespace) -> tuple[Service, Keys]:
     from pacellm.demo import MODEL_PATH
     from pacellm.engine.engine import Engine
     from pacellm.model.checkpoint import check_directory
-    from pacellm.model.load import load
     from pacellm.tokenizer import ChatTokenizer
     from server.auth import read_keys
     from server.service import Service
@@ -80,18 +83,29 @@ def build(options: argparse.Namespace) -> tuple[Service, Keys]:
     settings = server_settings(options, name, has_keys=bool(keys))
     check_directory(path, allow_pickle=options.allow_pickle)
     tokenizer = ChatTokenizer(path, options.chat_template)
-    model = load(
-        path,
-        dtype=options.dtype,
-        device=_device(options.device),
-        rope_scaling=options.rope_scaling,
-        allow_pickle=options.allow_pickle,
-    )
+    model, team = _load(str(path), options)
     engine = Engine(model, config, tokenizer.backend)
     if not tokenizer.has_chat_template:
         logger.warning("%s has no chat template: chat requests are refused; give one with --chat-template FILE", path)
     _describe(engine, str(path), config.max_model_len or model.context_length)
-    return Service(engine, tokenizer, settings), keys
+    return Service(engine, tokenizer, settings), keys, team
+
+
+def _load(path: str, options: argparse.Namespace) -> tuple[LoadedModel, Team | None]:
+    from pacellm.model.load import load
+
+    device = _device(options.device)
+    if options.tensor_parallel_size == 1:
+        scaling, pickles = options.rope_scaling, options.allow_pickle
+        return load(path, dtype=options.dtype, device=device, rope_scaling=scaling, allow_pickle=pickles), None
+    from pacellm.engine import launch
+
+    for name, given in (("rope_scaling", options.rope_scaling), ("allow_pickle", options.allow_pickle)):
+        if given:
+            raise ConfigError(f"{name} is not for a model split over processes; leave it out", param=name)
+    size = options.tensor_parallel_size
+    team = launch.start(path, size, dtype=options.dtype, device=device, on_lost=launch.end_service)
+    return team.model, team
 
 
 def serve_options(flags: Sequence[str]) -> argparse.Namespace:
@@ -153,6 +167,9 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         session_dir=options.session_dir,
         session_sync=options.session_sync,
         session_ttl=options.session_ttl,
+        gpu_memory_utilization=options.gpu_memory_utilization,
+        cuda_graphs=options.cuda_graphs,
+        deterministic=options.deterministic,
         pa_memory=options.pa_memory,
         pa=options.pa,
         pa_layers=options.pa_layers,
@@ -182,10 +199,17 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--rope-scaling", type=_object, help="lengthen the context, as "
         """'{"rope_type": "yarn", "factor": 4}'""")  # fmt: skip
     add("--allow-pickle", action="store_true", help="read weights that are not safetensors; only from people you trust")
+    add("--tensor-parallel-size", type=_at_least_one, default=1, help="processes, one device each, that the model is "
+        "split over")  # fmt: skip
     add("--max-model-len", type=_size, help="longest context in tokens (default: the model's)")
     add("--max-num-batched-tokens", type=int, default=defaults.max_num_batched_tokens, help="tokens of one step")
     add("--max-num-seqs", type=int, default=defaults.max_num_seqs, help="requests that run at once")
     add("--kv-cache-memory-bytes", type=_size, help="bytes of KV memory, as 8G (default: from what is free)")
+    add("--gpu-memory-utilization", type=float, default=defaults.gpu_memory_utilization, help="share of a GPU's memory "
+        "for weights, steps, KV and banks together")  # fmt: skip
+    add("--cuda-graphs", action=argparse.BooleanOptionalAction, default=True, help="capture decode steps on a GPU")
+    add("--deterministic", action="store_true", help="answers independent of batch mates on a GPU too, at a cost; "
+        "on a CPU they always are")  # fmt: skip
     add("--session-memory", type=_size, help="bytes of idle sessions' KV kept on the device (default: KV memory)")
     add("--session-host-memory", type=_size, help="bytes of sessions in host memory, below the device (default: as "
         "--session-memory beside a GPU, else 0)")  # fmt: skip
@@ -269,6 +293,12 @@ def _seconds(text: str) -> float:
     if not 0 < seconds < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
     return seconds
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
 
 
 def _layers(text: str) -> tuple[int, ...]:

@@ -112,6 +112,10 @@ class EngineConfig:
         session_dir: directory for sessions below that, and over restarts.
         session_sync: write and sync a session's log before its request's final event.
         session_ttl: seconds that an unused session lives, where it has no time of its own.
+        gpu_memory_utilization: share of a GPU's memory that weights, activations, KV and banks may take together.
+        cuda_graphs: capture decode steps on a GPU; nothing elsewhere.
+        deterministic: on a GPU products run in tiles of a fixed number of rows and attention splits by length alone, so
+            that answers and banks do not depend on batch mates and budgets; on a CPU that always holds.
         pa_layers: patched layers, counted from 0.
     """
 
@@ -129,6 +133,9 @@ class EngineConfig:
     session_sync: bool = False
     session_ttl: float | None = None
     pa_memory: int | None = None
+    gpu_memory_utilization: float = 0.9
+    cuda_graphs: bool = True
+    deterministic: bool = False
     pa: bool = True
     pa_layers: tuple[int, ...] | None = None
     bank: PAConfig = PAConfig()
@@ -140,6 +147,7 @@ class EngineConfig:
         for name in ("max_model_len", "max_waiting_tokens", "kv_cache_memory"):
             value = getattr(self, name)
             _check(self, name, value is None or value >= 1, "at least 1")
+        _check(self, "gpu_memory_utilization", 0.0 < self.gpu_memory_utilization <= 1.0, "above 0 and at most 1")
         _check(self, "session_ttl", self.session_ttl is None or self.session_ttl > 0, "above 0")
         _check(self, "session_sync", not self.session_sync or self.session_dir is not None, "used with session_dir")
         for name in ("session_memory", "session_log_memory", "session_host_memory", "pa_memory"):
@@ -154,6 +162,7 @@ class EngineConfig:
         bytes_per_token: int,
         available_memory: int,
         patchable_layers: tuple[int, ...] | None = None,
+        is_host: bool = True,
     ) -> EngineConfig:
         """Fill in what the model and the machine decide.
 
@@ -163,6 +172,7 @@ class EngineConfig:
             bytes_per_token: KV bytes of one token over all layers.
             available_memory: bytes of device memory that may be used.
             patchable_layers: layers that can have banks; None is all of them.
+            is_host: the device is the host, whose memory is not for KV alone.
 
         Raises:
             ConfigError: a value that this model cannot serve, named in ``param``.
@@ -177,7 +187,7 @@ class EngineConfig:
         layers = self._resolve_layers(num_layers, patchable_layers)
         kv = self.kv_cache_memory
         if kv is None:
-            kv = min(available_memory // 2, 4 * length * bytes_per_token)
+            kv = min(available_memory // 2, 4 * length * bytes_per_token) if is_host else available_memory * 7 // 8
         return dataclasses.replace(
             self,
             max_model_len=length,

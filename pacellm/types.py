@@ -65,6 +65,18 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
 
+    @property
+    def is_plain_greedy(self) -> bool:
+        """The likeliest token is all that is asked for."""
+        return not (
+            self.temperature
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1.0
+            or self.logit_bias
+            or self.logprobs is not None
+        )
+
     def __post_init__(self) -> None:
         for name, low, high in (
             ("temperature", 0.0, 2.0),

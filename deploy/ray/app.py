@@ -36,7 +36,7 @@ class Replica:
     def __init__(self, flags: Sequence[str]) -> None:
         options = parse_flags(flags)
         logs.configure(options.log_level, options.log_format)
-        self._service, self._keys = build(options)
+        self._service, self._keys, self._team = build(options)
         self._admin: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

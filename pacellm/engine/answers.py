@@ -8,6 +8,7 @@ import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from pacellm.engine.live import Live
@@ -45,6 +46,14 @@ class Answers:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._greedy: dict[str, int] = {}
+
+    def choose(self, output: Output) -> None:
+        """The likeliest token of every sampled row at once, with one wait for the device."""
+        count = len(output.sampled)
+        rows = output.logits[:count]
+        best = torch.where(rows.isfinite().all(-1), rows.argmax(-1), -1).tolist() if count else []
+        self._greedy = {sequence.id: token for sequence, token in zip(output.sampled, best, strict=True) if token >= 0}
 
     def scores(self, output: Output) -> tuple[list[tuple[str, Event]], dict[str, PaceError]]:
         """Log-probabilities of prompt tokens, for the requests that want them; and where that failed, by request."""
@@ -72,7 +81,9 @@ class Answers:
         try:
             params = sequence.request.sampling
             allowed = sequence.allowed(len(logits))
-            token, logprob = sample(logits, params, sequence.prompt, sequence.generated, sequence.seed, allowed)
+            token, logprob = self._greedy.get(sequence.id), None
+            if token is None or allowed is not None or not params.is_plain_greedy:
+                token, logprob = sample(logits, params, sequence.prompt, sequence.generated, sequence.seed, allowed)
             events = self._accept(live, token, logprob)
         except RequestError as error:
             return [self._engine.fail(sequence, error)]

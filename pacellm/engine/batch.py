@@ -63,6 +63,11 @@ def build(step: Step, pool: BankPool | None, segment: int, device: torch.device)
     )
 
 
+def build_chunks(sequences: list[Sequence], pool: BankPool | None, segment: int) -> list[Chunk]:
+    """One row for each sequence: its next token."""
+    return [_chunk(Work(sequence, 1), row, pool, segment) for row, sequence in enumerate(sequences)]
+
+
 def padded(rows: list[int], device: torch.device) -> Tensor:
     """[R] int64 on the device, at least ``ROWS`` of them and a multiple: what is missing is row 0."""
     missing = missing_rows(len(rows)) if rows else ROWS
@@ -89,7 +94,7 @@ def _chunk(work: Work, row: int, pool: BankPool | None, segment: int) -> Chunk:
     banks: Banks | None = None
     pieces: tuple[Piece, ...] = ()
     if pool is not None and sequence.row is not None and turn.pa != "off":
-        banks = Banks(pool.banks(sequence.row), pool.stages(sequence.row), turn.pa)
+        banks = Banks(pool.banks(sequence.row), pool.stages(sequence.row), turn.pa, sequence.row)
         pieces = tuple(turn.pieces(sequence.cursor, work.count, row, segment))
     num_decoded = min(work.count, max(0, sequence.position + work.count - turn.prompt_end))
     return Chunk(

@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import logging
 import os
+import sys
 import time
 from array import array
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from pacellm.engine.kv import BLOCK, BlockAllocator, KVTable
 from pacellm.engine.live import Live
 from pacellm.engine.mover import Mover
 from pacellm.engine.records import Records
-from pacellm.engine.runner import Output, Runner, StepFailed
+from pacellm.engine.runner import Output, StepFailed
 from pacellm.engine.scheduler import Scheduler
 from pacellm.engine.sequence import Sequence
 from pacellm.engine.session import Key
@@ -70,13 +71,16 @@ class Engine:
         self, model: LoadedModel, config: EngineConfig | None = None, tokenizer: Tokenizer | None = None
     ) -> None:
         unpatch(model.module)
+        if model.ranks is not None:
+            setup.check_parallel(config or EngineConfig())
         self.model, self.tokenizer = model, tokenizer
         self.config = (config or EngineConfig()).resolve(
             context_length=model.context_length,
             num_layers=model.num_layers,
             bytes_per_token=model.bytes_per_token,
-            available_memory=setup.available_memory(model.device),
+            available_memory=setup.available_memory(model, config or EngineConfig()),
             patchable_layers=model.patchable_layers,
+            is_host=model.device.type == "cpu",
         )
         self.block_bytes = BLOCK * model.bytes_per_token
         self.num_blocks = (self.config.kv_cache_memory or 0) // self.block_bytes
@@ -99,10 +103,11 @@ class Engine:
             max_rows=self.pool.num_rows - self.config.max_num_seqs if self.pool is not None else 0,
             ttl=self.config.session_ttl,
             log_memory=self.config.session_log_memory,
-            fold_after=4 * (self.config.max_model_len or 0),
+            # a folded session's banks leave the device, which those of a tensor-parallel model cannot
+            fold_after=4 * (self.config.max_model_len or 0) if model.ranks is None else sys.maxsize,
         )
         self.scheduler = Scheduler(self.config, self.allocator, self.sessions, self.pool)
-        self.runner = Runner(model, self.pool, self.num_blocks, self.config.bank)
+        self.runner = setup.new_runner(model, self.pool, self.num_blocks, self.config)
         self.scheduler.room.copy_now = self.runner.copy
         self.stats = EngineStats()
         self.worker = Worker()
@@ -282,6 +287,7 @@ class Engine:
 
     def _commit(self, step: Step, output: Output) -> list[tuple[str, Event]]:
         events, failed = self.answers.scores(output)
+        self.answers.choose(output)
         logits, rows = output.logits, {sequence.id: row for row, sequence in enumerate(output.sampled)}
         self.stats.steps += 1
         for work in step.work:

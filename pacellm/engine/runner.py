@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pacellm.config import PAConfig
-from pacellm.engine import batch
-from pacellm.engine.kv import BLOCK, KVTable
+from pacellm.engine import batch, graphs
+from pacellm.engine.kv import BLOCK, KVTable, blocks_for
 from pacellm.engine.sequence import Sequence
 from pacellm.engine.step import Copy, Step
 from pacellm.errors import EngineError
 from pacellm.memory.pool import BankPool
 from pacellm.model.attention import slab
-from pacellm.model.context import StepContext, step_context
+from pacellm.model.context import Chunk, DecodeRows, StepContext, step_context
 from pacellm.model.load import LoadedModel
+from pacellm.rows import ROWS, missing_rows
+
+logger = logging.getLogger("pacellm.engine")
 
 
 class StepFailed(EngineError):
@@ -50,11 +55,21 @@ class Runner:
         pool: the banks, or None without PA.
         num_blocks: KV blocks of the slab.
         pa: the banks' config.
+        deterministic: sums are split the same whatever else is in a step.
     """
 
-    def __init__(self, model: LoadedModel, pool: BankPool | None, num_blocks: int, pa: PAConfig) -> None:
-        self.model, self.pool, self.pa = model, pool, pa
-        slots = num_blocks * BLOCK
+    def __init__(
+        self,
+        model: LoadedModel,
+        pool: BankPool | None,
+        num_blocks: int,
+        pa: PAConfig,
+        *,
+        deterministic: bool = False,
+    ) -> None:
+        self.model, self.pool, self.pa, self.deterministic = model, pool, pa, deterministic
+        self.decoder: graphs.Decoder | None = None
+        slots = num_blocks * BLOCK + ROWS  # the last ones are nobody's: what pads a step is written there
         self._keys = slab([shape[0] for shape in model.kv_shapes], slots, model.dtype, model.device)
         self._values = slab([shape[1] for shape in model.kv_shapes], slots, model.dtype, model.device)
 
@@ -63,12 +78,30 @@ class Runner:
         """KV memory: the keys of all layers, then the values; each [heads, slots, size]."""
         return [*self._keys, *self._values]
 
+    def use_static_decode(self, *, max_seqs: int, max_tokens: int, capture: bool) -> None:
+        """Run steps that only decode on static buffers; with ``capture`` as CUDA graphs."""
+        self.decoder = graphs.Decoder(
+            self._forward_decoded,
+            self.model.device,
+            max_seqs=max_seqs,
+            width=blocks_for(max_tokens),
+            dump=self._keys[0].shape[1] - 1,
+            scratch_row=self.pool.scratch_row if self.pool is not None else 0,
+            capture=capture,
+        )
+
     def run(self, step: Step) -> Output:
         """One forward pass.
 
         Raises:
             StepFailed: names the sequence where it can.
         """
+        if self.decoder is not None and graphs.fits(step):
+            try:
+                return self._run_decoder(self.decoder, step)
+            except graphs.CaptureFailed as error:
+                logger.warning("CUDA graphs are off, decoding is slower: %s", error)
+                self.decoder = None
         packed = batch.build(step, self.pool, self.pa.segment, self.model.device)
         return Output(self.forward(step, packed, packed.wanted), packed.sampled, packed.scored)
 
@@ -79,7 +112,7 @@ class Runner:
         Raises:
             StepFailed: names the sequence where it can.
         """
-        context = StepContext(packed.chunks, self._keys, self._values, self.pa, wanted=sorted(set(rows)))
+        context = self._context(packed.chunks, wanted=sorted(set(rows)))
         try:
             self._copy(step.copies)
             kept = batch.padded(rows, self.model.device)
@@ -94,6 +127,46 @@ class Runner:
             raise StepFailed(f"{type(error).__name__}: {error}", _blame(step, packed, context)) from error
         logits = output.logits[0, : len(rows)]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _context(self, chunks: list[Chunk], **more: Any) -> StepContext:
+        total = self.model.ranks.total if self.model.ranks is not None else None
+        arenas = self.pool.arena if self.pool is not None else {}
+        return StepContext(
+            chunks,
+            self._keys,
+            self._values,
+            self.pa,
+            arenas=arenas,
+            deterministic=self.deterministic,
+            total=total,
+            **more,
+        )
+
+    @torch.inference_mode()
+    def _run_decoder(self, decoder: graphs.Decoder, step: Step) -> Output:
+        sequences = [work.sequence for work in step.work]
+        try:
+            self._copy(step.copies)
+            step.copies = []
+            logits = decoder.run(sequences)
+        except graphs.CaptureFailed:
+            raise
+        except Exception as error:
+            blamed = sequences[0] if len(sequences) == 1 else None
+            raise StepFailed(f"{type(error).__name__}: {error}", blamed) from error
+        return Output(logits.to(torch.promote_types(logits.dtype, torch.float32)), sequences, [])
+
+    def _forward_decoded(self, buffers: graphs.Buffers, rows: DecodeRows, sequences: list[Sequence]) -> Tensor:
+        """[B, V] of a bucket's buffers. A CPU's attention wants to be told of the sequences."""
+        on_cpu = self.model.device.type == "cpu"
+        chunks = batch.build_chunks(sequences, self.pool, self.pa.segment) if on_cpu else []
+        ids, positions, kept = buffers.ids, buffers.positions, buffers.kept
+        missing = missing_rows(buffers.size) if on_cpu else 0
+        if missing:
+            raise ValueError(f"on a CPU buckets are multiples of {ROWS} sequences, not {buffers.size}")
+        with step_context(self._context(chunks, decode=rows)):
+            output = self.model.module(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=kept)
+        return output.logits[0]
 
     def scrub(self, table: KVTable) -> None:
         """Zero a failed sequence's KV, so that no non-finite number stays behind in a masked slot."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
+import logging
 import os
 from pathlib import Path
 
@@ -11,13 +13,50 @@ import torch
 from tokenizers import Tokenizer
 
 from pacellm.config import EngineConfig
+from pacellm.engine import parallel
+from pacellm.engine.runner import Runner
 from pacellm.errors import ConfigError
 from pacellm.memory.pool import BankPool, bytes_per_row
 from pacellm.memory.snapshot import fingerprint
-from pacellm.model.load import LoadedModel
+from pacellm.model import attention_cuda
+from pacellm.model.fixed_rows import fix_rows
+from pacellm.model.load import LoadedModel, probe_step
 from pacellm.model.patch import patch
 
+logger = logging.getLogger("pacellm.engine")
 _MAX_SESSION_ROWS = 256
+
+
+def memory_left(free: int, total: int, step: int, utilization: float) -> int:
+    """Bytes for KV and banks.
+
+    Args:
+        free, total: of the device. step: bytes that the largest step takes beside them.
+        utilization: share of ``total`` that may be in use.
+
+    Raises:
+        ConfigError: nothing is left.
+    """
+    left = int(utilization * total) - (total - free) - step
+    if left <= 0:
+        raise ConfigError(
+            f"gpu_memory_utilization {utilization:g} of {total:,} bytes leaves nothing for KV: {total - free:,} are in "
+            f"use and a step takes {step:,}; raise it, lower max_num_batched_tokens, or free the GPU",
+            param="gpu_memory_utilization",
+        )
+    return left
+
+
+def measured_step(model: LoadedModel, tokens: int) -> int:
+    """Bytes that a forward pass of ``tokens`` tokens takes at its highest, as the device's allocator saw it."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(model.device)
+    before = torch.cuda.memory_allocated(model.device)
+    probe_step(model, tokens)
+    peak = torch.cuda.max_memory_allocated(model.device) - before
+    gc.collect()
+    torch.cuda.empty_cache()
+    return peak
 
 
 def new_pool(model: LoadedModel, config: EngineConfig) -> BankPool:
@@ -26,7 +65,9 @@ def new_pool(model: LoadedModel, config: EngineConfig) -> BankPool:
     Raises:
         ConfigError: pa_memory is too small. ModelError: the model cannot be patched.
     """
-    shapes = patch(model.module, config.pa_layers or ())
+    if model.ranks is not None:
+        parallel.tell(model.ranks, parallel.Patch(config.pa_layers or ()))
+    shapes = patch(model.module, config.pa_layers or (), model.ranks)
     each = max(1, bytes_per_row(config.bank, shapes, model.dtype))
     if config.pa_memory is None:
         session_rows = min(_MAX_SESSION_ROWS, max(1, (config.session_memory or 0) // 8 // each))
@@ -39,14 +80,61 @@ def new_pool(model: LoadedModel, config: EngineConfig) -> BankPool:
             f"{each * (config.max_num_seqs + 1):,}",
             param="pa_memory",
         )
+    num_rows = config.max_num_seqs + session_rows
+    if model.ranks is not None:
+        return parallel.new_pool(model, shapes, _begin(config, num_rows, 0), leads=True)
     return BankPool(
         config.bank,
         shapes,
-        num_rows=config.max_num_seqs + session_rows,
+        num_rows=num_rows,
         num_stages=config.max_num_seqs,
         dtype=model.dtype,
         device=model.device,
     )
+
+
+def _begin(config: EngineConfig, num_rows: int, num_blocks: int) -> parallel.Begin:
+    return parallel.Begin(config.bank, num_rows, config.max_num_seqs, num_blocks, config.deterministic)
+
+
+def check_parallel(config: EngineConfig) -> None:
+    """Refuse what a tensor-parallel engine has not got: each rank holds only its part of a session's state.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    for name in ("session_dir", "session_host_memory"):
+        if getattr(config, name):
+            raise ConfigError(f"{name} is not there with tensor_parallel_size; leave it out", param=name)
+
+
+def new_runner(model: LoadedModel, pool: BankPool | None, num_blocks: int, config: EngineConfig) -> Runner:
+    """The engine's runner; with a tensor-parallel model the other ranks get theirs."""
+    kind: type[Runner] = Runner
+    if model.ranks is not None:
+        if pool is None:
+            parallel.tell(model.ranks, parallel.Patch(None))
+        parallel.tell(model.ranks, _begin(config, pool.num_rows if pool is not None else 0, num_blocks))
+        kind = parallel.LeadingRunner
+    runner = kind(model, pool, num_blocks, config.bank, deterministic=config.deterministic)
+    start_decoder(runner, config)
+    return runner
+
+
+def start_decoder(runner: Runner, config: EngineConfig) -> None:
+    """On a GPU, run steps that only decode as CUDA graphs; products in fixed tiles where that is asked for."""
+    model = runner.model
+    if model.device.type != "cuda" or model.ranks is not None:
+        return
+    if config.deterministic:
+        fix_rows(model.module)
+    problem = attention_cuda.no_decode_kernel(model.kv_shapes, model.dtype, model.device)
+    if problem is not None:
+        logger.warning("decode attention by FlashAttention, without CUDA graphs: %s", problem)
+    elif config.cuda_graphs:
+        tokens = config.max_model_len or 0
+        runner.use_static_decode(max_seqs=config.max_num_seqs, max_tokens=tokens, capture=True)
+        logger.info("decode attention by Triton, decode steps as CUDA graphs")
 
 
 def fingerprint_of(model: LoadedModel, config: EngineConfig, tokenizer: Tokenizer | None) -> str:
@@ -69,13 +157,25 @@ def host_memory(model: LoadedModel, config: EngineConfig) -> int:
     """Bytes of host memory for sessions: on a CPU none beside the device's own."""
     if config.session_host_memory is not None:
         return config.session_host_memory
-    return 0 if model.device.type == "cpu" else config.session_memory or 0
+    return 0 if model.device.type == "cpu" or model.ranks is not None else config.session_memory or 0
 
 
-def available_memory(device: torch.device) -> int:
-    """Bytes that may be used: 90 % of what is free on a GPU, half of what is available on a host."""
-    if device.type == "cuda":
-        return int(0.9 * torch.cuda.mem_get_info(device)[0])
+def available_memory(model: LoadedModel, config: EngineConfig) -> int:
+    """Bytes for KV and banks: on a GPU what ``gpu_memory_utilization`` leaves beside what is in use and what the
+    largest step takes, on a host half of what is available.
+
+    Raises:
+        ConfigError: a GPU has nothing left.
+    """
+    if model.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(model.device)
+        step = measured_step(model, config.max_num_batched_tokens)
+        left = memory_left(free, total, step, config.gpu_memory_utilization)
+        logger.info(
+            "GPU memory: %.1f of %.1f GiB in use, %.2f GiB for the largest step, %.1f GiB for KV and banks",
+            *(number / 2**30 for number in (total - free, total, step, left)),
+        )
+        return left
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))

@@ -36,7 +36,10 @@ class SnapshotOps:
 
         Raises (when run or in the future):
             SessionNotFound: there is none. RequestError: it is larger than ``limit`` bytes.
+        Raises:
+            RequestError: the model is split over ranks.
         """
+        self._refuse_parts()
         find = self._ops.finder(key)
 
         def operation() -> Any:
@@ -63,6 +66,10 @@ class SnapshotOps:
 
         return operation
 
+    def _refuse_parts(self) -> None:
+        if self._engine.model.ranks is not None:
+            raise RequestError("session snapshots are not there with --tensor-parallel-size", param="session_id")
+
     def _state_of(self, session: Session, *, kv: bool) -> HostState | None:
         """A copy of a resident session's banks, and KV where asked; None where only the log is left."""
         if not session.is_resident or session.table is None:
@@ -78,8 +85,9 @@ class SnapshotOps:
         """Read a snapshot; any thread may call this. What it returns goes to :meth:`put`.
 
         Raises:
-            SnapshotRefused: says why.
+            SnapshotRefused: says why. RequestError: the model is split over ranks.
         """
+        self._refuse_parts()
         records = self._engine.records
         tensors, metadata = snapshot.read(memoryview(data), self._secret, trust_unsigned=trust_unsigned, whole=True)
         log, origin = records.take_log(tensors, metadata)

@@ -11,6 +11,7 @@ steps cannot change a bit: on CPU every sum runs in token order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,9 @@ from pacellm.memory.state import (
     new_stage,
 )
 from pacellm.rows import pad_rows
+
+Total = Callable[[Tensor], Tensor]
+"""The sum of a tensor over all ranks of a tensor-parallel group."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +64,18 @@ class Verdict:
     low: Tensor
 
 
-def read(bank: BankState, x: Tensor, y: Tensor, config: PAConfig) -> Read:
+def read(bank: BankState, x: Tensor, y: Tensor, config: PAConfig, total: Total | None = None) -> Read:
     """Read n tokens against the bank and count the outcomes.
 
     Args:
+        total: sums over the ranks that F is split over, where it is.
         bank: the bank as it stood when the segment began.
         x: [n, F] inner activations.
         y: [n, H] bias-free FFN outputs of the same tokens.
         config: thresholds and weights.
     """
     n, wide = x.shape[0], compute_dtype(x.dtype)
-    found = judge(_cosine(pad_rows(x), bank.keys, wide)[:n], bank.filled, config)
+    found = judge(_cosine(pad_rows(x), bank.keys, wide, total)[:n], bank.filled, config)
     recalled = (pad_rows(found.weights) @ bank.values.to(wide))[:n]
     output = mix(recalled, y.to(wide), found.hit, found.fuse, config).to(y.dtype)
     missed = ~(found.hit | found.fuse | found.empty)
@@ -140,7 +145,12 @@ def effective_rank(keys: Tensor) -> float:
     if keys.shape[0] == 0:
         return 0.0
     rows = torch.nn.functional.normalize(keys.to(torch.float64), dim=1)
-    values = torch.linalg.eigvalsh(rows @ rows.T).clamp(min=0).sqrt()
+    return rank_of_gram(rows @ rows.T)
+
+
+def rank_of_gram(gram: Tensor) -> float:
+    """The same from the [m, m] products of normalised keys, m > 0."""
+    values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     share = values / values.sum().clamp(min=1e-300)
     share = share[share > 0]
     return float(torch.exp(-(share * share.log()).sum()))
@@ -234,11 +244,26 @@ class Bank:
 # -- reading -----------------------------------------------------------------------------------------------
 
 
-def _cosine(x: Tensor, keys: Tensor, wide: torch.dtype) -> Tensor:
+def _cosine(x: Tensor, keys: Tensor, wide: torch.dtype, total: Total | None = None) -> Tensor:
     """[n, M] cosines; a zero vector is similar to nothing (0)."""
     x, keys = x.to(wide), keys.to(wide)
+    if total is not None:
+        squares = (x * x).sum(1, keepdim=True), (keys * keys).sum(1).expand(x.shape[0], -1)
+        return cosines_of_parts(torch.nn.functional.linear(x, keys), *squares, total)
     lengths = torch.linalg.vector_norm(x, dim=1, keepdim=True) * torch.linalg.vector_norm(keys, dim=1)
     return torch.nn.functional.linear(x, keys) / lengths.clamp(min=1e-12)
+
+
+def cosines_of_parts(products: Tensor, own: Tensor, stored: Tensor, total: Total) -> Tensor:
+    """[n, M] cosines where each rank holds a part of F.
+
+    Args:
+        products: [n, M]. own: [n, 1] and stored: [n, M], squares of both sides. All of them this rank's part.
+        total: sums over the ranks.
+    """
+    slots = products.shape[1]
+    products, own, stored = total(torch.cat([products, own, stored], dim=1)).split([slots, 1, slots], dim=1)
+    return products / (own.sqrt() * stored.sqrt()).clamp(min=1e-12)
 
 
 def _sequential_sum(columns: Tensor) -> Tensor:

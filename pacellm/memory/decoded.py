@@ -13,17 +13,25 @@ import torch
 from torch import Tensor
 
 from pacellm.config import PAConfig
-from pacellm.memory.bank import judge, mix
+from pacellm.memory.bank import Total, cosines_of_parts, judge, mix
 from pacellm.memory.state import EMPTY, FUSES, HITS, MERGES, MISSES, REPLACEMENTS, BankState, compute_dtype
 from pacellm.rows import ROWS, pad_rows
 
 
-def feed(banks: Sequence[BankState], writes: Sequence[bool], x: Tensor, y: Tensor, config: PAConfig) -> Tensor:
+def feed(
+    banks: Sequence[BankState],
+    writes: Sequence[bool],
+    x: Tensor,
+    y: Tensor,
+    config: PAConfig,
+    total: Total | None = None,
+) -> Tensor:
     """Read one token against each bank and, where asked, write it.
 
     Args:
         banks: N banks of one layer, none twice and none in the middle of a segment.
         writes: for each whether the token changes it.
+        total: sums over the ranks that F is split over, where it is.
         x: [N, F] inner activations. y: [N, H] bias-free FFN outputs.
 
     Returns:
@@ -31,8 +39,8 @@ def feed(banks: Sequence[BankState], writes: Sequence[bool], x: Tensor, y: Tenso
     """
     wide = compute_dtype(x.dtype)
     filled = torch.stack([bank.filled for bank in banks])[:, None]
-    found = judge(_cosines(banks, pad_rows(x).to(wide)), filled, config)
-    recalled = _each(pad_rows(found.weights), [bank.values.to(wide) for bank in banks])
+    found = judge(cosines([bank.keys for bank in banks], pad_rows(x).to(wide), total), filled, config)
+    recalled = each(pad_rows(found.weights), [bank.values.to(wide) for bank in banks])
     output = mix(recalled, y.to(wide), found.hit, found.fuse, config).to(y.dtype)
 
     codes = torch.where(found.empty, EMPTY, torch.where(found.hit, HITS, torch.where(found.fuse, FUSES, MISSES)))
@@ -53,15 +61,19 @@ def feed(banks: Sequence[BankState], writes: Sequence[bool], x: Tensor, y: Tenso
     return output
 
 
-def _cosines(banks: Sequence[BankState], x: Tensor) -> Tensor:
+def cosines(stored: Sequence[Tensor], x: Tensor, total: Total | None = None) -> Tensor:
     """[N, M] cosines of each row with its own bank's keys; x is padded."""
-    keys = [bank.keys.to(x.dtype) for bank in banks]
+    keys = [one.to(x.dtype) for one in stored]
+    if total is not None:
+        squares = torch.stack([(one * one).sum(1) for one in keys])
+        own = (x * x).sum(1, keepdim=True)[: len(keys)]
+        return cosines_of_parts(each(x, [one.T for one in keys]), own, squares, total)
     lengths = torch.stack([torch.linalg.vector_norm(one, dim=1) for one in keys])
-    lengths = torch.linalg.vector_norm(x, dim=1, keepdim=True)[: len(banks)] * lengths
-    return _each(x, [one.T for one in keys]) / lengths.clamp(min=1e-12)
+    lengths = torch.linalg.vector_norm(x, dim=1, keepdim=True)[: len(keys)] * lengths
+    return each(x, [one.T for one in keys]) / lengths.clamp(min=1e-12)
 
 
-def _each(rows: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+def each(rows: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     """Row i times matrix i, as one row of a product of ``ROWS`` rows: that fixes its bits."""
     products = []
     for row, matrix in enumerate(matrices):

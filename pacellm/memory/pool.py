@@ -48,7 +48,7 @@ class BankPool:
         device: torch.device,
     ) -> None:
         self.config, self.shapes, self.num_rows = config, shapes, num_rows
-        self._arena = {shape.layer: _new_arena(config, shape, num_rows, dtype, device) for shape in shapes}
+        self._arena = {shape.layer: _new_arena(config, shape, num_rows + 1, dtype, device) for shape in shapes}
         self._stages = [
             {shape.layer: new_stage(config, shape.inner, shape.hidden, dtype, device) for shape in shapes}
             for _ in range(num_stages)
@@ -60,6 +60,16 @@ class BankPool:
             {layer: BankState(*(tensor[row] for tensor in arena)) for layer, arena in self._arena.items()}
             for row in range(num_rows)
         ]
+
+    @property
+    def arena(self) -> dict[int, BankState]:
+        """All rows of each layer: every tensor has a leading dimension of ``num_rows`` + 1."""
+        return self._arena
+
+    @property
+    def scratch_row(self) -> int:
+        """The row that nobody owns: what a step does in vain goes there."""
+        return self.num_rows
 
     @property
     def num_free(self) -> int:
@@ -76,14 +86,20 @@ class BankPool:
         if not self._free or not self._free_stages:
             raise EngineError("no free bank row; raise pa_memory or lower max_num_seqs")
         row, stage = self._free.pop(), self._free_stages.pop()
-        self._stage_of[row] = stage
+        self.prepare(row, stage, source)
+        return row
+
+    def prepare(self, row: int, stage: int | None, source: int | None) -> None:
+        """Overwrite a row with empty banks or those of row ``source``; with a stage it is a working row."""
+        if stage is not None:
+            self._stage_of[row] = stage
         for layer, bank in self._views[row].items():
-            self._stages[stage][layer].clear()
+            if stage is not None:
+                self._stages[stage][layer].clear()
             if source is None:
                 bank.clear()
             else:
                 bank.copy_(self._views[source][layer])
-        return row
 
     def take(self, source: int | None = None) -> int:
         """A row without a stage, for a session at rest: a copy of row ``source``, or empty banks.
@@ -94,11 +110,7 @@ class BankPool:
         if not self._free:
             raise EngineError("no free bank row; raise pa_memory or lower max_num_seqs")
         row = self._free.pop()
-        for layer, bank in self._views[row].items():
-            if source is None:
-                bank.clear()
-            else:
-                bank.copy_(self._views[source][layer])
+        self.prepare(row, None, source)
         return row
 
     def settle(self, row: int) -> None:

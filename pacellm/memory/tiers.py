@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -66,28 +67,50 @@ def copy_banks(banks: Banks, *, pin: bool = False) -> Banks:
 
 
 def download(slabs: list[Tensor], spans: list[Span], tokens: int, banks: Banks) -> HostState:
-    """KV in the slabs and banks, copied to host memory (pinned where they lie on a GPU)."""
+    """KV in the slabs and banks, copied to host memory (pinned where they lie on a GPU, and beside its other work)."""
     pin = bool(slabs) and slabs[0].is_cuda
     kv = []
-    with torch.inference_mode():
+    with torch.inference_mode(), _beside(slabs):
         for slab in slabs:
             host = torch.empty(slab.shape[0], tokens, slab.shape[2], dtype=slab.dtype, pin_memory=pin)
             for span in cut(spans, tokens):
-                host[:, span.start : span.start + span.length] = slab[:, span.slot : span.slot + span.length]
+                _copy(host[:, span.start : span.start + span.length], slab[:, span.slot : span.slot + span.length])
             kv.append(host)
         return HostState(kv, copy_banks(banks, pin=pin), tokens)
 
 
 def upload(state: HostState, slabs: list[Tensor], spans: list[Span], banks: Banks) -> None:
     """The way back: KV into the slabs' spans and banks into ``banks``, every tensor overwritten."""
-    with torch.inference_mode():
+    with torch.inference_mode(), _beside(slabs):
         for host, slab in zip(state.kv, slabs, strict=True):
             for span in cut(spans, state.tokens):
-                slab[:, span.slot : span.slot + span.length] = host[:, span.start : span.start + span.length]
+                _copy(slab[:, span.slot : span.slot + span.length], host[:, span.start : span.start + span.length])
         for layer, bank in banks.items():
             bank.copy_(state.banks[layer])
-        if slabs and slabs[0].is_cuda:
-            torch.cuda.current_stream().synchronize()
+
+
+@contextmanager
+def _beside(slabs: list[Tensor]) -> Iterator[None]:
+    """On a GPU a stream of its own, behind what the device was given so far, and waited for at the end."""
+    if not slabs or not slabs[0].is_cuda:
+        yield
+        return
+    side = torch.cuda.Stream(slabs[0].device)
+    side.wait_stream(torch.cuda.default_stream(slabs[0].device))
+    try:
+        with torch.cuda.stream(side):
+            yield
+    finally:
+        side.synchronize()
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    """[heads, n, size]; between a GPU and pinned memory head by head, because each is one piece on both sides."""
+    if target.is_cuda or source.is_cuda:
+        for one, other in zip(target, source, strict=True):
+            one.copy_(other, non_blocking=True)
+    else:
+        target.copy_(source)
 
 
 def cut(spans: list[Span], tokens: int) -> list[Span]:
@@ -97,7 +120,7 @@ def cut(spans: list[Span], tokens: int) -> list[Span]:
 
 def _to_host(tensor: Tensor, pin: bool) -> Tensor:
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin)
-    return host.copy_(tensor)
+    return host.copy_(tensor, non_blocking=pin)
 
 
 def _last() -> None:

@@ -74,6 +74,8 @@ def attend(
     store(step, layer, key[0], value[0])
     if query.device.type == "cpu":
         output = attention_cpu.attend(step, layer, query[0], form)
+    elif step.decode is not None:
+        output = attention_cuda.attend_decoded(step, layer, query[0], form.scale, form.window)
     else:
         output = attention_cuda.attend(step, layer, query[0], form.scale, form.window)
     return output[None, ..., :value_size], None
@@ -105,6 +107,10 @@ def _widen(part: Tensor, size: int) -> Tensor:
 
 def store(step: StepContext, layer: int, key: Tensor, value: Tensor) -> None:
     """Put the step's keys and values [Hkv, T, D] into the slab, at each chunk's positions."""
+    if step.decode is not None:
+        step.keys[layer].index_copy_(1, step.decode.slots, key)
+        step.values[layer].index_copy_(1, step.decode.slots, value)
+        return
     places = step.scratch.get("places")
     if not isinstance(places, Places):
         places = step.scratch["places"] = _places(step, key.device)

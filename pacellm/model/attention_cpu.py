@@ -73,8 +73,8 @@ def _attend_decoded(
     if window is not None and window <= _SMALL_WINDOW and form.chunk is None:
         slots = _window_slots(step, decoded, window)
     if slots is not None:
-        seen = (slab[:, slots].transpose(0, 1).contiguous() for slab in (keys, values))
-        found = form.with_sinks(*form.kernel(packed, *seen), group)
+        near_keys, near_values = (slab[:, slots].transpose(0, 1).contiguous() for slab in (keys, values))
+        found = form.with_sinks(*form.kernel(packed, near_keys, near_values), group)
         output[rows] = found[:, :, :group].flatten(1, 2)
         return
     results = []

@@ -13,13 +13,18 @@ Source: ``aten::_flash_attention_forward`` (FlashAttention 2, Dao 2023), present
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pacellm.model.context import Chunk, Run, StepContext
+from pacellm.memory.feed import Tokens
+from pacellm.model.context import Chunk, DecodeRows, KVShape, Run, StepContext
 
+DETERMINISTIC_SPLITS = 32  # of a sequence's keys in decode, whatever the batch
+_TOLERANCE = 0.03
+_use_decode_kernel = False
 _kernel = torch.ops.aten._flash_attention_forward
 
 
@@ -49,9 +54,16 @@ def attend(step: StepContext, layer: int, query: Tensor, scale: float, window: i
     """[H, T, D] packed queries -> [T, H, D]."""
     keys, values = step.keys[layer].transpose(0, 1), step.values[layer].transpose(0, 1)
     queries = query.transpose(0, 1)
-    simple = [chunk for chunk in step.chunks if _in_place(chunk, window)]
-    gathered = [chunk for chunk in step.chunks if not _in_place(chunk, window)]
+    decoded = _decoded(step, query.device)
+    chunks = step.chunks if decoded is None else [chunk for chunk in step.chunks if not chunk.num_decoded]
+    simple = [chunk for chunk in chunks if _in_place(chunk, window)]
+    gathered = [chunk for chunk in chunks if not _in_place(chunk, window)]
     output = queries.new_zeros(queries.shape)
+    if decoded is not None:
+        rows, told = decoded
+        splits = DETERMINISTIC_SPLITS if step.deterministic else None
+        found = _decode_kernel()(query[:, rows], step.keys[layer], step.values[layer], told, scale, window, splits)
+        output.index_copy_(0, rows, found)
     if simple:
         total, lse = None, None
         for plan in _plans(step, simple, window, query.device):
@@ -63,6 +75,93 @@ def attend(step: StepContext, layer: int, query: Tensor, scale: float, window: i
         _attend_gathered(chunk, queries, keys, values, scale, window, output)
     step.failing = None
     return output
+
+
+def attend_decoded(step: StepContext, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
+    """[H, B, D] queries of a step that only decodes, told by ``step.decode`` -> [B, H, D]."""
+    assert step.decode is not None
+    splits = DETERMINISTIC_SPLITS if step.deterministic else None
+    return _decode_kernel()(query, step.keys[layer], step.values[layer], step.decode, scale, window, splits)
+
+
+def no_decode_kernel(shapes: list[KVShape], dtype: torch.dtype, device: torch.device) -> str | None:
+    """Try the Triton kernel out on every size of the model's heads, and use it from here on if it was right.
+
+    Returns:
+        Why it is not used, or None.
+    """
+    global _use_decode_kernel
+    try:
+        worst = max(_error(shape, dtype, device) for shape in set(shapes))
+    except Exception as error:
+        problem: str | None = f"{type(error).__name__}: {error}"
+    else:
+        problem = None if worst < _TOLERANCE else f"it is off by {worst:.2g}"
+    _use_decode_kernel = problem is None
+    return problem
+
+
+def _error(shape: KVShape, dtype: torch.dtype, device: torch.device) -> float:
+    """The kernel's largest error on random keys, two sequences of 1,100 and 70 tokens in scattered blocks."""
+    (heads, size), (_, width) = shape
+    generator = torch.Generator(device).manual_seed(0)
+    block = DecodeRows.BLOCK
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator, device=device).to(dtype)
+
+    query, keys, values = random(4 * heads, 2, size), random(heads, 4 * block, size), random(heads, 4 * block, width)
+    tables = torch.tensor([[3 * block, 0, 2 * block], [block, 0, 0]], dtype=torch.int32, device=device)
+    lengths, worst = (1100, 70), 0.0
+    index = torch.arange(2, device=device)
+    rows = DecodeRows(
+        index, torch.tensor(lengths, dtype=torch.int32, device=device), tables, Tokens(index, index > 1, index > 1)
+    )
+    found = _decode_kernel()(query, keys, values, rows, size**-0.5, None, None)
+    for row, length in enumerate(lengths):
+        slots = (tables[row].long()[:, None] + torch.arange(block, device=device)).flatten()[:length]
+        own_keys, own_values = (slab[:, slots].float().repeat_interleave(4, 0) for slab in (keys, values))
+        weights = ((query[:, row, None].float() @ own_keys.transpose(1, 2)) * size**-0.5).softmax(-1)
+        worst = max(worst, float(((weights @ own_values)[:, 0] - found[row].float()).abs().max()))
+    return worst
+
+
+def _decode_kernel() -> Callable[..., Tensor]:
+    from pacellm.model import decode_triton  # Triton comes with torch's CUDA builds only
+
+    return decode_triton.attend
+
+
+def _decoded(step: StepContext, device: torch.device) -> tuple[Tensor, DecodeRows] | None:
+    """The packed rows of sequences that decode, and where their keys lie: built once a step. None where there are none,
+    or no kernel for them: then they go with the prompts' chunks."""
+    if not _use_decode_kernel:
+        return None
+    if "decoded" not in step.scratch:
+        step.scratch["decoded"] = _build_decoded(step.chunks, device)
+    return step.scratch["decoded"]  # type: ignore[return-value]
+
+
+def _build_decoded(chunks: list[Chunk], device: torch.device) -> tuple[Tensor, DecodeRows] | None:
+    members = [chunk for chunk in chunks if chunk.num_decoded]
+    if not members:
+        return None
+    rows, lengths, tables = [], [], []
+    for chunk in members:
+        blocks = [run.slot + start for run in chunk.runs for start in range(0, run.length, DecodeRows.BLOCK)]
+        for row in range(chunk.start, chunk.stop):
+            rows.append(row)
+            lengths.append(chunk.position + row - chunk.start + 1)
+            tables.append(blocks)
+    width = max(len(table) for table in tables)
+    numbers = torch.tensor([[*table, *[0] * (width - len(table))] for table in tables], dtype=torch.int32)
+    upload = _uploader(device)
+    nothing = upload(torch.zeros(len(rows), dtype=torch.bool))
+    index = upload(torch.tensor(rows))
+    told = DecodeRows(
+        index, upload(torch.tensor(lengths, dtype=torch.int32)), upload(numbers), Tokens(index, nothing, nothing)
+    )
+    return index, told
 
 
 def _in_place(chunk: Chunk, window: int | None) -> bool:
@@ -103,9 +202,10 @@ def _plan(members: list[tuple[Chunk, Run]], causal: bool, device: torch.device) 
     counts = [chunk.stop - chunk.start for chunk, _ in members]
     rows = [row for chunk, _ in members for row in range(chunk.start, chunk.stop)]
 
+    send = _uploader(device)
+
     def upload(numbers: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
-        host = torch.tensor(numbers, dtype=dtype)
-        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+        return send(torch.tensor(numbers, dtype=dtype))
 
     cumulative = [0]
     for count in counts:
@@ -122,14 +222,25 @@ def _plan(members: list[tuple[Chunk, Run]], causal: bool, device: torch.device) 
     )
 
 
+def _uploader(device: torch.device) -> Callable[[Tensor], Tensor]:
+    if device.type == "cuda":
+        return lambda host: host.pin_memory().to(device, non_blocking=True)
+    return lambda host: host.to(device)
+
+
 def _call(
     queries: Tensor, keys: Tensor, values: Tensor, plan: _Plan, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """([n, H, D], lse [n, H]) of the plan's rows over the plan's runs."""
+    """([n, H, D], lse [n, H]) of the plan's rows over the plan's runs.
+
+    A single query at the end of its keys sees all of them, so nothing is causal about it; said so, the kernel packs the
+    heads of a group and splits the keys.
+    """
+    causal = plan.causal and (plan.max_queries > 1 or window is not None)
     result = _kernel(
         queries[plan.rows], keys, values, plan.cu_queries, plan.starts, plan.max_queries, plan.max_keys, 0.0,
-        plan.causal, False, scale=scale, window_size_left=window - 1 if window else -1,
-        window_size_right=0 if plan.causal else -1, seqused_k=plan.lengths,
+        causal, False, scale=scale, window_size_left=window - 1 if window else -1,
+        window_size_right=0 if causal else -1, seqused_k=plan.lengths,
     )  # fmt: skip
     return result[0], result[1].transpose(0, 1)
 

@@ -11,10 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
 from pacellm.config import PAConfig
+from pacellm.memory.bank import Total
+from pacellm.memory.feed import Tokens
 from pacellm.memory.state import BankState, Stage
 from pacellm.types import PAMode
 
@@ -50,11 +53,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Banks:
-    """A sequence's working banks and stages by layer."""
+    """A sequence's working banks and stages by layer; ``row`` is where they lie in the arena."""
 
     banks: dict[int, BankState]
     stages: dict[int, Stage]
     mode: PAMode
+    row: int = -1
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,44 @@ class Chunk:
     num_decoded: int = 0
 
 
+@dataclass(frozen=True)
+class Shared:
+    """Sequences of a decode step whose keys begin alike: G groups of up to N members.
+
+    Attributes:
+        members: [G, N] int32 rows of the step, -1 where a group has fewer.
+        leader: [G] int32, the row whose table is read for all.
+        lengths: [G] int32 tokens that the members share; 0 for a group without members, of which there is always one.
+        group: [B] int64 each row's group; for rows of none, one without members.
+    """
+
+    members: Tensor
+    leader: Tensor
+    lengths: Tensor
+    group: Tensor
+
+
+@dataclass(frozen=True)
+class DecodeRows:
+    """One token of each of B sequences, told by tensors alone, so that a captured step serves any content.
+
+    Attributes:
+        slots: [B] int64, where each token's KV goes; a slot that nobody owns for padding.
+        lengths: [B] int32 tokens that each one sees, itself included.
+        tables: [B, W] int32, the first slot of each of a sequence's blocks of ``BLOCK`` tokens.
+        tokens: their rows of banks, and whose banks take part.
+        shared: beginnings that are read once, or None.
+    """
+
+    BLOCK: ClassVar[int] = 512
+
+    slots: Tensor
+    lengths: Tensor
+    tables: Tensor
+    tokens: Tokens
+    shared: Shared | None = None
+
+
 @dataclass
 class StepContext:
     """A step: its chunks in row order, the KV slab by layer, and the config of the banks.
@@ -86,7 +128,9 @@ class StepContext:
     ``keys`` and ``values`` are [kv heads, slots, head size] per layer. ``failing`` is the chunk being worked on,
     so that an error can be laid at one request's door. ``scratch`` is the attention backend's. Where ``probe`` is set,
     attention only records each layer's KV shapes in it. ``wanted`` are the rows that the model's head reads, in order;
-    None is all of them.
+    None is all of them. ``arenas`` are all sessions' banks by layer. With ``decode`` the step is one token of each
+    sequence; a CPU's attention still goes by the chunks. ``deterministic`` fixes
+    how sums are split, whatever else is in the step. ``total`` sums over the ranks of a tensor-parallel model.
     """
 
     chunks: list[Chunk]
@@ -97,6 +141,10 @@ class StepContext:
     scratch: dict[str, object] = field(default_factory=dict)
     probe: dict[int, LayerProbe] | None = None
     wanted: list[int] | None = None
+    arenas: dict[int, BankState] = field(default_factory=dict)
+    decode: DecodeRows | None = None
+    deterministic: bool = False
+    total: Total | None = None
 
     def first_row(self, chunk: Chunk, layer: int) -> int:
         """The first of a chunk's rows whose attention in ``layer`` anybody reads; ``chunk.stop`` where nobody does.

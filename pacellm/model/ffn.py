@@ -8,13 +8,16 @@ without a step, or for a request whose banks are off, it is the original.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pacellm.memory import bank, decoded
-from pacellm.model.context import Banks, Piece, StepContext, current_step
+from pacellm.memory.bank import Total
+from pacellm.memory.feed import Feed, Tokens, best_feed, feed
+from pacellm.model.context import Banks, Chunk, Piece, StepContext, current_step
 
 
 class PersistentDown(nn.Module):
@@ -29,6 +32,7 @@ class PersistentDown(nn.Module):
         super().__init__()
         self.original: Any = original
         self.layer = layer
+        self.is_split = False  # over the ranks of a tensor-parallel model, along the inner activations
 
     @property
     def weight(self) -> Tensor:
@@ -44,23 +48,44 @@ class PersistentDown(nn.Module):
         """Inner activations [1, T, F] or [T, F] -> FFN outputs [1, T, H] or [T, H]."""
         step = current_step()
         plain = self.original(inner)
-        if step is None or not any(chunk.banks for chunk in step.chunks):
+        if step is None:
+            return plain
+        if step.decode is not None and step.arenas:
+            return self._forward_decoded(step, inner.flatten(0, -2), plain.flatten(0, -2)).view(plain.shape)
+        if not any(chunk.banks for chunk in step.chunks):
             return plain
         return self.remember(step, inner.flatten(0, -2), plain.flatten(0, -2)).view(plain.shape)
 
     def remember(self, step: StepContext, inner: Tensor, plain: Tensor) -> Tensor:
         """FFN outputs [T, H] with memory, of a step's inner activations [T, F] and plain outputs [T, H]."""
         output = plain.clone()
-        alone = inner.device.type == "cpu"
         for chunk in step.chunks:
             if chunk.banks is not None:
                 step.failing = chunk
-                pieces = chunk.pieces[: len(chunk.pieces) - chunk.num_decoded] if alone else chunk.pieces
+                pieces = chunk.pieces[: len(chunk.pieces) - chunk.num_decoded]
                 self._remember(pieces, chunk.banks, step, inner, plain, output)
         step.failing = None
-        if alone:
+        if inner.device.type == "cpu":
             self._remember_decoded(step, inner, plain, output)
+        else:
+            self._remember_rows(step, inner, plain, output)
         return output
+
+    def _forward_decoded(self, step: StepContext, inner: Tensor, plain: Tensor) -> Tensor:
+        """A step of one token for each sequence: rows of banks by index, nothing that waits for the device."""
+        assert step.decode is not None
+        bias, tokens = self.bias, step.decode.tokens
+        found = self._feed(inner.device, self._total(step))(
+            step.arenas[self.layer], tokens, inner, plain if bias is None else plain - bias, step.pa
+        )
+        output = found if bias is None else found + bias
+        return torch.where(tokens.live[:, None], output, plain)
+
+    def _feed(self, device: torch.device, total: Total | None) -> Feed:
+        return best_feed(device) if total is None else partial(feed, total=total)
+
+    def _total(self, step: StepContext) -> Total | None:
+        return step.total if self.is_split else None
 
     def _remember(
         self,
@@ -76,7 +101,7 @@ class PersistentDown(nn.Module):
         for piece in pieces:
             rows = slice(piece.start, piece.stop)
             x, y = inner[rows], plain[rows]
-            result = bank.read(state, x, y if bias is None else y - bias, step.pa)
+            result = bank.read(state, x, y if bias is None else y - bias, step.pa, self._total(step))
             output[rows] = result.output if bias is None else result.output + bias
             if owned.mode == "on":
                 staged = owned.stages[self.layer]
@@ -94,7 +119,38 @@ class PersistentDown(nn.Module):
             owned = [chunk.banks for chunk in left if chunk.banks is not None]
             y = plain[rows] if bias is None else plain[rows] - bias
             banks = [one.banks[self.layer] for one in owned]
-            found = decoded.feed(banks, [one.mode == "on" for one in owned], inner[rows], y, step.pa)
+            found = decoded.feed(banks, [one.mode == "on" for one in owned], inner[rows], y, step.pa, self._total(step))
             output[rows] = found if bias is None else found + bias
             turn += 1
             left = [chunk for chunk in left if chunk.num_decoded > turn]
+
+    def _remember_rows(self, step: StepContext, inner: Tensor, plain: Tensor, output: Tensor) -> None:
+        """The same on a device: rows of the arena by index, which are uploaded once a step."""
+        turns = step.scratch.get("decoded rows")
+        if turns is None:
+            turns = step.scratch["decoded rows"] = _decoded_rows(step.chunks, inner.device)
+        bias = self.bias
+        for rows, tokens in turns:  # type: ignore[attr-defined]
+            y = plain[rows] if bias is None else plain[rows] - bias
+            found = self._feed(inner.device, self._total(step))(
+                step.arenas[self.layer], tokens, inner[rows], y, step.pa
+            )
+            output.index_copy_(0, rows, found if bias is None else found + bias)
+
+
+def _decoded_rows(chunks: Sequence[Chunk], device: torch.device) -> list[tuple[Tensor, Tokens]]:
+    """Rows of the step and whose banks they meet: the first decoded token of every sequence, then the second, …"""
+    turns, turn = [], 0
+    left = [(chunk, chunk.banks) for chunk in chunks if chunk.banks is not None and chunk.num_decoded]
+    while left:
+        numbers = [
+            [chunk.stop - chunk.num_decoded + turn for chunk, _ in left],
+            [banks.row for _, banks in left],
+            [banks.mode == "on" for _, banks in left],
+        ]
+        host = torch.tensor(numbers, dtype=torch.int64)
+        rows, owned, writes = (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+        turns.append((rows, Tokens(owned, torch.ones_like(owned, dtype=torch.bool), writes.bool())))
+        turn += 1
+        left = [(chunk, banks) for chunk, banks in left if chunk.num_decoded > turn]
+    return turns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from pacellm.model.families import family_of
 from pacellm.model.narrow import narrow
 from pacellm.model.neurons import decoder_layers, ffns
 from pacellm.model.patch import patchable_layers
+from pacellm.model.ranks import Ranks
 from pacellm.model.rope import check_rope, scale_rope
 from pacellm.model.temperature import take_over
 
@@ -39,6 +41,7 @@ class LoadedModel:
         dtype: of activations, KV and banks.
         device: where all of it lies.
         patchable_layers: those whose FFN can have banks: all but layers of routed experts alone.
+        ranks: the tensor-parallel group that each layer is split over; ``kv_shapes`` are this rank's then.
     """
 
     module: nn.Module
@@ -49,6 +52,7 @@ class LoadedModel:
     dtype: torch.dtype
     device: torch.device
     patchable_layers: tuple[int, ...] | None = None
+    ranks: Ranks | None = None
 
     @property
     def num_layers(self) -> int:
@@ -69,6 +73,7 @@ def load(
     device: str | torch.device = "cpu",
     rope_scaling: Mapping[str, Any] | None = None,
     allow_pickle: bool = False,
+    ranks: Ranks | None = None,
 ) -> LoadedModel:
     """Load a checkpoint from a directory or a hub name. Code of a checkpoint's own is never run.
 
@@ -78,6 +83,7 @@ def load(
         device: where it shall lie.
         rope_scaling: lengthens the context (:func:`pacellm.model.rope.scale_rope`).
         allow_pickle: read weights that are not safetensors (tensors only, but from a format that can run code).
+        ranks: split every layer over them; this process loads its part.
 
     Raises:
         ModelError: it cannot be read, or not be served correctly; says why. ConfigError: a wrong ``rope_scaling``.
@@ -90,7 +96,9 @@ def load(
             scale_rope(config, rope_scaling)
         check_config(config)
         attention.register()
-        module, info = AutoModelForCausalLM.from_pretrained(
+        module: Any
+        info: Any
+        module, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             path,
             config=config,
             dtype=dtype,
@@ -98,6 +106,7 @@ def load(
             use_safetensors=None if allow_pickle else True,
             trust_remote_code=False,
             output_loading_info=True,
+            **(ranks.loading(config) if ranks is not None else {}),
         )
     except PaceError:
         raise
@@ -107,7 +116,8 @@ def load(
     target = torch.device(device)
     if dtype == "auto" and target.type == "cuda" and next(module.parameters()).dtype == torch.float32:
         module.to(torch.bfloat16)  # as the kernel needs; where float32 is asked for, `prepare` refuses
-    return prepare(module.to(target))
+    prepared = prepare(module if ranks is not None else module.to(target))
+    return prepared if ranks is None else dataclasses.replace(prepared, ranks=ranks)
 
 
 def _why_not_loaded(path: str | Path, error: Exception) -> str:
@@ -212,6 +222,20 @@ def eos_token_ids(module: nn.Module) -> frozenset[int]:
         ids = getattr(config, "eos_token_id", None)
         found.update(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
     return frozenset(found)
+
+
+def probe_step(model: LoadedModel, tokens: int) -> None:
+    """A forward pass of ``tokens`` tokens in which attention returns zeros: for what else a step takes."""
+    step = StepContext(chunks=[], keys=[], values=[], probe={})
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+    last = torch.tensor([tokens - 1], device=model.device)
+    with torch.inference_mode(), step_context(step):
+        model.module(
+            input_ids=ids,
+            position_ids=torch.arange(tokens, device=model.device)[None],
+            use_cache=False,
+            logits_to_keep=last,
+        )
 
 
 def _probe(module: nn.Module, device: torch.device) -> tuple[list[LayerProbe], int]:

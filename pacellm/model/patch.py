@@ -9,7 +9,8 @@ from torch import nn
 from pacellm.errors import ConfigError, ModelError
 from pacellm.memory.pool import BankShape
 from pacellm.model.ffn import PersistentDown
-from pacellm.model.neurons import ffns
+from pacellm.model.neurons import FFN, ffns
+from pacellm.model.ranks import Ranks
 
 
 def patchable_layers(model: nn.Module) -> tuple[int, ...]:
@@ -21,8 +22,11 @@ def patchable_layers(model: nn.Module) -> tuple[int, ...]:
     return tuple(ffn.layer for ffn in ffns(model) if ffn is not None)
 
 
-def patch(model: nn.Module, layers: Iterable[int]) -> list[BankShape]:
+def patch(model: nn.Module, layers: Iterable[int], ranks: Ranks | None = None) -> list[BankShape]:
     """Give the FFNs of ``layers`` banks; the model computes the same until a step brings banks.
+
+    Args:
+        ranks: those that the model's layers are split over, if they are.
 
     Returns:
         The banks' sizes, one per patched layer.
@@ -40,9 +44,17 @@ def patch(model: nn.Module, layers: Iterable[int]) -> list[BankShape]:
             )
         if isinstance(ffn.down, PersistentDown):
             raise ModelError(f"layer {number} is already patched")
-        setattr(ffn.module, ffn.layout.down, PersistentDown(ffn.down, number))
-        shapes.append(BankShape(number, ffn.inner, ffn.hidden))
+        own = ffn.inner if ranks is None else ranks.own_width(ffn)
+        down = PersistentDown(ffn.down, number)
+        down.is_split = own < ffn.inner
+        setattr(ffn.module, ffn.layout.down, down)
+        shapes.append(BankShape(number, own, ffn.hidden))
     return shapes
+
+
+def is_split(ffn: FFN) -> bool:
+    """Its banks' keys are spread over the ranks of a tensor-parallel model."""
+    return isinstance(ffn.down, PersistentDown) and ffn.down.is_split
 
 
 def unpatch(model: nn.Module) -> None:

@@ -67,7 +67,8 @@ def scale_rope(config: PreTrainedConfig, scaling: Mapping[str, Any]) -> None:
         raise _wrong(f"{kind} needs a factor, as in {{'rope_type': '{kind}', 'factor': 4.0}}")
     if kind == "llama3" and not {"low_freq_factor", "high_freq_factor"} <= fields.keys():
         raise _wrong("llama3 needs low_freq_factor and high_freq_factor")
-    kept = {name: found[0][name] for name in ("rope_theta", "partial_rotary_factor") if name in found[0]}
+    given: dict[str, Any] = dict(found[0])
+    kept = {name: given[name] for name in ("rope_theta", "partial_rotary_factor") if name in given}
     if kind in ("yarn", "llama3"):
         kept[_ORIGINAL] = native
     config.rope_parameters = {**kept, "rope_type": kind, **fields}

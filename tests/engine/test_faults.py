@@ -8,8 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from pacellm.engine.engine import run_until_idle
+from pacellm.engine.setup import memory_left
 from pacellm.errors import ConfigError, SnapshotRefused
 from pacellm.memory import disk as disk_module
 from pacellm.memory.disk import LOG, STATE
@@ -273,3 +275,32 @@ def test_kill_9_during_a_spill(model, tmp_path, wanted):
 @pytest.mark.slow
 def test_kill_9_during_a_hundred_spills(model, tmp_path, wanted):
     kill_during_spills(model, tmp_path, wanted, 100)
+
+
+def test_out_of_memory_in_a_step_fails_one_request(monkeypatch):
+    """The largest one: the others start again and answer as if nothing had been."""
+    model = prepare(tiny("llama"))
+    alone = tokens(run(new_engine(model), request("small", prompt(20, 1)))["small"])
+    engine = new_engine(model)
+    forward, calls = engine.runner.model.module.forward, []
+
+    def failing(*args, **kwargs):
+        calls.append(kwargs["input_ids"].shape[1])
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(engine.runner.model.module, "forward", failing)
+    events = run(engine, request("small", prompt(20, 1)), request("large", prompt(300, 2)))
+    assert isinstance(events["large"][-1], Failed)
+    assert "OutOfMemoryError" in str(events["large"][-1].error)
+    assert tokens(events["small"]) == alone
+    assert_nothing_held(engine)
+
+
+def test_what_a_gpu_leaves_for_kv():
+    gib = 2**30
+    assert memory_left(free=60 * gib, total=80 * gib, step=4 * gib, utilization=0.9) == 48 * gib
+    with pytest.raises(ConfigError, match="leaves nothing for KV") as error:
+        memory_left(free=10 * gib, total=80 * gib, step=4 * gib, utilization=0.9)
+    assert error.value.param == "gpu_memory_utilization"

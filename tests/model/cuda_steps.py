@@ -30,7 +30,7 @@ def check(kernel_dtype, device, windows, tolerance, size=16, heads=(6, 2)):
     ]
     chunks, row = [], 0
     for past, count, runs, _, _ in sequences:
-        chunks.append(Chunk(row, row + count, past, runs))
+        chunks.append(Chunk(row, row + count, past, runs, num_decoded=1 if count == 1 else 0))
         row += count
     slabs = []
     for which in (3, 4):

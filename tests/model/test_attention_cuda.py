@@ -57,3 +57,48 @@ def test_every_sequence_gets_its_own_attention(monkeypatch, windows):
 def test_what_the_kernel_cannot_do_is_said(dtype, key_size, value_size, says):
     reason = attention_cuda.why_not(dtype, key_size, value_size)
     assert reason is None if says is None else says in reason
+
+
+def decode_kernel(query, keys, values, rows, scale, window, splits):
+    """What the Triton kernel computes (tests/triton_cases.py has the kernel itself)."""
+    group, found = query.shape[0] // keys.shape[0], []
+    for row, (length, table) in enumerate(zip(rows.lengths.tolist(), rows.tables.tolist(), strict=True)):
+        first = 0 if window is None else max(0, length - window)
+        slots = torch.tensor([table[place // 512] + place % 512 for place in range(first, length)])
+        mine, theirs = (slab[:, slots].double().repeat_interleave(group, 0) for slab in (keys, values))
+        weights = (query[:, row, None].double() @ mine.transpose(1, 2) * scale).softmax(-1)
+        found.append((weights @ theirs)[:, 0])
+    return torch.stack(found).to(query.dtype)
+
+
+@pytest.mark.parametrize("windows", [(None, 100), (100, None)])
+def test_decoded_tokens_go_to_their_own_kernel(monkeypatch, windows):
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments[0].shape[1])
+        return decode_kernel(*arguments)
+
+    monkeypatch.setattr(attention_cuda, "_kernel", kernel)
+    monkeypatch.setattr(attention_cuda, "_use_decode_kernel", True)
+    monkeypatch.setattr(attention_cuda, "_decode_kernel", lambda: counted)
+    check(torch.float32, "cpu", windows, 1e-4)
+    assert calls == [2] * len(windows)
+
+
+@pytest.mark.parametrize(("wrong", "says"), [(0.0, None), (0.5, "off by 0.5")])
+def test_a_kernel_is_tried_out_before_it_is_used(monkeypatch, wrong, says):
+    monkeypatch.setattr(attention_cuda, "_use_decode_kernel", False)
+    monkeypatch.setattr(attention_cuda, "_decode_kernel", lambda: lambda *args: decode_kernel(*args) + wrong)
+    found = attention_cuda.no_decode_kernel([((2, 16), (2, 16))], torch.float32, torch.device("cpu"))
+    assert found is None if says is None else says in found
+    assert attention_cuda._use_decode_kernel == (says is None)
+
+
+def test_where_there_is_no_triton_it_says_so(monkeypatch):
+    def missing():
+        raise ModuleNotFoundError("No module named 'triton'")
+
+    monkeypatch.setattr(attention_cuda, "_decode_kernel", missing)
+    found = attention_cuda.no_decode_kernel([((2, 16), (2, 16))], torch.float32, torch.device("cpu"))
+    assert "triton" in found

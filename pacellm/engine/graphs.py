@@ -1,0 +1,244 @@
+"""Decode steps on static buffers, captured as CUDA graphs: one graph for each number of sequences, rounded up.
+
+A step of one token for each of B sequences differs from the last only in what tensors hold: ids, positions, where KV
+goes and lies, rows of banks. These are written into buffers that stay, and the forward pass is replayed. What pads a
+step up to its bucket writes into KV and bank rows that nobody owns. On a CPU the same step runs without capture, which
+is how it is tested.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pacellm.engine.kv import BLOCK
+from pacellm.engine.sequence import Sequence
+from pacellm.engine.step import Step
+from pacellm.memory.feed import Tokens
+from pacellm.model.context import DecodeRows, Shared
+
+logger = logging.getLogger("pacellm.engine")
+
+
+class CaptureFailed(Exception):
+    """A decode step cannot be captured on this machine."""
+
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+MEMBERS = 16  # sequences of one shared beginning; more make further groups
+_LEAST_SHARED = 4 * BLOCK  # tokens; shorter beginnings are read by each sequence
+
+
+def fits(step: Step) -> bool:
+    """Every sequence of the step is fed one decoded token, and gets the next."""
+    return bool(step.work) and all(
+        work.count == 1
+        and work.sequence.pending == 1
+        and work.sequence.position >= work.sequence.turn.prompt_end
+        and work.sequence.request.sampling.prompt_logprobs is None
+        for work in step.work
+    )
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of a step whose tables begin with the same ``blocks`` blocks."""
+
+    rows: tuple[int, ...]
+    blocks: int
+
+
+def shared_groups(tables: Items[Items[int]], lengths: Items[int], least: int = _LEAST_SHARED) -> list[Group]:
+    """Sequences that begin with the same blocks: at most ``MEMBERS`` a group, sharing at least ``least`` tokens.
+
+    Only blocks that lie wholly before every member's last token are shared.
+    """
+    by_first: dict[int, list[int]] = {}
+    for row, table in enumerate(tables):
+        by_first.setdefault(table[0], []).append(row)
+    groups = []
+    for rows in by_first.values():
+        for start in range(0, len(rows), MEMBERS):
+            members = rows[start : start + MEMBERS]
+            blocks = _common([tables[row][: (lengths[row] - 1) // BLOCK] for row in members])
+            if len(members) > 1 and blocks * BLOCK >= least:
+                groups.append(Group(tuple(members), blocks))
+    return groups
+
+
+def _common(tables: list[Items[int]]) -> int:
+    shortest, longest = min(tables, key=tuple), max(tables, key=tuple)  # as texts are: what these two share, all share
+    for number, (one, other) in enumerate(zip(shortest, longest, strict=False)):
+        if one != other:
+            return number
+    return min(len(shortest), len(longest))
+
+
+class Buffers:
+    """The static tensors of one bucket, and what fills them.
+
+    Args:
+        size: sequences.
+        width: blocks of the longest context.
+        dump: a KV slot that nobody owns. scratch_row: a row of banks that nobody owns.
+    """
+
+    def __init__(self, size: int, width: int, device: torch.device, *, dump: int, scratch_row: int) -> None:
+        self.size, self._dump, self._scratch = size, dump, scratch_row
+        self._host = _Host.new(size, width, pin=device.type == "cuda")
+        device_side = _Host.new(size, width, device=device)
+        self._wide, self._narrow = device_side.wide, device_side.narrow
+        ids, positions, slots, rows, live, writes, group = self._wide
+        lengths, leader, shared, *_ = self._narrow
+        self.ids, self.positions = ids[None], positions[None]
+        self._flags = torch.zeros(2, size, dtype=torch.bool, device=device)
+        self._live, self._writes = live, writes
+        members, tables = device_side.members, device_side.tables
+        self._members, self._tables = members, tables
+        tokens = Tokens(rows, self._flags[0], self._flags[1])
+        sharing = Shared(members, leader, shared, group)
+        self.apart = DecodeRows(slots, lengths, tables, tokens)
+        self.sharing = DecodeRows(slots, lengths, tables, tokens, sharing)
+        self.kept = torch.arange(size, device=device)
+        self.fill([])
+
+    def fill(self, sequences: list[Sequence]) -> bool:
+        """Take what the step is made of; True where beginnings are shared. Nothing waits for the device."""
+        host = self._host
+        wide, narrow, tables = host.wide.numpy(), host.narrow.numpy(), host.tables.numpy()
+        wide[:], narrow[:] = 0, 0
+        narrow[0], wide[2], wide[3] = 1, self._dump, self._scratch
+        tables[:, 0] = self._dump
+        host.members.fill_(-1)
+        for row, sequence in enumerate(sequences):
+            position, blocks = sequence.position, sequence.table.blocks
+            wide[0, row], wide[1, row] = sequence.turn.ids[sequence.cursor], position
+            wide[2, row] = blocks[position // BLOCK] * BLOCK + position % BLOCK
+            narrow[0, row] = position + 1
+            tables[row, : len(blocks)] = np.asarray(blocks, dtype=np.int32) * BLOCK
+            if sequence.row is not None and sequence.turn.pa != "off":
+                wide[3, row], wide[4, row], wide[5, row] = sequence.row, 1, sequence.turn.pa == "on"
+        is_shared = self._fill_groups(sequences)
+        for target, source in (
+            (self._wide, host.wide), (self._narrow, host.narrow), (self._tables, host.tables),
+            (self._members, host.members),
+        ):  # fmt: skip
+            target.copy_(source, non_blocking=True)
+        self._flags[0].copy_(self._live)
+        self._flags[1].copy_(self._writes)
+        return is_shared
+
+    def _fill_groups(self, sequences: list[Sequence]) -> bool:
+        tables = [sequence.table.blocks for sequence in sequences]
+        groups = shared_groups(tables, [sequence.position + 1 for sequence in sequences])
+        wide, narrow = self._host.wide.numpy(), self._host.narrow.numpy()
+        for number, group in enumerate(groups, start=1):  # group 0 has no members and no length
+            narrow[1, number], narrow[2, number] = group.rows[0], group.blocks * BLOCK
+            self._host.members.numpy()[number, : len(group.rows)] = group.rows
+            wide[6, list(group.rows)] = number
+        return bool(groups)
+
+
+@dataclass(frozen=True)
+class _Host:
+    """Numbers of a bucket. ``wide`` int64 [7, B]: ids, positions, slots, rows, live, writes, group. ``narrow`` int32
+    [3, B]: lengths, then leaders and lengths of groups, of which there are at most 1 + B // 2. ``members`` [B, N] and
+    ``tables`` [B, W] int32."""
+
+    wide: Tensor
+    narrow: Tensor
+    members: Tensor
+    tables: Tensor
+
+    @classmethod
+    def new(cls, size: int, width: int, *, pin: bool = False, device: torch.device | None = None) -> _Host:
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device, pin_memory=pin)
+
+        return cls(
+            wide=zeros(7, size, dtype=torch.int64),
+            narrow=zeros(3, size, dtype=torch.int32),
+            members=zeros(max(1, size), MEMBERS, dtype=torch.int32),
+            tables=zeros(size, width, dtype=torch.int32),
+        )
+
+
+Forward = Callable[[Buffers, DecodeRows, list[Sequence]], Tensor]
+
+
+class Decoder:
+    """Runs decode steps on static buffers.
+
+    Args:
+        forward: buffers, their rows and the step's sequences to logits [B, V]; what it does is captured.
+        max_seqs: sequences of the largest step.
+        width: blocks of the longest context.
+        dump, scratch_row: KV slot and bank row that nobody owns.
+        capture: replay CUDA graphs; without, the forward pass is run each time.
+    """
+
+    def __init__(
+        self, forward: Forward, device: torch.device, *, max_seqs: int, width: int, dump: int, scratch_row: int,
+        capture: bool,
+    ) -> None:  # fmt: skip
+        self._forward, self._device, self._capture = forward, device, capture
+        sizes = [size for size in BUCKETS if size < max_seqs]
+        sizes += [next((size for size in BUCKETS if size >= max_seqs), max_seqs)]
+        self._buckets = sizes
+        self._settings = (width, device)
+        self._places = {"dump": dump, "scratch_row": scratch_row}
+        self._buffers: dict[int, Buffers] = {}
+        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._pool: Any = None
+
+    def run(self, sequences: list[Sequence]) -> Tensor:
+        """Logits [B, V] of one token for each sequence; on a GPU a buffer that the next step overwrites."""
+        size = next(size for size in self._buckets if size >= len(sequences))
+        buffers = self._buffers.get(size)
+        if buffers is None:
+            buffers = self._buffers[size] = Buffers(size, *self._settings, **self._places)  # type: ignore[arg-type]
+        graph = None
+        if self._capture:  # before the buffers are filled: a capture runs on padding alone
+            wanted = _shares(sequences)
+            try:
+                graph = self._graphs.get((size, wanted)) or self._record(size, buffers, wanted)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                raise CaptureFailed(f"{type(error).__name__}: {error}") from error
+        is_shared = buffers.fill(sequences)
+        if graph is not None:
+            graph[0].replay()
+            return graph[1][: len(sequences)]
+        rows = buffers.sharing if is_shared else buffers.apart
+        return self._forward(buffers, rows, sequences)[: len(sequences)]
+
+    def _record(self, size: int, buffers: Buffers, is_shared: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """Warm up on a side stream and capture, with nothing but padding in the buffers."""
+        rows = buffers.sharing if is_shared else buffers.apart
+        buffers.fill([])
+        side = torch.cuda.Stream(self._device)
+        side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._forward(buffers, rows, [])
+        torch.cuda.current_stream(self._device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits = self._forward(buffers, rows, [])
+        self._pool = self._pool or graph.pool()
+        self._graphs[size, is_shared] = graph, logits
+        logger.info("captured decode steps of up to %d sequences%s", size, ", shared beginnings" if is_shared else "")
+        return graph, logits
+
+
+def _shares(sequences: list[Sequence]) -> bool:
+    tables = [sequence.table.blocks for sequence in sequences]
+    return bool(shared_groups(tables, [sequence.position + 1 for sequence in sequences]))

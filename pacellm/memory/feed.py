@@ -1,0 +1,148 @@
+"""Decoded tokens of many sequences against rows of an arena, with nothing that waits for the device.
+
+The same arithmetic as ``decoded.py``, to the bit on a CPU, but every choice is a mask and every place an index, so that
+a decode step can be captured in a CUDA graph: rows, flags and inputs are read from tensors whose content may change
+between replays. What a masked token would write goes to the arena's last row, which nobody owns.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pacellm.config import PAConfig
+from pacellm.memory.bank import Total, Verdict, cosines_of_parts, judge, mix
+from pacellm.memory.decoded import cosines, each
+from pacellm.memory.state import EMPTY, FUSES, HITS, MERGES, MISSES, REPLACEMENTS, BankState, compute_dtype
+from pacellm.rows import pad_rows
+
+
+class Tokens(NamedTuple):
+    """One decoded token of each of B sequences.
+
+    Attributes:
+        rows: [B] int64, each one's row of the arena; the last row for what is padding.
+        live: [B] bool, tokens that count at all.
+        writes: [B] bool, tokens that change their bank.
+    """
+
+    rows: Tensor
+    live: Tensor
+    writes: Tensor
+
+
+Feed = Callable[[BankState, Tokens, Tensor, Tensor, PAConfig], Tensor]
+
+
+@cache
+def best_feed(device: torch.device) -> Feed:
+    """Triton's form on a GPU where Triton is there, else torch's."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from pacellm.memory import feed_triton
+
+        return feed_triton.feed
+    return feed
+
+
+def feed(
+    arena: BankState, tokens: Tokens, x: Tensor, y: Tensor, config: PAConfig, total: Total | None = None
+) -> Tensor:
+    """Read one token against each bank and, where asked, write it.
+
+    Args:
+        arena: one layer's banks, every tensor with a leading dimension of rows; no row twice among live tokens.
+        tokens: whose tokens these are.
+        total: sums over the ranks that F is split over, where it is.
+        x: [B, F] inner activations. y: [B, H] bias-free FFN outputs.
+
+    Returns:
+        [B, H], the outputs before the bias.
+    """
+    wide = compute_dtype(x.dtype)
+    filled = arena.filled[tokens.rows]
+    found = judge(_cosines(arena.keys, tokens.rows, x.to(wide), total), filled[:, None], config)
+    recalled = _recall(found.weights, arena.values, tokens.rows)
+    output = mix(recalled, y.to(wide), found.hit, found.fuse, config).to(y.dtype)
+    _count(arena, tokens, found)
+    writes = tokens.live & tokens.writes
+    arena.clock.index_add_(0, tokens.rows, writes.long())
+    _merge(arena, tokens.rows, writes, found, (x, output), config)
+    _replace(arena, tokens.rows, writes & found.low, filled, (x, output), config)
+    return output
+
+
+def _cosines(keys: Tensor, rows: Tensor, x: Tensor, total: Total | None) -> Tensor:
+    if x.device.type == "cpu":
+        return cosines([keys[row] for row in rows.tolist()], pad_rows(x), total)
+    own = keys[rows].to(x.dtype)
+    products = torch.bmm(own, x[:, :, None])[:, :, 0]
+    if total is not None:
+        return cosines_of_parts(products, (x * x).sum(1, keepdim=True), (own * own).sum(2), total)
+    lengths = torch.linalg.vector_norm(x, dim=1, keepdim=True) * torch.linalg.vector_norm(own, dim=2)
+    return products / lengths.clamp(min=1e-12)
+
+
+def _recall(weights: Tensor, values: Tensor, rows: Tensor) -> Tensor:
+    if weights.device.type == "cpu":
+        return each(pad_rows(weights), [values[row].to(weights.dtype) for row in rows.tolist()])
+    return torch.bmm(weights[:, None], values[rows].to(weights.dtype))[:, 0]
+
+
+def _count(arena: BankState, tokens: Tokens, found: Verdict) -> None:
+    codes = torch.where(found.empty, EMPTY, torch.where(found.hit, HITS, torch.where(found.fuse, FUSES, MISSES)))
+    kinds = arena.counters.shape[1]
+    arena.counters.view(-1).index_add_(0, tokens.rows * kinds + codes, tokens.live.long())
+
+
+def _merge(
+    arena: BankState, rows: Tensor, writes: Tensor, found: Verdict, new: tuple[Tensor, Tensor], config: PAConfig
+) -> None:
+    """Mid tokens into the slots that they resemble; with ``paper`` a high token counts as a use of its slots."""
+    slots = arena.usage.shape[1]
+    wide = compute_dtype(new[0].dtype)
+    place = rows[:, None] * slots + found.slots
+    mask = (writes & found.mid)[:, None] & found.used
+    used = mask | ((writes & found.high)[:, None] & found.used) if config.preset == "paper" else mask
+    target = _target(mask, place, arena).flatten()
+    for stored, added in zip((arena.keys, arena.values), new, strict=True):
+        flat = stored.view(-1, stored.shape[2])
+        old = flat[place.flatten()].to(wide)
+        own = (1.0 - config.momentum) * (added.to(wide) + 0.0)
+        merged = config.momentum * old + own.repeat_interleave(place.shape[1], 0)
+        flat.index_copy_(0, target, merged.to(stored.dtype))
+    arena.usage.view(-1).index_add_(0, place.flatten(), used.long().flatten())
+    clock = arena.clock[rows][:, None].expand_as(place).flatten()
+    arena.stamp.view(-1).index_copy_(0, target, clock)
+    arena.counters.view(-1).index_add_(0, rows * arena.counters.shape[1] + MERGES, mask.sum(1))
+
+
+def _replace(
+    arena: BankState, rows: Tensor, mask: Tensor, filled: Tensor, new: tuple[Tensor, Tensor], config: PAConfig
+) -> None:
+    """A low token takes the next free slot, or the least used one."""
+    slots = arena.usage.shape[1]
+    usage = arena.usage[rows]
+    if config.ties == "age":
+        least = usage == usage.min(1, keepdim=True).values
+        worst = arena.stamp[rows].masked_fill(~least, torch.iinfo(torch.int64).max).argmin(1)
+    else:
+        worst = usage.argmin(1)
+    is_free = filled < slots
+    target = _target(mask, rows * slots + torch.where(is_free, filled, worst), arena)
+    for stored, added in zip((arena.keys, arena.values), new, strict=True):
+        stored.view(-1, stored.shape[2]).index_copy_(0, target, added.to(stored.dtype))
+    arena.usage.view(-1).index_copy_(0, target, torch.ones_like(target))
+    arena.stamp.view(-1).index_copy_(0, target, arena.clock[rows])
+    arena.filled.index_add_(0, rows, (mask & is_free).long())
+    arena.counters.view(-1).index_add_(0, rows * arena.counters.shape[1] + REPLACEMENTS, mask.long())
+
+
+def _target(mask: Tensor, place: Tensor, arena: BankState) -> Tensor:
+    """Places in the flat arena, those that are masked in its last row."""
+    rows, slots = arena.usage.shape
+    return torch.where(mask, place, (rows - 1) * slots)
