@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -35,6 +35,7 @@ from server.idempotency import Idempotency
 from server.metrics import Metrics
 from server.schema.chat import ChatCompletionRequest
 from server.schema.sampling import GenerationFields, SamplingFields
+from server.schema.turn import TurnRequest
 from server.settings import Settings
 from server.turns import Turn, new_turn
 
@@ -152,13 +153,28 @@ class Service:
             PaceError: it is refused; nothing was queued.
         """
         self.check_options(body, session_id)
-        sampling = body.sampling()
         scope = None if session_id is None else f"{caller.tenant}/{session_id}"
-        limit = self.engine.config.max_model_len
-        turn = await self.off_loop(new_turn, self.tokenizer, self.grammars, body, sampling, limit, scope)
+        turn = await self.turn(body.turn, body.sampling(), scope)
         request = self.request("chatcmpl", body, turn.prompt, turn.sampling, caller, session_id, body.n or 1)
         request = dataclasses.replace(request, constraint=await self.compile(turn.grammar))
         return await self.submit(request, caller), turn
+
+    async def turn(self, asked: Callable[[], TurnRequest], sampling: SamplingParams, scope: str | None) -> Turn:
+        """What a conversation comes to.
+
+        Args:
+            asked: called off the event loop.
+            scope: as for :func:`new_turn`.
+
+        Raises:
+            RequestError: names the field.
+        """
+        limit = self.engine.config.max_model_len
+
+        def made() -> Turn:
+            return new_turn(self.tokenizer, self.grammars, asked(), sampling, limit, scope)
+
+        return await self.off_loop(made)
 
     async def compile(self, grammar: Grammar | None) -> Constraint | None:
         """What an answer must look like, for the engine.
