@@ -57,6 +57,10 @@ class Live:
         self._thread.join(30)
         assert not self._thread.is_alive()
 
+    def sessions(self, tenant="default"):
+        """A tenant's sessions, as ``GET /v1/sessions`` lists them where there are keys."""
+        return self.service.thread.call(self.engine.ops.list(tenant)).result(10)
+
     def wait_until_idle(self, seconds=30):
         """Until no request is in the engine."""
         waiting = threading.Event()

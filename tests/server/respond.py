@@ -16,7 +16,7 @@ def post(live, body, **headers):
 
 
 def sessions(live):
-    return [item["id"] for item in live.http.get("/v1/sessions").json()["data"]]
+    return [item["id"] for item in live.sessions()]
 
 
 def raw_events(response):
