@@ -31,11 +31,11 @@ def http(live):
 
 
 def test_without_keys_nothing_is_listed(http):
-    assert ask(http, "one").status_code == 200
+    assert ask(http, "hidden-17").status_code == 200
     answer = http.get("/v1/sessions")
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "api_keys_needed")
     assert "--api-key" in answer.json()["error"]["message"]
-    assert "one" not in answer.text
+    assert "hidden-17" not in answer.text
 
 
 def test_list_show_delete(http, live):
