@@ -117,6 +117,10 @@ async def merged(
     streams: Sequence[AsyncIterator[Event | Chunk | None]], timeout: float | None
 ) -> AsyncIterator[tuple[int, Event | Chunk | None]]:
     """Every stream's events with its index, as they come; (0, None) after ``timeout`` seconds of silence."""
+    if len(streams) == 1:
+        async for one in streams[0]:
+            yield 0, one
+        return
     queue: asyncio.Queue[tuple[int, Event | Chunk]] = asyncio.Queue()
 
     async def pump(index: int, stream: AsyncIterator[Event | Chunk | None]) -> None:

@@ -119,8 +119,8 @@ class Continuation:
         if shown["commits"]:
             raise _forgotten()
 
-    async def keep(self, answer: dict[str, Any], text: str) -> None:
-        """The response is complete: from now on it can be read and gone on from."""
+    async def keep(self, answer: dict[str, Any], message: Message) -> None:
+        """The response is complete: from now on it can be read and gone on from, as ``message`` says it."""
         if not self._body.store:
             return
         if self._conversation is not None:
@@ -131,7 +131,7 @@ class Continuation:
                 await self._service.operate(fork)
         scope = self.scope
         assert scope is not None
-        messages = (*self._body.messages(), {"role": "assistant", "content": text})
+        messages = (*self._body.messages(), message)
         history = History(messages, self._previous.history if self._previous is not None else None, scope)
         self._made = None
         if self._conversation is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pacellm.dialect import Dialect
 from pacellm.errors import UnsupportedParameter
-from server.schema.chat import Message
+from server.schema.messages import Message
 from server.schema.tools import Tool
 
 _INTRODUCTION = (

@@ -34,7 +34,7 @@ class History:
     users: int = 0
 
     def __post_init__(self) -> None:
-        self.num_bytes = _OVERHEAD + sum(_OVERHEAD + sys.getsizeof(one["content"]) for one in self.messages)
+        self.num_bytes = _OVERHEAD + sum(_size(one) for one in self.messages)
 
     def all(self) -> list[Message]:
         """Every message, the first one first."""
@@ -44,6 +44,12 @@ class History:
             turns.append(node.messages)
             node = node.parent
         return [message for messages in reversed(turns) for message in messages]
+
+
+def _size(message: Message) -> int:
+    texts = [message["content"], message.get("reasoning_content")]
+    texts += [call["function"]["arguments"] for call in message.get("tool_calls", ())]
+    return _OVERHEAD * len(texts) + sum(sys.getsizeof(text) for text in texts)
 
 
 @dataclass(eq=False)

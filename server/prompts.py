@@ -8,13 +8,14 @@ from typing import Any
 from pacellm.errors import RequestError
 from pacellm.tokenizer import ChatTokenizer
 from server.conversation import for_template
-from server.schema.chat import ChatCompletionRequest, Message
 from server.schema.completions import CompletionRequest
+from server.schema.messages import Message
 from server.schema.tools import Tool
+from server.schema.turn import TurnRequest
 
 
 def chat_prompt(
-    tokenizer: ChatTokenizer, body: ChatCompletionRequest, limit: int | None, scope: str | None = None
+    tokenizer: ChatTokenizer, asked: TurnRequest, limit: int | None, scope: str | None = None
 ) -> tuple[str, list[int]]:
     """A conversation's prompt, as text and ids.
 
@@ -27,14 +28,13 @@ def chat_prompt(
     """
     rendered = rendered_chat(
         tokenizer,
-        body.messages,
-        body.tools or (),
-        add_generation_prompt=not body.continue_final_message and body.add_generation_prompt is not False,
-        continue_final_message=body.continue_final_message,
-        variables=body.chat_template_kwargs,
+        asked.messages,
+        asked.tools,
+        add_generation_prompt=asked.adds_prompt,
+        continue_final_message=asked.continues,
+        variables=asked.variables,
     )
-    limit = None if body.truncate_prompt_tokens is not None else limit
-    return rendered, tokenizer.encode(rendered, limit=limit, scope=scope)
+    return rendered, tokenizer.encode(rendered, limit=None if asked.is_truncated else limit, scope=scope)
 
 
 def rendered_chat(
@@ -55,22 +55,6 @@ def rendered_chat(
     rendered = tokenizer.render(for_template(messages, tools, dialect), tools=shown, **options)
     check_text(rendered, "messages")
     return rendered
-
-
-def messages_prompt(
-    tokenizer: ChatTokenizer, messages: list[dict[str, Any]], limit: int | None, scope: str | None
-) -> list[int]:
-    """Ids of a conversation that the model is to answer.
-
-    Args:
-        limit, scope: as for :func:`chat_prompt`.
-
-    Raises:
-        RequestError: the template refuses it, or it is too long.
-    """
-    for message in messages:
-        check_text(message["content"], "messages")
-    return tokenizer.encode(tokenizer.render(messages), limit=limit, scope=scope)
 
 
 def text_prompt(

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from pacellm.errors import PaceError, RequestError
 from pacellm.types import Admitted, Delta, Failed, Finished, FinishReason
 from server import sse
+from server.calls import Delta as Piece
 from server.continuation import Continuation
+from server.items import Items
 from server.progress import events_of
+from server.readers import Reader
 from server.report import report
+from server.schema.base import Strict
 from server.schema.responses import ResponseRequest
 from server.service import Generation, Service
 
 Event = dict[str, Any]
 _ENDS = (b"event: response.completed\n", b"event: response.incomplete\n")
-_PARAMS = {"max_tokens": "max_output_tokens", "messages": "input"}
+# what chat calls it, and what this endpoint does
+_NAMES = (
+    (r"\bmax_tokens\b", "max_output_tokens"),
+    (r"\bmessages(\.\d+)?\.tool_call_id\b", "input: call_id"),
+    (r"\bmessages(\.\w+)*", "input"),
+    (r"\b(tools\.\d+|tool_choice)\.function\b", r"\1"),
+    (r"\bresponse_format\b", "text.format"),
+)
 
 
 class Responses:
@@ -27,19 +38,24 @@ class Responses:
     Args:
         continuation: its place in the state.
         generation: submitted.
+        reader: of the text.
         body: what the client asked for.
         service: where it was submitted.
     """
 
     def __init__(
-        self, continuation: Continuation, generation: Generation, body: ResponseRequest, service: Service
+        self,
+        continuation: Continuation,
+        generation: Generation,
+        reader: Reader,
+        body: ResponseRequest,
+        service: Service,
     ) -> None:
         self._continuation, self._generation, self._body, self._service = continuation, generation, body, service
         self._response = _head(continuation, body, service, generation)
-        self._item_id = f"msg_{continuation.id.partition('_')[2]}"
+        self._reader, self._items = reader, Items()
         self._number = -1
-        self._text: list[str] = []
-        self._has_item = False
+        self._num_tokens = self._num_reasoning = 0
         self.found: str | None = None  # what admission found of the session
 
     async def __call__(self, timeout: float | None = None) -> AsyncIterator[Event | None]:
@@ -59,8 +75,8 @@ class Responses:
                     yield self._event("pacellm.prompt_progress", prompt_progress=event)
                 case Admitted():
                     self.found = self.status(event.session)
-                case Delta() if event.text:
-                    for one in self._delta(event.text):
+                case Delta():
+                    for one in self._delta(event):
                         yield one
                 case Finished():
                     for one in await self._last(event):
@@ -118,59 +134,43 @@ class Responses:
         self._number += 1
         return {"type": kind, "sequence_number": self._number, **fields}
 
-    def _item_event(self, kind: str, **fields: Any) -> Event:
-        return self._event(kind, item_id=self._item_id, output_index=0, content_index=0, **fields)
+    def _delta(self, event: Delta) -> list[Event]:
+        self._num_tokens += len(event.token_ids)
+        return self._pieces(self._reader.push(event.text))
 
-    def _begin(self) -> list[Event]:
-        if self._has_item:
-            return []
-        self._has_item = True
-        item = {**self._item("", "in_progress"), "content": []}
-        return [
-            self._event("response.output_item.added", output_index=0, item=item),
-            self._item_event("response.content_part.added", part=_part("")),
-        ]
-
-    def _delta(self, text: str) -> list[Event]:
-        self._text.append(text)
-        return [*self._begin(), self._item_event("response.output_text.delta", delta=text, logprobs=[])]
+    def _pieces(self, pieces: Sequence[Piece]) -> list[Event]:
+        events = [self._event(kind, **fields) for piece in pieces for kind, fields in self._items.push(piece)]
+        if self._items.is_reasoning:
+            self._num_reasoning = self._num_tokens
+        return events
 
     async def _last(self, event: Finished) -> list[Event]:
-        text, is_whole = "".join(self._text), event.reason is not FinishReason.LENGTH
+        is_whole = event.reason is not FinishReason.LENGTH
         status = "completed" if is_whole else "incomplete"
-        item = self._item(text, status)
-        ends = [
-            *self._begin(),
-            self._item_event("response.output_text.done", text=text, logprobs=[]),
-            self._item_event("response.content_part.done", part=_part(text)),
-            self._event("response.output_item.done", output_index=0, item=item),
-        ]
+        ends = self._pieces(self._reader.finish())
+        ends += [self._event(kind, **fields) for kind, fields in self._items.finish(is_whole=is_whole)]
         self._response |= {
             "status": status,
             "completed_at": int(time.time()) if is_whole else None,
             "incomplete_details": None if is_whole else {"reason": "max_output_tokens"},
-            "output": [item],
-            "usage": _usage(event),
+            "output": self._items.output,
+            "usage": _usage(event, self._num_reasoning),
             "pacellm": {**report(self._generation.request, event), "session": self.status(event.session)},
         }
-        await self._continuation.keep(self._response, text)
+        await self._continuation.keep(self._response, self._items.message)
         return [*ends, self._event(f"response.{status}", response=self._response)]
-
-    def _item(self, text: str, status: str) -> Event:
-        return {
-            "id": self._item_id,
-            "type": "message",
-            "status": status,
-            "role": "assistant",
-            "content": [_part(text)],
-        }
 
 
 def named(error: RequestError) -> RequestError:
     """The error, its field called as this endpoint calls it."""
-    error.param = _PARAMS.get(error.param or "", error.param)
-    error.message = re.sub(r"\bmax_tokens\b", "max_output_tokens", error.message)
+    for pattern, name in _NAMES:
+        error.param = re.sub(pattern, name, error.param or "").partition(":")[0] or None
+        error.message = re.sub(pattern, name, error.message)
     return error
+
+
+def _shown(value: Any) -> Any:
+    return value.model_dump() if isinstance(value, Strict) else value
 
 
 def _format(body: ResponseRequest) -> Event:
@@ -180,17 +180,13 @@ def _format(body: ResponseRequest) -> Event:
     return body.text.format.model_dump(by_alias=True, exclude_none=True)
 
 
-def _part(text: str) -> Event:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
-def _usage(event: Finished) -> Event:
+def _usage(event: Finished, reasoning_tokens: int) -> Event:
     usage = event.usage
     return {
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.cached_tokens},
         "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": reasoning_tokens},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }
 
@@ -212,7 +208,9 @@ def _head(continuation: Continuation, body: ResponseRequest, service: Service, g
         "max_tool_calls": None,
         "model": service.settings.model_name,
         "output": [],
+        "frequency_penalty": sampling.frequency_penalty,
         "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "presence_penalty": sampling.presence_penalty,
         "previous_response_id": body.previous_response_id,
         "conversation": None if conversation is None else {"id": conversation},
         "prompt_cache_key": body.prompt_cache_key,
@@ -222,8 +220,8 @@ def _head(continuation: Continuation, body: ResponseRequest, service: Service, g
         "store": body.store,
         "temperature": sampling.temperature,
         "text": {"format": _format(body), "verbosity": "medium"},
-        "tool_choice": body.tool_choice or "auto",
-        "tools": [],
+        "tool_choice": _shown(body.tool_choice) or "auto",
+        "tools": [_shown(tool) for tool in body.tools or ()],
         "top_logprobs": 0,
         "top_p": sampling.top_p,
         "truncation": "disabled",

@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -32,9 +32,11 @@ from pacellm.types import Admitted, Constraint, Event, Failed, Finished, Generat
 from server.callers import Caller
 from server.histories import Histories, Key
 from server.idempotency import Idempotency
+from server.inbox import Inbox
 from server.metrics import Metrics
 from server.schema.chat import ChatCompletionRequest
 from server.schema.sampling import GenerationFields, SamplingFields
+from server.schema.turn import TurnRequest
 from server.settings import Settings
 from server.turns import Turn, new_turn
 
@@ -48,13 +50,13 @@ class Generation:
         self.request, self.caller = request, caller
         self._service = service
         self.timer: asyncio.TimerHandle | None = None
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._inbox = Inbox()
         self._first: Event | None = None
         self._ended = False
 
     def push(self, event: Event) -> None:
         """Called on the event loop."""
-        self._events.put_nowait(event)
+        self._inbox.push(event)
 
     async def admitted(self, timeout: float) -> Admitted | None:
         """What admission found, or None where the request is still queued after ``timeout`` seconds.
@@ -62,32 +64,23 @@ class Generation:
         Raises:
             PaceError: the request failed before it was admitted.
         """
-        self._first = await self._next(timeout)
+        self._first = await self._inbox.get(timeout)
         if isinstance(self._first, Failed):
             raise self._first.error
         return self._first if isinstance(self._first, Admitted) else None
 
-    async def _next(self, timeout: float | None) -> Event | None:
-        # not asyncio.wait_for: where an event and a cancellation come together, Python 3.11's drops the cancellation
-        try:
-            async with asyncio.timeout(timeout):
-                return await self._events.get()
-        except TimeoutError:
-            return None
-
     async def events(self, timeout: float | None = None) -> AsyncIterator[Event | None]:
         """Every event; None after ``timeout`` seconds of silence."""
         while not self._ended:
-            if self._first is not None:
-                event: Event | None = self._first
-                self._first = None
-            else:
-                event = await self._next(timeout)
+            event, self._first = self._first, None
+            if event is None:
+                event = await self._inbox.get(timeout)
             self._ended = isinstance(event, Finished | Failed)
             yield event
 
     def close(self) -> None:
         """Forget the request; cancel it where it has not ended."""
+        self._inbox.close()
         self._service.forget(self, abort=not self._ended)
 
 
@@ -152,13 +145,28 @@ class Service:
             PaceError: it is refused; nothing was queued.
         """
         self.check_options(body, session_id)
-        sampling = body.sampling()
         scope = None if session_id is None else f"{caller.tenant}/{session_id}"
-        limit = self.engine.config.max_model_len
-        turn = await self.off_loop(new_turn, self.tokenizer, self.grammars, body, sampling, limit, scope)
+        turn = await self.turn(body.turn, body.sampling(), scope)
         request = self.request("chatcmpl", body, turn.prompt, turn.sampling, caller, session_id, body.n or 1)
         request = dataclasses.replace(request, constraint=await self.compile(turn.grammar))
         return await self.submit(request, caller), turn
+
+    async def turn(self, asked: Callable[[], TurnRequest], sampling: SamplingParams, scope: str | None) -> Turn:
+        """What a conversation comes to.
+
+        Args:
+            asked: called off the event loop.
+            scope: as for :func:`new_turn`.
+
+        Raises:
+            RequestError: names the field.
+        """
+        limit = self.engine.config.max_model_len
+
+        def made() -> Turn:
+            return new_turn(self.tokenizer, self.grammars, asked(), sampling, limit, scope)
+
+        return await self.off_loop(made)
 
     async def compile(self, grammar: Grammar | None) -> Constraint | None:
         """What an answer must look like, for the engine.

@@ -1,4 +1,4 @@
-"""A chat request to what the engine needs, the prompt and the answer's form, and to readers of the answer."""
+"""A conversation to what the engine needs, the prompt and the answer's form, and to readers of the answer."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pacellm import grammar
 from pacellm.dialect import Dialect
 from pacellm.engine.grammar import Grammars
-from pacellm.errors import RequestError, UnsupportedParameter
+from pacellm.errors import UnsupportedParameter
 from pacellm.grammar import Function, Grammar, Mark
 from pacellm.tokenizer import ChatTokenizer
 from pacellm.types import SamplingParams
 from server.prompts import chat_prompt
 from server.readers import ListReader, ParsedReader, PlainReader, Reader
-from server.schema.chat import ChatCompletionRequest
 from server.schema.tools import NamedTool
+from server.schema.turn import TurnRequest
 
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -40,12 +40,12 @@ class Turn:
 def new_turn(
     tokenizer: ChatTokenizer,
     grammars: Grammars,
-    body: ChatCompletionRequest,
+    asked: TurnRequest,
     sampling: SamplingParams,
     limit: int | None,
     scope: str | None,
 ) -> Turn:
-    """All that a chat request comes to. Slow on long prompts: called off the event loop.
+    """All that a turn comes to. Slow on long prompts: called off the event loop.
 
     Args:
         limit: the model's context; a prompt that is longer for certain is refused before tokenising.
@@ -54,14 +54,14 @@ def new_turn(
     Raises:
         RequestError: the template refuses it, or it is too long, or its fields contradict each other.
     """
-    form = _Form(tokenizer.dialect, grammars, body)
-    text, prompt = chat_prompt(tokenizer, body, limit, scope)
+    form = _Form(tokenizer.dialect, grammars, asked)
+    text, prompt = chat_prompt(tokenizer, asked, limit, scope)
     dialect = form.dialect
-    tools = [tool.shown() for tool in body.tools or ()]
+    tools = [tool.shown() for tool in asked.tools]
     readers: list[Reader] = []
-    for _ in range(body.n or 1):
-        parser = tokenizer.response_parser(dialect, text, tools, continues=body.continue_final_message)
-        special = tokenizer.special_texts if body.skip_special_tokens else ()
+    for _ in range(asked.n):
+        parser = tokenizer.response_parser(dialect, text, tools, continues=asked.continues)
+        special = tokenizer.special_texts if asked.skip_special_tokens else ()
         reader: Reader = PlainReader() if parser is None else ParsedReader(parser, dialect, special)
         readers.append(ListReader(reader) if form.is_list else reader)
     if dialect.template is not None:
@@ -75,23 +75,19 @@ class _Form:
     Args:
         dialect: the model's.
         grammars: knows which texts are special tokens.
-        body: the request.
+        asked: the request.
 
     Raises:
-        RequestError: fields that contradict each other.
         UnsupportedParameter: what cannot be had with this model.
     """
 
-    def __init__(self, dialect: Dialect, grammars: Grammars, body: ChatCompletionRequest) -> None:
-        self._model, self._grammars, self._body = dialect, grammars, body
-        self._format, self._choice = body.format(), body.choice
+    def __init__(self, dialect: Dialect, grammars: Grammars, asked: TurnRequest) -> None:
+        self._model, self._grammars, self._asked = dialect, grammars, asked
+        self._format, self._choice = asked.format, asked.choice
         self._is_forced = self._choice == "required" or isinstance(self._choice, NamedTool)
         self._is_marked = dialect.call is not None and dialect.reads_tools
         if self._choice == "auto":
             self._check_auto()
-        if body.structured_outputs is not None and self._choice != "none":
-            message = "structured_outputs and tools exclude each other; tool_choice none lets both be there"
-            raise RequestError(message, param="structured_outputs", code="invalid_value")
 
     @property
     def is_list(self) -> bool:
@@ -114,14 +110,14 @@ class _Form:
         if found is None or self._model.think is None:
             return found
         mark = self._mark(self._model.think)
-        is_open = self._model.is_thinking(prompt, continues=self._body.continue_final_message)
+        is_open = self._model.is_thinking(prompt, continues=self._asked.continues)
         has_text = self._choice == "auto" and self._format is None
         if has_text and not is_open and mark.tokens is None:
             return found  # reasoning is text like any other
         return grammar.after_reasoning(found, mark, is_open=is_open)
 
     def _calls(self) -> Grammar:
-        only_one = self._body.parallel_tool_calls is False or isinstance(self._choice, NamedTool)
+        only_one = self._asked.only_one or isinstance(self._choice, NamedTool)
         functions = self._functions()
         if not self._is_marked:
             return grammar.of_calls(functions, only_one=only_one)
@@ -144,7 +140,7 @@ class _Form:
                 _NO_ARGUMENTS if tool.function.parameters is None else tool.function.parameters,
                 is_strict=tool.function.strict is True,
             )
-            for number, tool in enumerate(self._body.tools or ())
+            for number, tool in enumerate(self._asked.tools)
             if only in (None, tool.function.name)
         ]
 
@@ -162,7 +158,7 @@ class _Form:
             )
         if self._is_marked:
             return
-        if self._body.parallel_tool_calls is False:
+        if self._asked.only_one:
             raise UnsupportedParameter(
                 "parallel_tool_calls false with tool_choice auto is not supported with this model",
                 param="parallel_tool_calls",
@@ -171,7 +167,7 @@ class _Form:
             raise UnsupportedParameter(
                 "response_format with tool_choice auto is not supported with this model", param="response_format"
             )
-        for number, tool in enumerate(self._body.tools or ()):
+        for number, tool in enumerate(self._asked.tools):
             if tool.function.strict:
                 raise UnsupportedParameter(
                     "strict with tool_choice auto is not supported with this model",

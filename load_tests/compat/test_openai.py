@@ -184,10 +184,11 @@ def test_responses_parse(client):
     assert isinstance(client.responses.parse(model=MODEL, input=FACT, text_format=Fruit).output_parsed, Fruit)
 
 
-@pytest.mark.xfail(reason="/v1/responses has no tools", raises=openai.BadRequestError, strict=True)
 def test_responses_tools(client, weather_tool):
     tool = {"type": "function", **weather_tool["function"]}
-    answer = client.responses.create(model=MODEL, input=FACT, tools=[tool], tool_choice="required")
+    answer = client.responses.create(
+        model=MODEL, input=FACT, tools=[tool], tool_choice="required", parallel_tool_calls=False, max_output_tokens=150
+    )
     assert answer.output[0].type == "function_call"
 
 

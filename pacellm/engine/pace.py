@@ -20,6 +20,7 @@ class Pace:
     def __init__(self) -> None:
         self.decode: float | None = None  # a step that only decodes
         self.token: float | None = None  # a prompt token
+        self._saved = 0.0  # seconds that prompts have coming
         self._age = 0  # steps that decoded beside prompts since one only decoded
 
     def observe(self, num_decodes: int, num_prompt_tokens: int, seconds: float) -> None:
@@ -36,13 +37,20 @@ class Pace:
                 self.token = _mixed(self.token, max(0.0, seconds - self.decode) / num_prompt_tokens)
 
     def budget(self, limit: int, *, decodes: bool) -> int:
-        """Prompt tokens of the next step: at most ``limit``, as many as there is time for, ``ROWS`` at least; none
-        where it is time to see what decoding takes."""
-        if decodes and self._age >= _FRESH:
+        """Prompt tokens of the next step, asked once a step: at most ``limit``, as many as there is time for, in whole
+        ``ROWS``. Where even ``ROWS`` take longer than that, as deep in a prompt, steps that only decode go before until
+        the time they leave to prompts is enough. None either where it is time to see what decoding takes."""
+        if decodes and (self._age >= _FRESH or (self.decode is None and self.token is not None)):
             return 0
         seconds = LONGEST if not decodes else None if self.decode is None else SHARE * self.decode
         if not self.token or seconds is None:
             return limit
+        if decodes:
+            smallest = ROWS * self.token
+            if seconds + self._saved < smallest:
+                self._saved += seconds
+                return 0
+            seconds, self._saved = max(seconds, smallest), 0.0
         fitting = int(seconds / self.token)
         return min(limit, max(ROWS, fitting - fitting % ROWS))
 

@@ -68,7 +68,7 @@ def scale_rope(config: PreTrainedConfig, scaling: Mapping[str, Any]) -> None:
     if kind == "llama3" and not {"low_freq_factor", "high_freq_factor"} <= fields.keys():
         raise _wrong("llama3 needs low_freq_factor and high_freq_factor")
     given: dict[str, Any] = dict(found[0])
-    kept = {name: given[name] for name in ("rope_theta", "partial_rotary_factor") if name in given}
+    kept: dict[str, Any] = {name: given[name] for name in ("rope_theta", "partial_rotary_factor") if name in given}
     if kind in ("yarn", "llama3"):
         kept[_ORIGINAL] = native
     config.rope_parameters = {**kept, "rope_type": kind, **fields}

@@ -40,6 +40,8 @@ def fields(optional: dict[str, Schema] | None = None, **required: Schema) -> Sch
 _SESSION = one_of("none", "new", "resident", "restored", "replayed", "folded", "lost")
 _REASON = one_of("stop", "length", "tool_calls", None)
 _PART = fields(type=one_of("output_text"), text=TEXT, annotations=many(OBJECT), logprobs=many(OBJECT))
+_THOUGHT = fields(type=one_of("reasoning_text"), text=TEXT)
+_STATUS = one_of("in_progress", "completed", "incomplete")
 
 SCHEMAS: dict[str, Schema] = {
     "Error": fields(error=fields(message=TEXT, type=TEXT, param=maybe(TEXT), code=maybe(TEXT))),
@@ -83,13 +85,13 @@ SCHEMAS: dict[str, Schema] = {
         choices=many(fields(index=COUNT, text=TEXT, logprobs=maybe(OBJECT), finish_reason=_REASON)),
         usage=ref("Usage"),
     ),
-    "ResponseItem": fields(
-        id=TEXT,
-        type=one_of("message"),
-        status=one_of("in_progress", "completed", "incomplete"),
-        role=one_of("assistant"),
-        content=many(_PART),
-    ),
+    "ResponseItem": {
+        "anyOf": [
+            fields(id=TEXT, type=one_of("message"), status=_STATUS, role=one_of("assistant"), content=many(_PART)),
+            fields(id=TEXT, type=one_of("reasoning"), status=_STATUS, summary=many(OBJECT), content=many(_THOUGHT)),
+            fields(id=TEXT, type=one_of("function_call"), status=_STATUS, call_id=TEXT, name=TEXT, arguments=TEXT),
+        ]
+    },
     "Response": fields(
         id=TEXT,
         object=one_of("response"),

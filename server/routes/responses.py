@@ -15,7 +15,6 @@ from server.body import parsed
 from server.callers import Caller
 from server.continuation import Continuation
 from server.histories import Key
-from server.prompts import messages_prompt
 from server.responses import Responses, named
 from server.schema.responses import ResponseRequest, parse_response
 from server.service import Service
@@ -85,19 +84,16 @@ async def _submit(service: Service, body: ResponseRequest, caller: Caller) -> Re
         PaceError: it is refused; nothing was queued and nothing is left.
     """
     service.check_generation(body)
-    sampling = body.sampling()
-    constraint = await service.compile(body.format())
     continuation = Continuation(service, body, caller.tenant)
     try:
-        limit = service.engine.config.max_model_len
-        prompt = await service.off_loop(
-            messages_prompt, service.tokenizer, continuation.prompt_messages(), limit, continuation.scope
-        )
+        messages = continuation.prompt_messages()
+        turn = await service.turn(lambda: body.turn(messages), body.sampling(), continuation.scope)
+        constraint = await service.compile(turn.grammar)
         await continuation.open()
         request = GenerationRequest(
             request_id=continuation.id,
-            prompt=prompt,
-            sampling=sampling,
+            prompt=turn.prompt,
+            sampling=turn.sampling,
             session=continuation.session,
             tenant=caller.tenant,
             pa=body.pacellm.pa or "on",
@@ -109,4 +105,4 @@ async def _submit(service: Service, body: ResponseRequest, caller: Caller) -> Re
     except BaseException:
         continuation.close()
         raise
-    return Responses(continuation, generation, body, service)
+    return Responses(continuation, generation, turn.readers[0], body, service)

@@ -21,8 +21,15 @@ _MAX_BODY = 64 * 1024
 
 @router.get("")
 async def list_sessions(request: Request) -> dict[str, Any]:
-    """The caller's sessions: metadata only, most recently used first."""
+    """The caller's sessions: metadata only, most recently used first. Without API keys there is no caller to tell
+    from another, and a session's name is all that guards it: none are listed."""
     service: Service = request.app.state.service
+    if not request.app.state.keys:
+        raise RequestError(
+            "this server has no API keys, so all its sessions are in one namespace and are not listed; start it with "
+            "--api-key",
+            code="api_keys_needed",
+        )
     found = await service.operate(service.engine.ops.list(tenant_of(request)))
     return {"object": "list", "data": found}
 

@@ -86,6 +86,8 @@ def _request_error(error: ValidationError) -> RequestError:
     param = ".".join(_places(first)) or None
     if first["type"] == "json_invalid":
         return RequestError(f"the body is not valid JSON: {first['msg']}", code="invalid_json")
+    if first["type"] == "item_type":
+        param = f"{param}.type"
     if first["type"] == "extra_forbidden":
         return UnsupportedParameter(f"{param} is not a parameter of this endpoint", param=param)
     if first["type"] == "too_short" and param == "messages":

@@ -9,55 +9,12 @@ from pydantic import Field
 from pacellm.errors import RequestError
 from pacellm.grammar import Grammar
 from pacellm.types import SamplingParams
-from server.schema.base import Strict, parse, refuse_unless_neutral
+from server.schema.base import parse, refuse_unless_neutral
 from server.schema.formats import ResponseFormat, StructuredOutputs
+from server.schema.messages import Message, check_messages
 from server.schema.sampling import SamplingFields
-from server.schema.tools import MAX_TOOLS, NamedTool, Tool, ToolCall, ToolChoice, check_tools
-
-
-class TextPart(Strict):
-    """A part of a message's content."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(Strict):
-    """One message of the conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(max_length=4096)] | None = None
-    name: Annotated[str, Field(max_length=256)] | None = None
-    refusal: None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
-    tool_call_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-
-    def text(self) -> str:
-        """The content as one string."""
-        if self.content is None or isinstance(self.content, str):
-            return self.content or ""
-        return "".join(part.text for part in self.content)
-
-    def check(self, field: str) -> None:
-        """Refuse what does not go with the role.
-
-        Raises:
-            RequestError: names the field, which begins with ``field``.
-        """
-        own = {"tool_calls": "assistant", "reasoning_content": "assistant", "reasoning": "assistant",
-               "tool_call_id": "tool"}  # fmt: skip
-        for name, role in own.items():
-            if getattr(self, name) is not None and self.role != role:
-                message = f"{field}.{name} goes with the role {role}"
-                raise RequestError(message, param=f"{field}.{name}", code="invalid_value")
-        if self.content is None and not self.tool_calls:
-            raise RequestError(f"{field}.content is missing", param=f"{field}.content", code="invalid_value")
-        if self.role == "tool" and self.tool_call_id is None:
-            message = f"{field}.tool_call_id is missing: which call this is the result of"
-            raise RequestError(message, param=f"{field}.tool_call_id", code="invalid_value")
-
+from server.schema.tools import MAX_TOOLS, NamedTool, Tool, ToolChoice, check_tools
+from server.schema.turn import TurnRequest
 
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
@@ -117,6 +74,29 @@ class ChatCompletionRequest(SamplingFields):
             raise RequestError(message, param="structured_outputs", code="invalid_value")
         return self.structured_outputs.grammar()
 
+    def turn(self) -> TurnRequest:
+        """What is to be answered.
+
+        Raises:
+            RequestError: the answer's form is said twice, or wrongly.
+        """
+        if self.structured_outputs is not None and self.choice != "none":
+            message = "structured_outputs and tools exclude each other; tool_choice none lets both be there"
+            raise RequestError(message, param="structured_outputs", code="invalid_value")
+        return TurnRequest(
+            messages=self.messages,
+            tools=self.tools or (),
+            choice=self.choice,
+            only_one=self.parallel_tool_calls is False,
+            format=self.format(),
+            n=self.n or 1,
+            continues=self.continue_final_message,
+            adds_prompt=not self.continue_final_message and self.add_generation_prompt is not False,
+            variables=self.chat_template_kwargs,
+            is_truncated=self.truncate_prompt_tokens is not None,
+            skip_special_tokens=self.skip_special_tokens,
+        )
+
     def sampling(self) -> SamplingParams:
         """The engine's parameters.
 
@@ -132,21 +112,6 @@ class ChatCompletionRequest(SamplingFields):
             max_tokens=both[0] if both[1] is None else both[1],
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
-
-
-def check_messages(messages: list[Message]) -> None:
-    """Refuse a conversation that does not fit together.
-
-    Raises:
-        RequestError: names the message and its field.
-    """
-    called: dict[str, str] = {}
-    for number, message in enumerate(messages):
-        message.check(f"messages.{number}")
-        called |= {call.id: call.function.name for call in message.tool_calls or ()}
-        if message.tool_call_id is not None and message.tool_call_id not in called:
-            field = f"messages.{number}.tool_call_id"
-            raise RequestError(f"{field} is of no call in an earlier message", param=field, code="invalid_value")
 
 
 def parse_chat(body: bytes) -> ChatCompletionRequest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -12,31 +13,11 @@ from pacellm.types import SamplingParams
 from server.schema.base import RESPONSE_PREFIX, SESSION_ID, Strict, parse, refuse_unless_neutral
 from server.schema.chat import Metadata
 from server.schema.formats import TextFormat
+from server.schema.items import InputItem, ResponseNamedTool, ResponseTool, messages_of
+from server.schema.messages import Message, check_messages
 from server.schema.sampling import GenerationFields
-
-
-class InputPart(Strict):
-    """A part of a message; an answer's part may be sent back as it came."""
-
-    type: Literal["input_text", "output_text"]
-    text: str
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    logprobs: Annotated[list[Any], Field(max_length=0)] | None = None
-
-
-class InputMessage(Strict):
-    """A message; an answer's output item may be sent back as it came."""
-
-    type: Literal["message"] = "message"
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[InputPart], Field(min_length=1, max_length=4096)]
-    # without effect on the result by their nature
-    id: Annotated[str, Field(max_length=512)] | None = None
-    status: Literal["in_progress", "completed", "incomplete"] | None = None
-
-    def text(self) -> str:
-        """The content as one string."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+from server.schema.tools import MAX_TOOLS, Tool, check_tools
+from server.schema.turn import Choice, TurnRequest
 
 
 class ConversationId(Strict):
@@ -60,8 +41,6 @@ class ResponseStreamOptions(Strict):
 
 # Accepted where the value means "as usual"; anything else would change the result and is refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "background": (False,),
     "include": ([],),
     "truncation": ("disabled",),
@@ -73,23 +52,23 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 class ResponseRequest(GenerationFields):
     """Something new to say, alone or behind what was said before."""
 
-    input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=16_384)]
+    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=16_384)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     store: bool = True
     previous_response_id: Annotated[str, Field(max_length=512)] | None = None
     conversation: Annotated[str, Field(pattern=SESSION_ID)] | ConversationId | None = None
     text: TextOptions | None = None
+    tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ResponseNamedTool | None = None
+    parallel_tool_calls: bool | None = None
     stream_options: ResponseStreamOptions | None = None
     # without effect on the result by their nature
     metadata: Metadata | None = None
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: Annotated[str, Field(max_length=512)] | None = None
     prompt_cache_key: Annotated[str, Field(max_length=512)] | None = None
-    parallel_tool_calls: bool | None = None
     # accepted only with their neutral value
-    tools: Any = None
-    tool_choice: Any = None
     background: Any = None
     include: Any = None
     truncation: Any = None
@@ -101,11 +80,40 @@ class ResponseRequest(GenerationFields):
         """The conversation that it belongs to."""
         return self.conversation.id if isinstance(self.conversation, ConversationId) else self.conversation
 
-    def messages(self) -> list[dict[str, str]]:
-        """The new messages."""
+    def messages(self) -> list[dict[str, Any]]:
+        """The new messages, as chat has them."""
         if isinstance(self.input, str):
             return [{"role": "user", "content": self.input}]
-        return [{"role": message.role, "content": message.text()} for message in self.input]
+        return messages_of(self.input)
+
+    def turn(self, messages: Sequence[dict[str, Any]]) -> TurnRequest:
+        """What is to be answered.
+
+        Args:
+            messages: of the whole conversation.
+
+        Raises:
+            RequestError: they do not fit together, or the answer's form is said wrongly.
+        """
+        said = [Message.model_validate(message) for message in messages]
+        check_messages(said)
+        return TurnRequest(
+            messages=said,
+            tools=self.functions(),
+            choice=self.choice,
+            only_one=self.parallel_tool_calls is False,
+            format=self.format(),
+        )
+
+    def functions(self) -> list[Tool]:
+        """Those that may be called, as chat has them."""
+        return [tool.tool() for tool in self.tools or ()]
+
+    @property
+    def choice(self) -> Choice:
+        """What is to be done with the functions."""
+        named = self.tool_choice.named() if isinstance(self.tool_choice, ResponseNamedTool) else self.tool_choice
+        return (named or "auto") if self.tools else "none"
 
     def format(self) -> Grammar | None:
         """What the answer must look like.
@@ -132,6 +140,8 @@ def parse_response(body: bytes) -> ResponseRequest:
     """
     request = parse(ResponseRequest, body)
     refuse_unless_neutral(request, NEUTRAL)
+    named = request.tool_choice
+    check_tools(request.functions(), named.named() if isinstance(named, ResponseNamedTool) else named, inner="")
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options needs stream: true", param="stream_options", code="invalid_value")
     if request.previous_response_id is not None and request.conversation is not None:

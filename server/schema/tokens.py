@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from server.schema.base import Strict, parse
-from server.schema.chat import Message, check_messages
+from server.schema.messages import Message, check_messages
 from server.schema.tools import MAX_TOOLS, Tool, check_tools
 
 

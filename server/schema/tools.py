@@ -80,15 +80,18 @@ class ToolCall(Strict):
         return found
 
 
-def check_tools(tools: list[Tool], choice: ToolChoice | None) -> None:
+def check_tools(tools: list[Tool], choice: ToolChoice | None, inner: str = ".function") -> None:
     """Refuse tools that contradict each other or their choice.
+
+    Args:
+        inner: where in a tool, and in a choice, its fields are.
 
     Raises:
         RequestError: names the field.
     """
     names: set[str] = set()
     for number, tool in enumerate(tools):
-        field, function = f"tools.{number}.function", tool.function
+        field, function = f"tools.{number}{inner}", tool.function
         if function.name in names:
             raise RequestError(f"two tools are named {function.name!r}", param=f"{field}.name", code="invalid_value")
         names.add(function.name)
@@ -97,6 +100,6 @@ def check_tools(tools: list[Tool], choice: ToolChoice | None) -> None:
             raise RequestError(message, param=f"{field}.parameters", code="invalid_value")
     if isinstance(choice, NamedTool) and choice.function.name not in names:
         message = f"tool_choice names {choice.function.name!r}, which is not among the tools"
-        raise RequestError(message, param="tool_choice.function.name", code="invalid_value")
+        raise RequestError(message, param=f"tool_choice{inner}.name", code="invalid_value")
     if choice == "required" and not tools:
         raise RequestError("tool_choice required needs tools", param="tool_choice", code="invalid_value")

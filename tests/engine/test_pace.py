@@ -9,7 +9,7 @@ def test_without_experience_the_limit_holds():
     assert pace.budget(2048, decodes=False) == 2048
     assert pace.budget(256, decodes=True) == 256
     pace.observe(0, 100, 1.0)
-    assert pace.budget(256, decodes=True) == 256  # nobody knows yet what decoding takes
+    assert pace.budget(256, decodes=True) == 0  # nobody knows yet what decoding takes
 
 
 def test_prompt_parts_take_a_multiple_of_the_decoding_beside_them():
@@ -52,3 +52,18 @@ def test_what_decoding_takes_is_looked_at_again():
     assert budgets.count(0) == 3
     assert budgets[-1] == 256
     assert pace.decode == 0.040
+
+
+def test_deep_in_a_prompt_the_smallest_part_waits_for_its_time():
+    pace = Pace()
+    pace.observe(1, 0, 0.005)
+    pace.observe(1, ROWS, 0.005 + ROWS * 0.004)  # a part takes 64 ms, thirteen times the decoding
+    budgets, seconds = [], []
+    for _ in range(400):
+        budget = pace.budget(256, decodes=True)
+        budgets.append(budget)
+        seconds.append(0.005 + budget * 0.004)
+        pace.observe(1, budget, seconds[-1])
+    assert set(budgets) == {0, ROWS}  # nothing larger, so no gap is longer than one smallest part
+    mean = sum(seconds) / len(seconds) / 0.005
+    assert 2.5 < mean <= 1 + SHARE

@@ -9,6 +9,7 @@ import uvicorn
 
 from pacellm.config import EngineConfig
 from pacellm.demo import MODEL_PATH
+from pacellm.demo.generator import make_document
 from pacellm.engine.engine import Engine
 from pacellm.model.load import load
 from pacellm.tokenizer import ChatTokenizer
@@ -56,6 +57,10 @@ class Live:
         self._thread.join(30)
         assert not self._thread.is_alive()
 
+    def sessions(self, tenant="default"):
+        """A tenant's sessions, as ``GET /v1/sessions`` lists them where there are keys."""
+        return self.service.thread.call(self.engine.ops.list(tenant)).result(10)
+
     def wait_until_idle(self, seconds=30):
         """Until no request is in the engine."""
         waiting = threading.Event()
@@ -75,3 +80,44 @@ def start(config=None, keys=None, files=None, **settings):
 def live():
     with start(keep_alive_seconds=0.05, max_body_bytes=2**20) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def document():
+    return make_document(num_tokens=1200, num_facts=6, seed=3, tokenizer=ChatTokenizer(MODEL_PATH)._tokenizer)
+
+
+@pytest.fixture
+def clean(live):
+    live.http.delete("/v1/sessions")
+    return live
+
+
+@pytest.fixture
+def read(clean, document):
+    """The document, read and asked about once."""
+    return clean.client.responses.create(
+        model=NAME, input=f"{document.text}\n\n{document.facts[1].question}", temperature=0, max_output_tokens=24
+    )
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Lets the model of a server say a text, as far as it may."""
+    from pacellm.engine import answers as module
+
+    def say(server, text):
+        server.service.grammars._load()
+        tokens = server.service.grammars._tokens
+        script = b" " + text.encode()  # this tokenizer's decoder takes the space off
+
+        def sample(logits, params, prompt, generated, seed, allowed):
+            left = script.removeprefix(b"".join(tokens[token] for token in generated))
+            fitting = [2] if not left else [t for t, b in enumerate(tokens) if t > 5 and left.startswith(b)]
+            may = [token for token in fitting if allowed is None or allowed[token]]
+            assert may, f"stopped before {left!r}"
+            return max(may, key=lambda token: len(tokens[token])), None
+
+        monkeypatch.setattr(module, "sample", sample)
+
+    return say

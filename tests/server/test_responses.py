@@ -1,4 +1,4 @@
-"""The Responses API through the real client."""
+"""The Responses API through the real client: state, conversations, forms."""
 
 import json
 
@@ -6,43 +6,9 @@ import openai
 import pytest
 
 from pacellm.config import EngineConfig
-from pacellm.demo import MODEL_PATH
-from pacellm.demo.generator import make_document
-from pacellm.tokenizer import ChatTokenizer
 from server.auth import Keys
-from server.histories import Histories, History
 from tests.server.conftest import NAME, start
-
-USUAL = {"model": NAME, "temperature": 0, "max_output_tokens": 24}
-
-
-@pytest.fixture(scope="module")
-def document():
-    return make_document(num_tokens=1200, num_facts=6, seed=3, tokenizer=ChatTokenizer(MODEL_PATH)._tokenizer)
-
-
-@pytest.fixture
-def clean(live):
-    live.http.delete("/v1/sessions")
-    return live
-
-
-@pytest.fixture
-def read(clean, document):
-    """The document, read and asked about once."""
-    return create(clean, f"{document.text}\n\n{document.facts[1].question}")
-
-
-def create(live, text, **changes):
-    return live.client.responses.create(input=text, **{**USUAL, **changes})
-
-
-def post(live, body, **headers):
-    return live.http.post("/v1/responses", json={**USUAL, "input": "hi", **body}, headers=headers)
-
-
-def sessions(live):
-    return [item["id"] for item in live.http.get("/v1/sessions").json()["data"]]
+from tests.server.respond import USUAL, create, post, sessions
 
 
 def test_a_question_about_a_document_and_a_second_one(live, read, document):
@@ -78,8 +44,6 @@ def test_a_follow_up_is_what_the_whole_conversation_is(live, read, document):
         *[item.model_dump() for item in read.output],
         {"role": "user", "content": [{"type": "input_text", "text": document.facts[2].question}]},
     ]
-    for item in items:
-        item.pop("phase", None)
     whole = create(live, items, store=False, extra_body={"pacellm": {"pa": "off"}})
     assert whole.usage.input_tokens == follow_up.usage.input_tokens
     assert whole.output_text == follow_up.output_text
@@ -169,138 +133,6 @@ def test_show_and_delete(clean):
     assert clean.http.get(f"/v1/responses/{later.id}?stream=true").json()["error"]["param"] == "stream"
 
 
-def test_the_stream_folds_to_the_whole_response(live, read, document):
-    body = {"input": document.facts[2].question, "previous_response_id": read.id, **USUAL}
-    whole = live.client.responses.create(**body)
-    with live.client.responses.stream(**body) as stream:
-        events = list(stream)
-        final = stream.get_final_response()
-    assert final.output_text == whole.output_text
-    assert final.usage == whole.usage
-    assert [event.sequence_number for event in events] == list(range(len(events)))
-    kinds = [event.type for event in events]
-    deltas = [event for event in events if event.type == "response.output_text.delta"]
-    assert kinds == [
-        "response.created", "response.in_progress", "response.output_item.added", "response.content_part.added",
-        *["response.output_text.delta"] * len(deltas),
-        "response.output_text.done", "response.content_part.done", "response.output_item.done", "response.completed",
-    ]  # fmt: skip
-    assert "".join(event.delta for event in deltas) == whole.output_text
-    assert len({event.item_id for event in events if hasattr(event, "item_id")}) == 1
-    assert events[-1].response.id == events[0].response.id
-    assert events[0].response.status == "in_progress"
-    assert live.client.responses.retrieve(final.id).output_text == whole.output_text
-
-
-def raw_events(response):
-    lines = list(response.iter_lines())
-    data = [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
-    assert [line[7:] for line in lines if line.startswith("event: ")] == [event["type"] for event in data]
-    return data
-
-
-def test_progress_length_and_failure_in_a_stream(live, document):
-    body = {**USUAL, "input": document.text, "stream": True, "store": False, "return_progress": True,
-            "max_output_tokens": 2, "ignore_eos": True}  # fmt: skip
-    with live.http.stream("POST", "/v1/responses", json=body) as response:
-        assert response.headers["x-pacellm-session"] == "none"
-        events = raw_events(response)
-    progress = [one["prompt_progress"] for one in events if one["type"] == "pacellm.prompt_progress"]
-    assert progress[-1]["processed"] == progress[-1]["total"] > 1000
-    assert events[-1]["type"] == "response.incomplete"
-    assert events[-1]["response"]["incomplete_details"] == {"reason": "max_output_tokens"}
-    assert events[-1]["response"]["output"][0]["status"] == "incomplete"
-    late = {**body, "input": "hi", "max_output_tokens": 20_000, "timeout": 1.5}
-    with live.http.stream("POST", "/v1/responses", json=late) as response:
-        *_, last = raw_events(response)
-    assert last["type"] == "response.failed"
-    assert last["response"]["status"] == "failed"
-    assert last["response"]["error"]["code"] == "deadline_exceeded"
-    live.wait_until_idle()
-
-
-def test_a_client_that_leaves_cancels(clean):
-    body = {**USUAL, "input": "hi", "stream": True, "max_output_tokens": 20_000, "ignore_eos": True}
-    with clean.http.stream("POST", "/v1/responses", json=body) as response:
-        lines = response.iter_lines()
-        next(line for line in lines if "output_text.delta" in line)
-    clean.wait_until_idle()
-    assert sessions(clean) == []
-    assert len(clean.service.histories) == 0
-
-
-def test_cancel_by_id_and_idempotency(clean):
-    body = {**USUAL, "input": "hi", "stream": True, "max_output_tokens": 20_000, "ignore_eos": True}
-    with clean.http.stream("POST", "/v1/responses", json=body) as response:
-        lines = (line for line in response.iter_lines() if line.startswith("data: "))
-        name = json.loads(next(lines)[6:])["response"]["id"]
-        assert clean.http.post(f"/v1/requests/{name}/cancel").json()["cancelled"] == 1
-        *_, last = lines
-    assert json.loads(last[6:])["response"]["error"]["code"] == "cancelled"
-    for stream in (False, True):
-        first, again = (post(clean, {"stream": stream}, **{"Idempotency-Key": f"r{stream}"}) for _ in range(2))
-        assert again.headers["idempotent-replayed"] == "true"
-        assert first.text.replace(": keep-alive\n\n", "") == again.text
-
-
-REFUSED = {
-    "unknown": ({"inputs": "x"}, "inputs", "unsupported_parameter"),
-    "max_tokens": ({"max_tokens": 5}, "max_tokens", "unsupported_parameter"),
-    "session_id": ({"session_id": "s"}, "session_id", "unsupported_parameter"),
-    "tools": ({"tools": [{"type": "web_search"}]}, "tools", "unsupported_parameter"),
-    "tool_choice": ({"tool_choice": "required"}, "tool_choice", "unsupported_parameter"),
-    "truncation": ({"truncation": "auto"}, "truncation", "unsupported_parameter"),
-    "background": ({"background": True}, "background", "unsupported_parameter"),
-    "include": ({"include": ["message.output_text.logprobs"]}, "include", "unsupported_parameter"),
-    "reasoning": ({"reasoning": {"effort": "low"}}, "reasoning", "unsupported_parameter"),
-    "no schema": ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema", "invalid_value"),
-    "no name": ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format.name", "invalid_value"),
-    "bad schema": (
-        {"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "nothing"}}}},
-        "text.format.schema",
-        None,
-    ),
-    "schema of text": ({"text": {"format": {"type": "text", "schema": {}}}}, "text.format.schema", "invalid_value"),
-    "verbosity": ({"text": {"verbosity": "low"}}, "text.verbosity", "unsupported_parameter"),
-    "empty input": ({"input": []}, "input", None),
-    "no text": ({"input": 5}, "input", None),
-    "role": ({"input": [{"role": "tool", "content": "x"}]}, "input.0.role", None),
-    "image": (
-        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
-        "input.0.content.0.type",
-        None,
-    ),
-    "temperature": ({"temperature": 3}, "temperature", "invalid_value"),
-    "max_output_tokens": ({"max_output_tokens": -1}, "max_output_tokens", "invalid_value"),
-    "too long": ({"max_output_tokens": 262_144}, "max_output_tokens", "context_length_exceeded"),
-    "both": ({"previous_response_id": "a", "conversation": "b"}, "previous_response_id", None),
-    "conversation": ({"conversation": "a b"}, "conversation", None),
-    "reserved": ({"conversation": "resp_1"}, "conversation", None),
-    "commit": ({"pacellm": {"commit": False}}, "pacellm.commit", None),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refusals_name_the_field(live, name):
-    changes, param, code = REFUSED[name]
-    answer = post(live, changes)
-    error = answer.json()["error"]
-    assert (answer.status_code, error["param"]) == (400, param), error
-    assert code in (None, error["code"])
-
-
-def test_unknown_responses_and_foreign_headers(live):
-    answer = post(live, {"previous_response_id": "resp_none"})
-    error = answer.json()["error"]
-    assert (answer.status_code, error["param"], error["code"]) == (
-        404, "previous_response_id", "previous_response_not_found",
-    )  # fmt: skip
-    assert post(live, {"model": "gpt-9"}).json()["error"]["code"] == "model_not_found"
-    assert post(live, {}, **{"X-Session-ID": "a"}).json()["error"]["param"] == "X-Session-ID"
-    for path in ("responses/resp_none", "sessions/resp_none"):
-        assert live.http.get(f"/v1/{path}").status_code == 404
-
-
 def test_a_stored_responses_session_stays_as_it_was(clean):
     made = create(clean, "hello")
     chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1, "session_id": made.id}
@@ -370,47 +202,6 @@ def test_with_a_session_directory(tmp_path):
         assert post(live, {"conversation": "talk"}).json()["error"]["code"] == "conversation_not_found"
         live.http.delete("/v1/sessions/talk")
         assert post(live, {"conversation": "talk"}).json()["pacellm"]["session"] == "new"
-
-
-def turn(text, parent=None):
-    return History(({"role": "user", "content": text},), parent, "a/root")
-
-
-def test_shared_turns_are_kept_once_and_forgotten_last():
-    dropped, forgotten = [], []
-    kept = Histories(10**6, 1000.0, dropped.append, forgotten.append)
-    root = turn("x" * 1000)
-    kept.put(("a", "one"), root, b"{}")
-    alone = kept.num_bytes
-    kept.put(("a", "two"), turn("y", root), b"{}")
-    kept.put(("a", "three"), turn("z", root), b"{}")
-    assert kept.num_bytes < 3 * alone
-    assert [one["content"][0] for one in kept.get(("a", "three")).history.all()] == ["x", "z"]
-    assert kept.drop(("a", "one"))
-    assert not kept.drop(("a", "one"))
-    assert len(kept.get(("a", "two")).history.all()) == 2
-    assert forgotten == []
-    kept.drop_all("a")
-    assert (kept.num_bytes, len(kept), forgotten, dropped) == (0, 0, ["a/root"], [])
-
-
-def test_the_largest_tenants_oldest_go_first():
-    dropped = []
-    kept = Histories(30_000, 1000.0, dropped.append, lambda scope: None)
-    kept.put(("small", "one"), turn("x"), b"{}")
-    for number in range(20):
-        kept.put(("large", str(number)), turn("x" * 1000), b"{}")
-        kept.get(("large", "0"))
-    assert kept.num_bytes <= 30_000
-    assert kept.get(("small", "one")) is not None
-    assert kept.get(("large", "0")) is not None
-    assert dropped[:2] == [("large", "1"), ("large", "2")]
-    assert kept.was_dropped(("large", "1"))
-    kept._ttl = -1.0
-    assert kept.get(("large", "0")) is None
-    kept._next_look = 0.0
-    kept.put(("large", "new"), turn("x"))
-    assert kept.num_bytes == 0
 
 
 def test_text_in_a_form(clean):

@@ -30,13 +30,20 @@ def http(live):
     return live.http
 
 
-def test_list_show_delete(http):
-    assert http.get("/v1/sessions").json() == {"object": "list", "data": []}
+def test_without_keys_nothing_is_listed(http):
+    assert ask(http, "hidden-17").status_code == 200
+    answer = http.get("/v1/sessions")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "api_keys_needed")
+    assert "--api-key" in answer.json()["error"]["message"]
+    assert "hidden-17" not in answer.text
+
+
+def test_list_show_delete(http, live):
+    assert live.sessions() == []
     assert ask(http, "one").json()["pacellm"]["session"] == "new"
     answer = ask(http, "two")
     assert answer.headers["x-pacellm-session"] == "new"
-    listed = http.get("/v1/sessions").json()["data"]
-    assert [item["id"] for item in listed] == ["two", "one"]
+    assert [item["id"] for item in live.sessions()] == ["two", "one"]
     shown = http.get("/v1/sessions/one").json()
     assert shown["tier"] == "device"
     assert shown["tokens"] > 300
@@ -47,7 +54,7 @@ def test_list_show_delete(http):
         assert 0 < layer["filled"] <= 100
         assert layer["hit_rate"] + layer["fuse_rate"] + layer["miss_rate"] == pytest.approx(1, abs=1e-3)
     assert http.delete("/v1/sessions/one").json() == {"id": "one", "object": "session.deleted", "deleted": True}
-    assert [item["id"] for item in http.get("/v1/sessions").json()["data"]] == ["two"]
+    assert [item["id"] for item in live.sessions()] == ["two"]
     assert http.delete("/v1/sessions").json()["deleted"] == 1
     assert ask(http, "two").json()["pacellm"]["session"] == "new"
 

@@ -1,0 +1,75 @@
+"""Messages of a conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from pacellm.errors import RequestError
+from server.schema.base import Strict
+from server.schema.tools import MAX_TOOLS, ToolCall
+
+
+class TextPart(Strict):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    """One message of the conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[TextPart], Field(max_length=4096)] | None = None
+    name: Annotated[str, Field(max_length=256)] | None = None
+    refusal: None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    # an answer that is sent back as it came has these, empty
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
+
+    def text(self) -> str:
+        """The content as one string."""
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
+        return "".join(part.text for part in self.content)
+
+    def check(self, field: str) -> None:
+        """Refuse what does not go with the role.
+
+        Raises:
+            RequestError: names the field, which begins with ``field``.
+        """
+        own = {"tool_calls": "assistant", "reasoning_content": "assistant", "reasoning": "assistant",
+               "tool_call_id": "tool"}  # fmt: skip
+        for name, role in own.items():
+            if getattr(self, name) is not None and self.role != role:
+                message = f"{field}.{name} goes with the role {role}"
+                raise RequestError(message, param=f"{field}.{name}", code="invalid_value")
+        if self.content is None and not self.tool_calls:
+            raise RequestError(f"{field}.content is missing", param=f"{field}.content", code="invalid_value")
+        if self.role == "tool" and self.tool_call_id is None:
+            message = f"{field}.tool_call_id is missing: which call this is the result of"
+            raise RequestError(message, param=f"{field}.tool_call_id", code="invalid_value")
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Refuse a conversation that does not fit together.
+
+    Raises:
+        RequestError: names the message and its field.
+    """
+    called: dict[str, str] = {}
+    for number, message in enumerate(messages):
+        message.check(f"messages.{number}")
+        called |= {call.id: call.function.name for call in message.tool_calls or ()}
+        if message.tool_call_id is not None and message.tool_call_id not in called:
+            field = f"messages.{number}.tool_call_id"
+            raise RequestError(f"{field} is of no call in an earlier message", param=field, code="invalid_value")
