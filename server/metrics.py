@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from pacellm.engine.thread import EngineThread
+from pacellm.memory.tiers import banks_nbytes
 from pacellm.types import Delta, Event, Failed, Finished
 
 _SHORT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
@@ -74,6 +75,8 @@ class _EngineCollector(Collector):
         used = engine.num_blocks - engine.allocator.num_free
         yield self._gauge("num_requests_running", "Requests in execution.", self._thread.num_running)
         yield self._gauge("num_requests_waiting", "Requests in the queue.", self._thread.num_queued)
+        age = monotonic() - self._thread.heartbeat
+        yield self._gauge("engine_heartbeat_age_seconds", "Seconds since the engine loop last went round.", age)
         yield self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", used / engine.num_blocks)
         yield self._gauge("sessions", "Sessions known.", len(engine.sessions))
         yield self._gauge(
@@ -112,7 +115,14 @@ class _EngineCollector(Collector):
         )
         held.add_metric([self._model, "device", "kv"], store.kv_bytes)
         held.add_metric([self._model, "device", "bank"], store.bank_bytes)
-        held.add_metric([self._model, "host", "all"], engine.mover.host_bytes)
+        kept = [(state.nbytes, banks_nbytes(state.banks)) for state in (session.host for session in store) if state]
+        host_banks = sum(banks for _, banks in kept)
+        held.add_metric([self._model, "host", "kv"], sum(size for size, _ in kept) - host_banks)
+        held.add_metric([self._model, "host", "bank"], host_banks)
+        stored = [session.stored for session in store if session.stored is not None]
+        row_bytes = engine.pool.bytes_per_row if engine.pool is not None else 0
+        held.add_metric([self._model, "disk", "kv"], sum(stored) * engine.model.bytes_per_token)
+        held.add_metric([self._model, "disk", "bank"], len(stored) * row_bytes)
         yield held
         yield self._counter("session_spills", "Sessions moved off the device.", moves.spills)
         yield self._counter("session_spilled_bytes", "Bytes moved off the device.", moves.spilled_bytes)
