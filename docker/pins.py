@@ -7,40 +7,54 @@ What CUDA builds of torch bring along (nvidia-…, triton) torch itself names by
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+ROOT = Path(__file__).parent.parent
+EXTRAS = ("ray",)  # that images are built with
 _HEADER = "# The versions that the tests ran with. Made by docker/pins.py; setuptools builds the wheel.\n"
 
 
-def closure(name: str, extras: frozenset[str] = frozenset()) -> Iterator[tuple[str, str]]:
-    """Names and versions of a distribution's requirements, theirs included; with those of its ``extras``."""
-    waiting, seen = [(name, frozenset(extras))], set()
+def closure(requirements: Iterable[str]) -> dict[str, str]:
+    """Versions by name of what these requirements and theirs come to here.
+
+    Raises:
+        PackageNotFoundError: one of the first is not installed.
+    """
+    waiting = [(Requirement(text), frozenset[str](), True) for text in requirements]
+    pins: dict[str, str] = {}
+    seen = set()
     while waiting:
-        name, extras = waiting.pop()
-        for text in distribution(name).requires or ():
-            requirement = Requirement(text)
-            wanted = requirement.marker is None or any(
-                requirement.marker.evaluate({"extra": extra}) for extra in (*extras, "")
-            )
-            key = (canonicalize_name(requirement.name), frozenset(requirement.extras))
-            if not wanted or key in seen:
-                continue
-            seen.add(key)
-            try:
-                version = Version(distribution(key[0]).version)
-            except PackageNotFoundError:
-                continue  # of a CUDA build
-            yield key[0], version.public
-            waiting.append(key)
+        requirement, extras, must_be = waiting.pop()
+        wanted = requirement.marker is None or any(
+            requirement.marker.evaluate({"extra": extra}) for extra in ("", *extras)
+        )
+        key = (canonicalize_name(requirement.name), frozenset(requirement.extras))
+        if not wanted or key in seen:
+            continue
+        seen.add(key)
+        try:
+            found = distribution(key[0])
+        except PackageNotFoundError:
+            if must_be:
+                raise
+            continue  # of a CUDA build of torch
+        pins[key[0]] = Version(found.version).public
+        waiting += [(Requirement(text), key[1], False) for text in found.requires or ()]
+    return pins
 
 
 def main() -> None:
-    pins = dict(closure("pacellm")) | {"setuptools": distribution("setuptools").version}
+    """Print the file."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [line for name in EXTRAS for line in project["optional-dependencies"].get(name, [])]
+    pins = closure([*project["dependencies"], *extras, "setuptools"])
     print(_HEADER + "\n".join(f"{name}=={version}" for name, version in sorted(pins.items())))
 
 
