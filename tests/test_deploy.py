@@ -22,7 +22,7 @@ COMPOSE = ROOT / "deploy" / "compose"
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 OVERLAYS = sorted(path.parent.name for path in KUBERNETES.glob("overlays/*/kustomization.yaml"))
 DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile")) + [ROOT / "Dockerfile"]
-CUSTOM = ("ServiceMonitor", "PrometheusRule", "ScaledObject", "RayService")  # whose schemas Kubernetes itself has not
+CUSTOM = ("PodMonitor", "PrometheusRule", "RayService", "ScaledObject", "ServiceMonitor")  # not Kubernetes' own
 
 
 def tool(name):
@@ -42,6 +42,15 @@ def output(*command, **options):
 
 def rendered(overlay):
     return [one for one in yaml.safe_load_all(output(tool("kubectl"), "kustomize", KUBERNETES / "overlays" / overlay))]
+
+
+def templates(resources):
+    for one in of_kind(resources, "StatefulSet"):
+        yield one["spec"]["template"]
+    for one in of_kind(resources, "RayService"):
+        cluster = one["spec"]["rayClusterConfig"]
+        yield cluster["headGroupSpec"]["template"]
+        yield from (group["template"] for group in cluster["workerGroupSpecs"])
 
 
 def of_kind(resources, kind):
@@ -65,8 +74,9 @@ def test_dockerfiles_are_clean(path):
     output(tool("hadolint"), "--failure-threshold", "style", path)
 
 
-@pytest.mark.parametrize("path", [ROOT / "Dockerfile", ROOT / "docker" / "cpu.Dockerfile"], ids=lambda path: path.name)
-def test_an_image_starts_the_server_under_an_init_as_nobody_special(path):
+@pytest.mark.parametrize("name", ["Dockerfile", "docker/cpu.Dockerfile"])
+def test_an_image_starts_the_server_under_an_init_as_nobody_special(name):
+    path = ROOT / name
     text = path.read_text()
     init, dashes, *command = entrypoint(path)
     assert (init, dashes, command[:2]) == ("/usr/bin/tini", "--", ["pacellm", "serve"])
@@ -163,6 +173,9 @@ def test_the_override_for_hosts_without_a_gpu_takes_the_device_away():
 # Kubernetes
 
 
+STATEFUL = [name for name in OVERLAYS if name != "rayservice"]
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_manifests_are_valid(overlay, tmp_path):
     validate = tool("kubernetes-validate")
@@ -173,14 +186,17 @@ def test_manifests_are_valid(overlay, tmp_path):
             continue
         path = tmp_path / f"{one['kind']}-{one['metadata']['name']}.yaml"
         path.write_text(yaml.safe_dump(one))
+    for number, template in enumerate(templates(resources)):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": template["spec"]}
+        (tmp_path / f"Pod-{number}.yaml").write_text(yaml.safe_dump(pod))
     output(validate, "--strict", *sorted(tmp_path.iterdir()))
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_pods_have_few_rights(overlay):
     found = 0
-    for pod in pods(rendered(overlay)):
-        found += 1
+    for template in templates(rendered(overlay)):
+        found, pod = found + 1, template["spec"]
         assert pod["automountServiceAccountToken"] is False
         security = pod["securityContext"]
         assert (security["runAsNonRoot"], security["runAsUser"]) == (True, 10001)
@@ -195,14 +211,10 @@ def test_pods_have_few_rights(overlay):
     assert found
 
 
-def pods(resources):
-    for one in of_kind(resources, "StatefulSet"):
-        yield one["spec"]["template"]["spec"]
-
-
-@pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name != "rayservice"])
+@pytest.mark.parametrize("overlay", STATEFUL)
 def test_a_replica_drains_before_it_is_killed(overlay):
-    (pod,) = pods(rendered(overlay))
+    (template,) = templates(rendered(overlay))
+    pod = template["spec"]
     server = pod["containers"][0]
     options = serve_options(server["args"])
     wait = int(server["lifecycle"]["preStop"]["exec"]["command"][1])
@@ -219,7 +231,7 @@ def test_a_replica_drains_before_it_is_killed(overlay):
     assert mounted == {"/sessions", "/models", "/tmp", "/etc/pacellm"}
 
 
-@pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name != "rayservice"])
+@pytest.mark.parametrize("overlay", STATEFUL)
 def test_selectors_find_the_pods(overlay):
     resources = rendered(overlay)
     (workload,) = of_kind(resources, "StatefulSet")
@@ -261,6 +273,32 @@ def test_either_autoscaler_fits(tmp_path):
     behavior = scaled["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
     assert behavior == hpa["spec"]["behavior"]
     assert scaled["spec"]["scaleTargetRef"] == hpa["spec"]["scaleTargetRef"]
+
+
+def test_a_ray_service_is_what_deploy_ray_takes():
+    resources = rendered("rayservice")
+    (service,) = of_kind(resources, "RayService")
+    config, own = (
+        yaml.safe_load(text)
+        for text in (service["spec"]["serveConfigV2"], (ROOT / "deploy" / "ray" / "serve.yaml").read_text())
+    )
+    (app,), (own_app,) = config["applications"], own["applications"]
+    assert app.keys() == own_app.keys()
+    assert app["import_path"] == own_app["import_path"]
+    assert app["args"].keys() <= own_app["args"].keys()
+    options = serve_options(app["args"]["serve"])
+    assert (options.session_dir, options.session_sync, options.admin_port) == ("/sessions", True, 9100)
+    (deployment,), (own_deployment,) = app["deployments"], own_app["deployments"]
+    assert deployment.keys() == own_deployment.keys()
+    (group,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert group["replicas"] == deployment["num_replicas"]  # one replica a worker
+    grace = group["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert options.request_timeout < deployment["graceful_shutdown_timeout_s"] < grace
+    (container,) = group["template"]["spec"]["containers"]
+    assert int(container["resources"]["limits"]["nvidia.com/gpu"]) == deployment["ray_actor_options"]["num_gpus"]
+    assert {port["name"]: port["containerPort"] for port in container["ports"]} == {"serve": 8000, "metrics": 9100}
+    pins = (ROOT / "docker" / "constraints.txt").read_text().splitlines()
+    assert f"ray=={service['spec']['rayClusterConfig']['rayVersion']}" in pins
 
 
 def test_the_operators_rules_are_prometheus_own():
