@@ -4,7 +4,7 @@ TOKENS ?= 200000
 PORT ?= 8000
 BIN := .venv/bin
 
-.PHONY: venv demo serve test test-slow test-gpu lint check-deploy
+.PHONY: venv demo serve test test-slow test-gpu lint
 
 venv: .venv/installed
 
@@ -34,6 +34,7 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+.PHONY: check-deploy
 check-deploy: venv  ## Dockerfiles, compose and manifests, with the tools of the extra "deploy" and kubectl
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,deploy]'
 	PACELLM_CHECK_DEPLOY=1 $(BIN)/python -m pytest tests/test_deploy.py

@@ -53,7 +53,7 @@ def closure(requirements: Iterable[str]) -> dict[str, str]:
 def main() -> None:
     """Print the file."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [line for name in EXTRAS for line in project["optional-dependencies"].get(name, [])]
+    extras = [line for name in EXTRAS for line in project["optional-dependencies"][name]]
     pins = closure([*project["dependencies"], *extras, "setuptools"])
     print(_HEADER + "\n".join(f"{name}=={version}" for name, version in sorted(pins.items())))
 
