@@ -2,10 +2,10 @@
 
     python3 docker/check_image.py pacellm:cpu -- --device cpu
 
-The image's root is read-only, its user has no privileges and cannot gain any, the entry point is process 1, /tmp is empty,
-/sessions belongs to root and the group 10001 (as a cluster's fsGroup leaves it). Asked are: the health check of the image;
-an answer; a stream that is running when SIGTERM comes, which must end whole; a second start on the same /sessions, which
-must know the session. The last line is JSON.
+The image's root is read-only, its user has no privileges and cannot gain any, the entry point is process 1, /tmp is
+empty, /sessions belongs to root and the group 10001 (as a cluster's fsGroup leaves it). Asked are: the health check of
+the image; an answer; a stream that is running when SIGTERM comes, which must end whole; a second start on the same
+/sessions, which must know the session. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 COMPOSE = ROOT / "deploy" / "compose"
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 OVERLAYS = sorted(path.parent.name for path in KUBERNETES.glob("overlays/*/kustomization.yaml"))
-DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile")) + [ROOT / "Dockerfile"]
+DOCKERFILES = [*sorted((ROOT / "docker").glob("*.Dockerfile")), ROOT / "Dockerfile"]
 CUSTOM = ("PodMonitor", "PrometheusRule", "RayService", "ScaledObject", "ServiceMonitor")  # not Kubernetes' own
 
 
@@ -41,7 +41,7 @@ def output(*command, **options):
 
 
 def rendered(overlay):
-    return [one for one in yaml.safe_load_all(output(tool("kubectl"), "kustomize", KUBERNETES / "overlays" / overlay))]
+    return list(yaml.safe_load_all(output(tool("kubectl"), "kustomize", KUBERNETES / "overlays" / overlay)))
 
 
 def templates(resources):
