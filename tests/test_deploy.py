@@ -150,8 +150,15 @@ def test_compose_mounts_what_is_there():
         for source in (volume.split(":")[0] for volume in service["volumes"]):
             if source.startswith("."):
                 assert there(Path(os.path.normpath(COMPOSE / source)).relative_to(ROOT)).is_dir(), name
-    for path in ("prometheus/prometheus.yml", "alertmanager/alertmanager.yml"):
-        assert isinstance(yaml.safe_load(there(f"deploy/{path}").read_text()), dict)
+    assert isinstance(yaml.safe_load(there("deploy/alertmanager/alertmanager.yml").read_text()), dict)
+
+
+def test_prometheus_scrapes_what_is_composed():
+    config = yaml.safe_load(there("deploy/prometheus/prometheus.yml").read_text())
+    found = [one for job in config["scrape_configs"] for one in job["static_configs"]]
+    found += [one for manager in config["alerting"]["alertmanagers"] for one in manager["static_configs"]]
+    hosts = {target.split(":")[0] for one in found for target in one["targets"]}
+    assert hosts <= compose("compose.yml")["services"].keys()
 
 
 def test_compose_publishes_on_loopback_and_gives_few_rights():
@@ -167,22 +174,22 @@ def test_compose_publishes_on_loopback_and_gives_few_rights():
         assert service["read_only"] is True
         assert service["cap_drop"] == ["ALL"]
         assert "memory" in service["deploy"]["resources"]["reservations"]
-        assert name == "server" or "healthcheck" in service  # the server's is its image's
+        assert name == "pacellm" or "healthcheck" in service  # the server's is its image's
 
 
 def test_the_composed_server_takes_its_flags_and_is_stopped_after_it_drained():
-    server = compose("compose.yml")["services"]["server"]
+    server = compose("compose.yml")["services"]["pacellm"]
     options = serve_options(server["command"])
     assert server["stop_grace_period"] == "6m"
     assert options.shutdown_timeout + 30 < 360  # the engine gets 30 s after that
     for service, name in (("compose.yml", "Dockerfile"), ("cpu.yml", "docker/cpu.Dockerfile")):
-        build = compose(service)["services"]["server"]["build"]
+        build = compose(service)["services"]["pacellm"]["build"]
         assert build["dockerfile"] == name
         assert (ROOT / name).is_file()
 
 
 def test_the_override_for_hosts_without_a_gpu_takes_the_device_away():
-    reserved = compose("cpu.yml")["services"]["server"]["deploy"]["resources"]["reservations"]
+    reserved = compose("cpu.yml")["services"]["pacellm"]["deploy"]["resources"]["reservations"]
     assert reserved["devices"] == []
     assert "devices: !override []" in (COMPOSE / "cpu.yml").read_text()
 
