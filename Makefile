@@ -40,3 +40,8 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+.PHONY: check-deploy
+check-deploy: venv  ## Dockerfiles, compose and manifests, with the tools of the extra "deploy" and kubectl
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,deploy]'
+	PACELLM_CHECK_DEPLOY=1 $(BIN)/python -m pytest tests/test_deploy.py
