@@ -14,6 +14,7 @@ import json
 import os
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -94,7 +95,9 @@ def long_session(tokens: int, new: int, rounds: int, directory: str) -> dict[str
     generator = torch.Generator().manual_seed(0)
     document = torch.randint(6, 2000, (tokens,), generator=generator).tolist()
     follow_up = document + torch.randint(6, 2000, (new,), generator=generator).tolist()
+    _say(f"reading {tokens:,} tokens")
     prefill, _, _ = timed.ask(document, KEY)
+    _say("follow-ups, from each tier")
     session = engine.sessions.get(KEY)
     assert session is not None
     rows: dict[str, list[tuple[float, float]]] = {}
@@ -133,6 +136,7 @@ def long_session(tokens: int, new: int, rounds: int, directory: str) -> dict[str
     fork_seconds = time.perf_counter() - started
     timed.operate(engine.ops.delete(("default", "fork")))
     engine.sessions.drop(session)
+    _say("replaying the log")
     measure("replay", "replayed")
 
     def middle(name: str, which: int = 0) -> float:
@@ -202,6 +206,10 @@ def many_sessions(count: int, pool: int, directory: str) -> dict[str, Any]:
     }
     engine.close()
     return result
+
+
+def _say(what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
 
 
 def _rss() -> int:
