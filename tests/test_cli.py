@@ -57,7 +57,7 @@ def test_serve_answers_and_ends_on_sigterm():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["no/such/model"], "cannot load no/such/model"),
+        (["no/such/model"], "no/such/model does not exist"),
         (["--pa-layers", "99"], "99"),
         (["--pa-bank-size", "0"], "bank_size"),
         (["--max-model-len", "1000000"], "max_model_len"),

@@ -109,7 +109,7 @@ def test_a_failure_leaves_the_kv_that_a_session_shares(model, monkeypatch):
     from pacellm.engine import answers as module
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "sample", lambda *_: 1 / 0)
+        patch.setattr(module.Answers, "_accept", lambda *_: 1 / 0)
         assert isinstance(run(engine, request("2", LONG + SHORT, session="s"))["2"][-1], Failed)
     found = [run(e, request("3", LONG + SHORT, session="s"))["3"] for e in (kept, engine)]
     assert finish(found[1]).session == "resident"
