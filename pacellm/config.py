@@ -113,6 +113,7 @@ class EngineConfig:
         session_sync: write and sync a session's log before its request's final event.
         session_ttl: seconds that an unused session lives, where it has no time of its own.
         pa_layers: patched layers, counted from 0.
+        ce_density: part of the experts that decoded tokens use; below 1 the model needs a layout.
     """
 
     max_model_len: int | None = None
@@ -131,6 +132,7 @@ class EngineConfig:
     pa_memory: int | None = None
     pa: bool = True
     pa_layers: tuple[int, ...] | None = None
+    ce_density: float = 1.0
     bank: PAConfig = PAConfig()
     check_integrity: bool = False
 
@@ -140,6 +142,7 @@ class EngineConfig:
         for name in ("max_model_len", "max_waiting_tokens", "kv_cache_memory"):
             value = getattr(self, name)
             _check(self, name, value is None or value >= 1, "at least 1")
+        _check(self, "ce_density", 0.0 < self.ce_density <= 1.0, "above 0 and at most 1")
         _check(self, "session_ttl", self.session_ttl is None or self.session_ttl > 0, "above 0")
         _check(self, "session_sync", not self.session_sync or self.session_dir is not None, "used with session_dir")
         for name in ("session_memory", "session_log_memory", "session_host_memory", "pa_memory"):

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from pacellm.errors import ModelError, PaceError
+from pacellm.experts.layout import Layout
 from pacellm.model import attention, attention_cuda
 from pacellm.model.checkpoint import check_directory, check_head, check_loaded
 from pacellm.model.context import KVShape, LayerProbe, StepContext, step_context
@@ -39,6 +40,7 @@ class LoadedModel:
         dtype: of activations, KV and banks.
         device: where all of it lies.
         patchable_layers: those whose FFN can have banks: all but layers of routed experts alone.
+        layout: the order that its FFN neurons were put into, None where they are as they came.
     """
 
     module: nn.Module
@@ -49,6 +51,7 @@ class LoadedModel:
     dtype: torch.dtype
     device: torch.device
     patchable_layers: tuple[int, ...] | None = None
+    layout: Layout | None = None
 
     @property
     def num_layers(self) -> int:
