@@ -327,7 +327,15 @@ def _describe(engine, path: str, wanted_context: int) -> None:
             ", ".join(f"{size[0]} x {size[1]}" for size in inexact),
         )
     _describe_tiers(engine)
-    if engine.pool is None:
+    if model.layout is not None:
+        logger.info(
+            "Cortical Experts: %d a layer (%s on %s), decoded tokens use %g of them",
+            model.layout.num_experts,
+            model.layout.method,
+            model.layout.features,
+            config.ce_density,
+        )
+    if not config.pa:
         logger.info("Persistent Activity is off")
         return
     logger.info(

@@ -142,7 +142,7 @@ class EngineConfig:
         for name in ("max_model_len", "max_waiting_tokens", "kv_cache_memory"):
             value = getattr(self, name)
             _check(self, name, value is None or value >= 1, "at least 1")
-        _check(self, "ce_density", 0.0 < self.ce_density <= 1.0, "above 0 and at most 1")
+        _check(self, "ce_density", 1e-6 <= self.ce_density <= 1.0, "above 0 and at most 1")
         _check(self, "session_ttl", self.session_ttl is None or self.session_ttl > 0, "above 0")
         _check(self, "session_sync", not self.session_sync or self.session_dir is not None, "used with session_dir")
         for name in ("session_memory", "session_log_memory", "session_host_memory", "pa_memory"):

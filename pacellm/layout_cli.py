@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from pacellm.errors import ConfigError
-from pacellm.experts.layout import Layout
+from pacellm.experts.layout import LayerLayout, Layout
 
 
 def add_cluster(parser: argparse.ArgumentParser) -> None:
@@ -65,13 +65,10 @@ def cluster(options: argparse.Namespace) -> int:
         features = weight_features(model.module)
     started = time.monotonic()
 
-    def tell(layer: int, found: object, is_new: bool) -> None:
-        objective = getattr(found, "objective", 0.0)
-        print(
-            f"layer {layer}: objective {objective:.4f}{'' if is_new else ' (kept)'}, {time.monotonic() - started:.1f} s",
-            file=sys.stderr,
-            flush=True,
-        )
+    def tell(layer: int, found: LayerLayout, is_new: bool) -> None:
+        kept = "" if is_new else " (kept)"
+        seconds = time.monotonic() - started
+        print(f"layer {layer}: objective {found.objective:.4f}{kept}, {seconds:.1f} s", file=sys.stderr, flush=True)
 
     parts = options.output.with_name(options.output.name + ".parts")
     layers = cluster_layers(

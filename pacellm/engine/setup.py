@@ -14,6 +14,7 @@ from pacellm.config import EngineConfig
 from pacellm.errors import ConfigError
 from pacellm.memory.pool import BankPool, bytes_per_row
 from pacellm.memory.snapshot import fingerprint
+from pacellm.model.experts import attach, why_no_sets
 from pacellm.model.load import LoadedModel
 from pacellm.model.patch import patch
 
@@ -26,8 +27,12 @@ def new_pool(model: LoadedModel, config: EngineConfig) -> BankPool:
     Raises:
         ConfigError: pa_memory is too small. ModelError: the model cannot be patched.
     """
-    shapes = patch(model.module, config.pa_layers or ())
-    each = max(1, bytes_per_row(config.bank, shapes, model.dtype))
+    shapes = patch(model.module, (config.pa_layers or ()) if config.pa else ())
+    experts: tuple[int, int] | None = None
+    if model.layout is not None and why_no_sets(model.module) is None:
+        attach(model.module, model.layout)
+        experts = len(model.layout.layers), model.layout.num_experts
+    each = max(1, bytes_per_row(config.bank, shapes, model.dtype, experts))
     if config.pa_memory is None:
         session_rows = min(_MAX_SESSION_ROWS, max(1, (config.session_memory or 0) // 8 // each))
     else:
@@ -46,6 +51,7 @@ def new_pool(model: LoadedModel, config: EngineConfig) -> BankPool:
         num_stages=config.max_num_seqs,
         dtype=model.dtype,
         device=model.device,
+        experts=experts,
     )
 
 
@@ -55,7 +61,7 @@ def fingerprint_of(model: LoadedModel, config: EngineConfig, tokenizer: Tokenize
     facts = {
         "pa": dataclasses.asdict(config.bank) if config.pa else None,
         "pa_layers": config.pa_layers if config.pa else None,
-        "layout": None,
+        "layout": model.layout.digest if model.layout is not None else None,
         "tokenizer": hashlib.sha256(text.encode()).hexdigest(),
         "kv_shapes": model.kv_shapes,
         "rope": getattr(model.module.config, "rope_parameters", None),

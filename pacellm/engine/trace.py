@@ -16,7 +16,7 @@ from pacellm.experts.cluster import Features
 from pacellm.model.context import current_step
 from pacellm.model.layout import weight_features
 from pacellm.model.load import LoadedModel
-from pacellm.model.patch import decoder_layers
+from pacellm.model.neurons import ffns
 from pacellm.types import Failed, GenerationRequest, SamplingParams
 
 See = Callable[[int, int, Tensor], None]
@@ -34,10 +34,7 @@ def read_text(model: LoadedModel, ids: Sequence[int], see: See) -> None:
         RequestError: no text, or a longer one than the context.
     """
     engine = Engine(model, EngineConfig(pa=False, max_num_seqs=1, kv_cache_memory=_kv_bytes(model, len(ids))))
-    hooks = [
-        _down(layer).register_forward_pre_hook(_hook(number, see))
-        for number, layer in enumerate(decoder_layers(model.module))
-    ]
+    hooks = [ffn.down.register_forward_pre_hook(_hook(ffn.layer, see)) for ffn in ffns(model.module) if ffn is not None]
     try:
         engine.add(GenerationRequest("trace", list(array("i", ids)), SamplingParams(max_tokens=0)))
         last = run_until_idle(engine)["trace"][-1]
@@ -109,10 +106,6 @@ def _kv_bytes(model: LoadedModel, tokens: int) -> int:
     from pacellm.engine.kv import BLOCK
 
     return (tokens // BLOCK + 3) * BLOCK * model.bytes_per_token
-
-
-def _down(layer: Any) -> Any:
-    return layer.mlp.down_proj
 
 
 def _hook(layer: int, see: See) -> Callable[..., None]:

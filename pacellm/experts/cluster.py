@@ -1,4 +1,4 @@
-"""Balanced k-means over FFN neurons: k-means-constrained, the authors' choice, layer by layer in processes of their own.
+"""Balanced k-means over FFN neurons with k-means-constrained, the authors' choice; layers in processes of their own.
 
 A finished layer lies in a folder beside the output, so that a stopped run goes on.
 """

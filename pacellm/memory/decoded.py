@@ -18,20 +18,28 @@ from pacellm.memory.state import EMPTY, FUSES, HITS, MERGES, MISSES, REPLACEMENT
 from pacellm.rows import ROWS, pad_rows
 
 
-def feed(banks: Sequence[BankState], writes: Sequence[bool], x: Tensor, y: Tensor, config: PAConfig) -> Tensor:
+def feed(
+    banks: Sequence[BankState],
+    writes: Sequence[bool],
+    x: Tensor,
+    y: Tensor,
+    config: PAConfig,
+    masks: Sequence[Tensor | None] | None = None,
+) -> Tensor:
     """Read one token against each bank and, where asked, write it.
 
     Args:
         banks: N banks of one layer, none twice and none in the middle of a segment.
         writes: for each whether the token changes it.
         x: [N, F] inner activations. y: [N, H] bias-free FFN outputs.
+        masks: for each [F] bool, the neurons that its similarities are about, outside of which x is 0; None is all.
 
     Returns:
         [N, H], the outputs before the bias.
     """
     wide = compute_dtype(x.dtype)
     filled = torch.stack([bank.filled for bank in banks])[:, None]
-    found = judge(_cosines(banks, pad_rows(x).to(wide)), filled, config)
+    found = judge(_cosines(banks, pad_rows(x).to(wide), masks), filled, config)
     recalled = _each(pad_rows(found.weights), [bank.values.to(wide) for bank in banks])
     output = mix(recalled, y.to(wide), found.hit, found.fuse, config).to(y.dtype)
 
@@ -53,10 +61,11 @@ def feed(banks: Sequence[BankState], writes: Sequence[bool], x: Tensor, y: Tenso
     return output
 
 
-def _cosines(banks: Sequence[BankState], x: Tensor) -> Tensor:
+def _cosines(banks: Sequence[BankState], x: Tensor, masks: Sequence[Tensor | None] | None) -> Tensor:
     """[N, M] cosines of each row with its own bank's keys; x is padded."""
     keys = [bank.keys.to(x.dtype) for bank in banks]
-    lengths = torch.stack([torch.linalg.vector_norm(one, dim=1) for one in keys])
+    seen = keys if masks is None else [one if m is None else one * m for one, m in zip(keys, masks, strict=True)]
+    lengths = torch.stack([torch.linalg.vector_norm(one, dim=1) for one in seen])
     lengths = torch.linalg.vector_norm(x, dim=1, keepdim=True)[: len(banks)] * lengths
     return _each(x, [one.T for one in keys]) / lengths.clamp(min=1e-12)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from pacellm.config import PAConfig
+from pacellm.memory.activity import ActivityState
 from pacellm.memory.state import BankState, Stage
 from pacellm.types import PAMode
 
@@ -58,6 +59,22 @@ class Banks:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A sequence's expert activity.
+
+    Attributes:
+        state, stage: of its working row.
+        density: part of the experts that its decoded tokens use.
+        sets: by layer [E] bool, the working set as the activity stands; the sequence's own, kept over steps.
+    """
+
+    state: ActivityState
+    stage: ActivityState
+    density: float
+    sets: dict[int, Tensor]
+
+
+@dataclass(frozen=True)
 class Chunk:
     """One sequence's part of a step.
 
@@ -68,6 +85,7 @@ class Chunk:
         pieces: its rows cut at segment ends.
         banks: None where this request's FFNs are left alone.
         num_decoded: how many of its last rows are decoded tokens, now or in the log that is replayed.
+        experts: its expert activity, None without a layout.
     """
 
     start: int
@@ -77,6 +95,14 @@ class Chunk:
     pieces: tuple[Piece, ...] = ()
     banks: Banks | None = None
     num_decoded: int = 0
+    experts: Experts | None = None
+
+    def mask(self, layer: int, inner: int) -> Tensor | None:
+        """[F] bool: the neurons that its decoded tokens use in a layer, once that was decided; None where all are."""
+        if self.experts is None or self.experts.density == 1.0 or layer not in self.experts.sets:
+            return None
+        chosen = self.experts.sets[layer]
+        return chosen.repeat_interleave(inner // len(chosen))
 
 
 @dataclass
@@ -105,6 +131,7 @@ class StepContext:
         to a bank of that layer. At 200K tokens that is half of the bundled model's work, which has two full layers.
         """
         is_read = chunk.banks is not None and layer in chunk.banks.banks
+        is_read = is_read or (chunk.experts is not None and chunk.stop - chunk.start > chunk.num_decoded)
         if self.wanted is None or is_read or layer + 1 < len(self.keys):
             return chunk.start
         place = bisect_left(self.wanted, chunk.start)
