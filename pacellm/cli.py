@@ -1,4 +1,4 @@
-"""The command line: ``pacellm serve``, ``chat`` and ``demo``. The one place that puts all packages together."""
+"""The command line. The one place, beside layout_cli.py, that puts all packages together."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from pacellm.config import EngineConfig, PAConfig
 from pacellm.errors import ConfigError, PaceError
+from pacellm.layout_cli import add_cluster, add_experts
 
 if TYPE_CHECKING:
     from pacellm.engine.launch import Team
@@ -71,7 +72,9 @@ def build(options: argparse.Namespace) -> tuple[Service, Keys, Team | None]:
     """
     from pacellm.demo import MODEL_PATH
     from pacellm.engine.engine import Engine
+    from pacellm.experts.layout import Layout
     from pacellm.model.checkpoint import check_directory
+    from pacellm.model.layout import apply_layout
     from pacellm.tokenizer import ChatTokenizer
     from server.auth import read_keys
     from server.service import Service
@@ -84,6 +87,8 @@ def build(options: argparse.Namespace) -> tuple[Service, Keys, Team | None]:
     check_directory(path, allow_pickle=options.allow_pickle)
     tokenizer = ChatTokenizer(path, options.chat_template)
     model, team = _load(str(path), options)
+    if options.ce_layout is not None:
+        model = apply_layout(model, Layout.load(options.ce_layout))
     engine = Engine(model, config, tokenizer.backend)
     if not tokenizer.has_chat_template:
         logger.warning("%s has no chat template: chat requests are refused; give one with --chat-template FILE", path)
@@ -100,8 +105,8 @@ def _load(path: str, options: argparse.Namespace) -> tuple[LoadedModel, Team | N
         return load(path, dtype=options.dtype, device=device, rope_scaling=scaling, allow_pickle=pickles), None
     from pacellm.engine import launch
 
-    for name, given in (("rope_scaling", options.rope_scaling), ("allow_pickle", options.allow_pickle)):
-        if given:
+    for name in ("rope_scaling", "allow_pickle", "ce_layout"):
+        if getattr(options, name):
             raise ConfigError(f"{name} is not for a model split over processes; leave it out", param=name)
     size = options.tensor_parallel_size
     team = launch.start(path, size, dtype=options.dtype, device=device, on_lost=launch.end_service)
@@ -173,6 +178,7 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         pa_memory=options.pa_memory,
         pa=options.pa,
         pa_layers=options.pa_layers,
+        ce_density=options.ce_density,
         bank=PAConfig(preset=options.pa_preset, bank_size=options.pa_bank_size, segment=options.pa_segment),
     )
 
@@ -183,6 +189,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands.add_parser("serve", help="serve a model over OpenAI's API"))
     _add_chat(commands.add_parser("chat", help="talk to a server in the terminal"))
     _add_demo(commands.add_parser("demo", help="ask the bundled model about a long document, over HTTP"))
+    add_cluster(commands.add_parser("cluster", help="put a model's FFN neurons into experts: a layout file"))
+    add_experts(commands.add_parser("experts", help="draw which experts fire over a document"))
     return parser
 
 
@@ -226,6 +234,9 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--pa-preset", default=bank.preset, choices=("reference", "paper"))
     add("--pa-bank-size", type=int, default=bank.bank_size, help="slots of a bank")
     add("--pa-segment", type=int, default=bank.segment, help="prompt tokens that read the bank as one")
+    add("--ce-layout", type=Path, help="the model's Cortical Experts, from `pacellm cluster`")
+    add("--ce-density", type=float, default=defaults.ce_density, help="part of the experts that decoded tokens use, "
+        "chosen per session from its prompts (default: 1, all)")  # fmt: skip
     add("--max-body-bytes", type=_size, default=64 * 2**20, help="larger request bodies are refused")
     add("--response-memory", type=_size, default=256 * 2**20, help="bytes of stored responses and conversations")
     add("--response-ttl", type=_seconds, default=30 * 86400.0, help="seconds that a stored response lives")
@@ -346,7 +357,15 @@ def _describe(engine, path: str, wanted_context: int) -> None:
             ", ".join(f"{size[0]} x {size[1]}" for size in inexact),
         )
     _describe_tiers(engine)
-    if engine.pool is None:
+    if model.layout is not None:
+        logger.info(
+            "Cortical Experts: %d a layer (%s on %s), decoded tokens use %g of them",
+            model.layout.num_experts,
+            model.layout.method,
+            model.layout.features,
+            config.ce_density,
+        )
+    if not config.pa:
         logger.info("Persistent Activity is off")
         return
     logger.info(

@@ -117,6 +117,7 @@ class EngineConfig:
         deterministic: on a GPU products run in tiles of a fixed number of rows and attention splits by length alone, so
             that answers and banks do not depend on batch mates and budgets; on a CPU that always holds.
         pa_layers: patched layers, counted from 0.
+        ce_density: part of the experts that decoded tokens use; below 1 the model needs a layout.
     """
 
     max_model_len: int | None = None
@@ -138,6 +139,7 @@ class EngineConfig:
     deterministic: bool = False
     pa: bool = True
     pa_layers: tuple[int, ...] | None = None
+    ce_density: float = 1.0
     bank: PAConfig = PAConfig()
     check_integrity: bool = False
 
@@ -148,6 +150,7 @@ class EngineConfig:
             value = getattr(self, name)
             _check(self, name, value is None or value >= 1, "at least 1")
         _check(self, "gpu_memory_utilization", 0.0 < self.gpu_memory_utilization <= 1.0, "above 0 and at most 1")
+        _check(self, "ce_density", 1e-6 <= self.ce_density <= 1.0, "above 0 and at most 1")
         _check(self, "session_ttl", self.session_ttl is None or self.session_ttl > 0, "above 0")
         _check(self, "session_sync", not self.session_sync or self.session_dir is not None, "used with session_dir")
         for name in ("session_memory", "session_log_memory", "session_host_memory", "pa_memory"):

@@ -140,6 +140,8 @@ class GenerationRequest:
         priority: lower goes first in the queue; equal ones go by arrival.
         constraint: what every choice must look like; its end tokens come only where that is complete.
         n: choices; each goes on from a copy of the state after the prompt, and the first is what a session keeps.
+        ce_density: part of the experts that decoded tokens use; None is the engine's.
+        experts: report expert activity.
         arrival: monotonic seconds.
     """
 
@@ -153,7 +155,14 @@ class GenerationRequest:
     priority: int = 0
     n: int = 1
     constraint: Constraint | None = None
+    ce_density: float | None = None
+    experts: bool = False
     arrival: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        if self.ce_density is not None:
+            holds = 1e-6 <= self.ce_density <= 1.0
+            _require("pacellm.ce_density", holds, "above 0 and at most 1", self.ce_density)
 
 
 @dataclass(frozen=True)
@@ -247,7 +256,8 @@ class ChoiceEnded:
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event of a request that went well. ``note`` names what was refused on the way to its session."""
+    """The last event of a request that went well. ``note`` names what was refused on the way to its session;
+    ``experts`` are prompt tokens by layer and expert, where asked for."""
 
     reason: FinishReason
     usage: Usage
@@ -258,6 +268,7 @@ class Finished:
     decode_seconds: float
     stop_reason: str | int | None = None
     note: str | None = None
+    experts: dict[int, list[float]] | None = None
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,15 @@ def report(request: GenerationRequest, event: Finished) -> dict[str, Any]:
         "cached_tokens": event.usage.cached_tokens,
         "replayed_tokens": event.usage.replayed_tokens,
         "bank": dataclasses.asdict(event.bank) if event.bank is not None else None,
+        **({"experts": _rounded(event.experts)} if event.experts is not None else {}),
         "timings": {
             "queue_ms": round(1000 * event.queue_seconds, 1),
             "prefill_ms": round(1000 * event.prefill_seconds, 1),
             "decode_ms": round(1000 * event.decode_seconds, 1),
         },
     }
+
+
+def _rounded(experts: dict[int, list[float]]) -> dict[int, list[float]]:
+    """Tokens by layer and expert, to a thousandth."""
+    return {layer: [round(tokens, 3) for tokens in found] for layer, found in experts.items()}

@@ -230,6 +230,8 @@ class Service:
             n=n,
             pa=body.pacellm.pa or "on",
             commit=body.pacellm.commit,
+            ce_density=body.pacellm.ce_density,
+            experts=body.pacellm.experts,
             priority=body.priority,
         )
 

@@ -23,7 +23,7 @@ LEVELS = {
     "server": 4,
 }
 # the command line puts everything together; the demo trains and shows its own model; the chat client speaks HTTP
-FREE = ("pacellm/cli.py", "pacellm/chat.py", "pacellm/__init__.py", "pacellm/demo/")
+FREE = ("pacellm/cli.py", "pacellm/layout_cli.py", "pacellm/chat.py", "pacellm/__init__.py", "pacellm/demo/")
 FILES = sorted(
     path.relative_to(ROOT).as_posix() for top in ("pacellm", "server") for path in (ROOT / top).rglob("*.py")
 )

@@ -60,7 +60,7 @@ class Probe:
 
 def copies(banks: Banks) -> Banks:
     """Copies of banks."""
-    return {layer: BankState(*(tensor.clone() for tensor in bank)) for layer, bank in banks.items()}
+    return {layer: type(bank)(*(tensor.clone() for tensor in bank)) for layer, bank in banks.items()}
 
 
 def overwrite(banks: Banks, others: Banks) -> None:

@@ -16,7 +16,7 @@ from pacellm.engine.runner import Output
 from pacellm.engine.sampler import sample, score
 from pacellm.engine.sequence import Sequence
 from pacellm.engine.session import Session
-from pacellm.engine.stats import bank_reads
+from pacellm.engine.stats import bank_reads, expert_activity
 from pacellm.errors import EngineError, PaceError, RequestError, SessionConflict, SessionDeleted
 from pacellm.memory.state import COUNTERS
 from pacellm.types import (
@@ -139,6 +139,9 @@ class Answers:
         sequence = live.sequence
         sequence.finish_reason = reason
         live.last = self._finished(sequence, reason, bank_reads(self._engine.pool, sequence, self._engine.stats))
+        activity = expert_activity(self._engine.pool, sequence, self._engine.stats)
+        if sequence.request.experts:
+            live.last = dataclasses.replace(live.last, experts=activity)
         if live.index or live.choices:
             return self._end_choice(live, reason)
         return self._complete(live)

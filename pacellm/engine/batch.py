@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from pacellm.engine.sequence import Sequence
 from pacellm.engine.step import Step, Work
+from pacellm.memory.activity import EXPERTS
 from pacellm.memory.pool import BankPool
-from pacellm.model.context import Banks, Chunk, Piece
+from pacellm.model.context import Banks, Chunk, Experts, Piece
 from pacellm.rows import ROWS, missing_rows
 
 
@@ -93,8 +95,14 @@ def _chunk(work: Work, row: int, pool: BankPool | None, segment: int) -> Chunk:
     sequence, turn = work.sequence, work.sequence.turn
     banks: Banks | None = None
     pieces: tuple[Piece, ...] = ()
-    if pool is not None and sequence.row is not None and turn.pa != "off":
-        banks = Banks(pool.banks(sequence.row), pool.stages(sequence.row), turn.pa, sequence.row)
+    experts: Experts | None = None
+    if pool is not None and sequence.row is not None:
+        owned, stages = pool.banks(sequence.row), pool.stages(sequence.row)
+        if turn.pa != "off":
+            banks = Banks(owned, stages, turn.pa, sequence.row)
+        if pool.experts is not None:
+            state, stage = cast(Any, owned[EXPERTS]), cast(Any, stages[EXPERTS])
+            experts = Experts(state, stage, turn.density, sequence.working_sets)
         pieces = tuple(turn.pieces(sequence.cursor, work.count, row, segment))
     num_decoded = min(work.count, max(0, sequence.position + work.count - turn.prompt_end))
     return Chunk(
@@ -105,6 +113,7 @@ def _chunk(work: Work, row: int, pool: BankPool | None, segment: int) -> Chunk:
         pieces,
         banks,
         num_decoded=num_decoded,
+        experts=experts,
     )
 
 

@@ -33,12 +33,13 @@ from pacellm.engine.session import Key
 from pacellm.engine.session_ops import SessionOps
 from pacellm.engine.sessions import SessionStore
 from pacellm.engine.snapshot_ops import SnapshotOps
-from pacellm.engine.stats import EngineStats
+from pacellm.engine.stats import EngineStats, per_layer
 from pacellm.engine.step import Copy, Step
 from pacellm.engine.text import TextStream
 from pacellm.errors import ConfigError, EngineError, PaceError, RequestError, SessionDeleted
 from pacellm.memory.disk import Disk
 from pacellm.memory.tiers import Worker
+from pacellm.model.experts import check_density, detach
 from pacellm.model.load import LoadedModel
 from pacellm.model.patch import unpatch
 from pacellm.types import (
@@ -70,9 +71,11 @@ class Engine:
     def __init__(
         self, model: LoadedModel, config: EngineConfig | None = None, tokenizer: Tokenizer | None = None
     ) -> None:
+        detach(model.module)
         unpatch(model.module)
         if model.ranks is not None:
             setup.check_parallel(config or EngineConfig())
+        check_density((config or EngineConfig()).ce_density, model.module, model.layout, "ce_density")
         self.model, self.tokenizer = model, tokenizer
         self.config = (config or EngineConfig()).resolve(
             context_length=model.context_length,
@@ -94,7 +97,7 @@ class Engine:
         context = min(self.config.max_model_len or 0, self.num_blocks * BLOCK)
         self.config = dataclasses.replace(self.config, max_model_len=context)
         self.allocator = BlockAllocator(self.num_blocks)
-        self.pool = setup.new_pool(model, self.config) if self.config.pa else None
+        self.pool = setup.new_pool(model, self.config) if self.config.pa or model.layout is not None else None
         self.sessions = SessionStore(
             self.allocator,
             self.pool,
@@ -189,6 +192,7 @@ class Engine:
             raise RequestError("log-probabilities of a prompt are not available in a session", param="echo")
         if request.constraint is not None and request.sampling.ignore_eos:
             raise RequestError("ignore_eos contradicts a constrained answer", param="ignore_eos", code="invalid_value")
+        self._check_experts(request)
         vocabulary = self.model.vocab_size
         for token, _ in request.sampling.logit_bias:
             if token >= vocabulary:
@@ -197,6 +201,22 @@ class Engine:
                 )
         if min(request.prompt) < 0 or max(request.prompt) >= vocabulary:
             raise RequestError(f"the prompt has a token outside the vocabulary of {vocabulary}", param="messages")
+
+    def _check_experts(self, request: GenerationRequest) -> None:
+        try:
+            check_density(request.ce_density, self.model.module, self.model.layout, "pacellm.ce_density")
+        except ConfigError as error:
+            raise RequestError(str(error), param=error.param) from None
+        if request.experts and (self.pool is None or self.pool.experts is None):
+            raise RequestError(
+                "expert activity needs a layout for a model with gated FFNs; serve with --ce-layout FILE",
+                param="pacellm.experts",
+            )
+
+    def expert_activity(self) -> dict[int, list[float]]:
+        """By layer, tokens of prompts by expert: each token counts 1, shared by squared activations. Of requests that
+        finished, since the start; {} without a layout. Any thread may call this."""
+        return per_layer(self.stats.experts)
 
     def add(self, request: GenerationRequest) -> None:
         """Queue a request.

@@ -40,10 +40,11 @@ class Planner:
     Args:
         progress: kept prefill progress.
         has_banks: whether the model is patched.
+        density: of requests that do not say.
     """
 
-    def __init__(self, progress: PrefixCache, *, has_banks: bool) -> None:
-        self._progress, self._has_banks = progress, has_banks
+    def __init__(self, progress: PrefixCache, *, has_banks: bool, density: float = 1.0) -> None:
+        self._progress, self._has_banks, self._density = progress, has_banks, density
 
     def plan(self, sequence: Sequence, session: Session | None) -> Plan:
         """What to feed, and on which state: the session's, kept progress, or none with the log before."""
@@ -69,7 +70,9 @@ class Planner:
         if session is not None:
             start = min(common_prefix(sequence.prompt, session.context), len(sequence.prompt) - 1)
         ids = sequence.prompt[start:] + array("i", sequence.generated)
-        return Turn(start, len(sequence.prompt), ids, sequence.request.pa if self._has_banks else "off")
+        asked = sequence.request.ce_density
+        density = round(1e6 * (self._density if asked is None else asked)) / 1e6
+        return Turn(start, len(sequence.prompt), ids, sequence.request.pa if self._has_banks else "off", density)
 
     def has_own_progress(self, sequence: Sequence, session: Session) -> bool:
         """Kept progress makes the session's own state unnecessary."""

@@ -50,11 +50,15 @@ class Records:
     # -- logs ----------------------------------------------------------------------------------------------
 
     def log_tensors(self, log: list[Turn], origin: Banks | None) -> dict[str, Tensor]:
-        """A log as tensors: ``turns`` [T, 4] int64 (start, prompt end, tokens, mode), ``ids`` [N] int32, ``origin``."""
-        turns = [[turn.start, turn.prompt_end, len(turn.ids), _MODES.index(turn.pa)] for turn in log]
+        """A log as tensors: ``turns`` [T, 5] int64 (start, prompt end, tokens, mode, density in millionths), ``ids``
+        [N] int32, ``origin``."""
+        turns = [
+            [turn.start, turn.prompt_end, len(turn.ids), _MODES.index(turn.pa), round(1e6 * turn.density)]
+            for turn in log
+        ]
         ids = np.concatenate([np.asarray(turn.ids, dtype=np.int32) for turn in log] or [np.empty(0, np.int32)])
         return {
-            "turns": torch.tensor(turns, dtype=torch.int64).reshape(-1, 4),
+            "turns": torch.tensor(turns, dtype=torch.int64).reshape(-1, 5),
             "ids": torch.from_numpy(ids),
             **bank_tensors("origin", origin or {}),
         }
@@ -67,7 +71,7 @@ class Records:
         """
         self.check_fingerprint(metadata)
         turns, ids = tensors.pop("turns", None), tensors.pop("ids", None)
-        if turns is None or turns.dtype != torch.int64 or turns.ndim != 2 or turns.shape[1] != 4:
+        if turns is None or turns.dtype != torch.int64 or turns.ndim != 2 or turns.shape[1] not in (4, 5):
             raise SnapshotRefused("snapshot has no log")
         if ids is None or ids.dtype != torch.int32 or ids.ndim != 1:
             raise SnapshotRefused("snapshot has no ids")
@@ -75,12 +79,14 @@ class Records:
             raise SnapshotRefused("snapshot's log has ids outside the vocabulary")
         log: list[Turn] = []
         length, offset, numbers = 0, 0, ids.numpy()
-        for start, prompt_end, count, mode in turns.tolist():
+        for start, prompt_end, count, mode, *rest in turns.tolist():
+            density = rest[0] if rest else 1_000_000  # before working sets there were four columns
             if not (0 <= start <= length and start < prompt_end <= start + count <= self._max_tokens):
                 raise SnapshotRefused("snapshot's log contradicts itself")
-            if not 0 <= mode < len(_MODES) or offset + count > len(numbers):
+            if not (0 <= mode < len(_MODES) and 0 < density <= 1_000_000) or offset + count > len(numbers):
                 raise SnapshotRefused("snapshot's log contradicts itself")
-            log.append(Turn(start, prompt_end, array("i", numbers[offset : offset + count].tobytes()), _MODES[mode]))
+            own = array("i", numbers[offset : offset + count].tobytes())
+            log.append(Turn(start, prompt_end, own, _MODES[mode], density / 1e6))
             length, offset = start + count, offset + count
         if offset != len(numbers):
             raise SnapshotRefused("snapshot's log contradicts itself")

@@ -87,6 +87,8 @@ class Room:
             for layer, bank in self.pool.banks(sequence.row).items():
                 bank.copy_(session.origin[layer])
         sequence.counters_before = self.pool.counters(sequence.row)
+        sequence.activity_before = self.pool.activity(sequence.row)
+        sequence.working_sets.clear()
 
     def free(self, sequence: Sequence) -> None:
         """Take a sequence's working copy away."""

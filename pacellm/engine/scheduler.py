@@ -54,7 +54,7 @@ class Scheduler:
         self.progress = PrefixCache(allocator, pool, segment=config.bank.segment, max_seqs=config.max_num_seqs)
         self.pace = Pace()
         self.room = Room(allocator, sessions, pool, self.progress)
-        self.planner = Planner(self.progress, has_banks=pool is not None)
+        self.planner = Planner(self.progress, has_banks=config.pa, density=config.ce_density)
 
     # -- requests come and go ------------------------------------------------------------------------------
 
@@ -218,7 +218,7 @@ class Scheduler:
         parent.num_branches -= 1
         if self.has_room(1) and self.room.make_row():
             turn = parent.turn
-            own = Turn(turn.start, turn.prompt_end, turn.ids[: parent.cursor], turn.pa)
+            own = Turn(turn.start, turn.prompt_end, turn.ids[: parent.cursor], turn.pa, turn.density)
             used = blocks_for(parent.position)
             sequence.lineage, sequence.cached = parent.lineage, parent.cached
             sequence.table = self.room.new_table(parent.table.blocks, parent.position, used - parent.position // BLOCK)

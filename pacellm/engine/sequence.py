@@ -6,7 +6,7 @@ import enum
 import time
 from array import array
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pacellm.engine.kv import KVTable
 from pacellm.engine.session import Session
@@ -47,6 +47,8 @@ class Sequence:
         session: the one it works on, while it runs.
         matcher: where it is in what its answer is constrained to, once it was asked.
         num_scored: prompt tokens after the first whose log-probability was reported.
+        activity_before: its working row's expert activity when it began.
+        working_sets: by layer the experts that its decoded tokens use, as long as they are known.
         cached, replayed: prompt tokens not computed again; tokens of the log that are.
     """
 
@@ -71,6 +73,8 @@ class Sequence:
     total_work: int = 0
     done_work: int = 0
     counters_before: dict[int, list[int]] = field(default_factory=dict)
+    activity_before: Any = None
+    working_sets: dict[int, Any] = field(default_factory=dict)
     admitted_at: float | None = None
     first_token_at: float | None = None
     is_branch: bool = False
@@ -151,4 +155,4 @@ class Sequence:
     def fed(self) -> Turn:
         """The request's own turn as it enters the log: without the last sampled token, which was never fed."""
         turn = self.turn
-        return Turn(turn.start, turn.prompt_end, turn.ids[: self.cursor], turn.pa)
+        return Turn(turn.start, turn.prompt_end, turn.ids[: self.cursor], turn.pa, turn.density)

@@ -19,6 +19,7 @@ from pacellm.errors import ConfigError
 from pacellm.memory.pool import BankPool, bytes_per_row
 from pacellm.memory.snapshot import fingerprint
 from pacellm.model import attention_cuda
+from pacellm.model.experts import attach, why_no_sets
 from pacellm.model.fixed_rows import fix_rows
 from pacellm.model.load import LoadedModel, probe_step
 from pacellm.model.patch import patch
@@ -65,10 +66,15 @@ def new_pool(model: LoadedModel, config: EngineConfig) -> BankPool:
     Raises:
         ConfigError: pa_memory is too small. ModelError: the model cannot be patched.
     """
+    layers = (config.pa_layers or ()) if config.pa else ()
     if model.ranks is not None:
-        parallel.tell(model.ranks, parallel.Patch(config.pa_layers or ()))
-    shapes = patch(model.module, config.pa_layers or (), model.ranks)
-    each = max(1, bytes_per_row(config.bank, shapes, model.dtype))
+        parallel.tell(model.ranks, parallel.Patch(layers))
+    shapes = patch(model.module, layers, model.ranks)
+    experts: tuple[int, int] | None = None
+    if model.layout is not None and why_no_sets(model.module) is None:
+        attach(model.module, model.layout)
+        experts = len(model.layout.layers), model.layout.num_experts
+    each = max(1, bytes_per_row(config.bank, shapes, model.dtype, experts))
     if config.pa_memory is None:
         session_rows = min(_MAX_SESSION_ROWS, max(1, (config.session_memory or 0) // 8 // each))
     else:
@@ -90,6 +96,7 @@ def new_pool(model: LoadedModel, config: EngineConfig) -> BankPool:
         num_stages=config.max_num_seqs,
         dtype=model.dtype,
         device=model.device,
+        experts=experts,
     )
 
 
@@ -143,7 +150,7 @@ def fingerprint_of(model: LoadedModel, config: EngineConfig, tokenizer: Tokenize
     facts = {
         "pa": dataclasses.asdict(config.bank) if config.pa else None,
         "pa_layers": config.pa_layers if config.pa else None,
-        "layout": None,
+        "layout": model.layout.digest if model.layout is not None else None,
         "tokenizer": hashlib.sha256(text.encode()).hexdigest(),
         "kv_shapes": model.kv_shapes,
         "rope": getattr(model.module.config, "rope_parameters", None),

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from pacellm.engine.sequence import Sequence
+from pacellm.memory.activity import UNIT
 from pacellm.memory.pool import BankPool
 from pacellm.memory.state import COUNTERS
 from pacellm.types import BankReads, LayerReads
@@ -21,6 +24,7 @@ class EngineStats:
             again.
         aborted, failed: requests that did not finish. finished: the others, by reason.
         bank: per layer and counter of ``COUNTERS``, from requests that finished.
+        experts: [L, E] int64, expert activity of requests that finished; None without a layout.
         effective_rank, slot_age, filled: by layer, of the bank that finished last.
     """
 
@@ -35,11 +39,28 @@ class EngineStats:
     effective_rank: dict[int, float] = field(default_factory=dict)
     slot_age: dict[int, float] = field(default_factory=dict)
     filled: dict[int, int] = field(default_factory=dict)
+    experts: Tensor | None = None
+
+
+def expert_activity(pool: BankPool | None, sequence: Sequence, stats: EngineStats) -> dict[int, list[float]]:
+    """What a finishing request's prompt tokens made experts do; also added to the totals. {} without a layout."""
+    if pool is None or sequence.row is None or sequence.activity_before is None:
+        return {}
+    now = pool.activity(sequence.row)
+    assert now is not None
+    done = (now - sequence.activity_before).cpu()
+    stats.experts = done if stats.experts is None else stats.experts + done
+    return per_layer(done)
+
+
+def per_layer(activity: Tensor | None) -> dict[int, list[float]]:
+    """[L, E] int64 counts as tokens by layer and expert."""
+    return {} if activity is None else dict(enumerate((activity.double() / UNIT).tolist()))
 
 
 def bank_reads(pool: BankPool | None, sequence: Sequence, stats: EngineStats) -> BankReads | None:
     """What a finishing request did to its banks; also added to the totals. None without banks."""
-    if pool is None or sequence.row is None or sequence.turn.pa == "off":
+    if pool is None or not pool.shapes or sequence.row is None or sequence.turn.pa == "off":
         return None
     totals: Counter[str] = Counter()
     layers: dict[int, LayerReads] = {}

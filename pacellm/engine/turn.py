@@ -21,12 +21,14 @@ class Turn:
         prompt_end: position at which the prompt ended; tokens from there on were decoded, each its own segment.
         ids: the tokens from ``start`` on.
         pa: how banks took part.
+        density: part of the experts that decoded tokens used, in whole millionths.
     """
 
     start: int
     prompt_end: int
     ids: array[int]
     pa: PAMode
+    density: float = 1.0
 
     @property
     def end(self) -> int:

@@ -64,7 +64,9 @@ class Verdict:
     low: Tensor
 
 
-def read(bank: BankState, x: Tensor, y: Tensor, config: PAConfig, total: Total | None = None) -> Read:
+def read(
+    bank: BankState, x: Tensor, y: Tensor, config: PAConfig, total: Total | None = None, mask: Tensor | None = None
+) -> Read:
     """Read n tokens against the bank and count the outcomes.
 
     Args:
@@ -73,9 +75,11 @@ def read(bank: BankState, x: Tensor, y: Tensor, config: PAConfig, total: Total |
         x: [n, F] inner activations.
         y: [n, H] bias-free FFN outputs of the same tokens.
         config: thresholds and weights.
+        mask: [F] bool, the neurons that similarities are about, outside of which x is 0; None is all.
     """
     n, wide = x.shape[0], compute_dtype(x.dtype)
-    found = judge(_cosine(pad_rows(x), bank.keys, wide, total)[:n], bank.filled, config)
+    keys = bank.keys if mask is None else bank.keys * mask.to(bank.keys.device)
+    found = judge(_cosine(pad_rows(x), keys, wide, total)[:n], bank.filled, config)
     recalled = (pad_rows(found.weights) @ bank.values.to(wide))[:n]
     output = mix(recalled, y.to(wide), found.hit, found.fuse, config).to(y.dtype)
     missed = ~(found.hit | found.fuse | found.empty)

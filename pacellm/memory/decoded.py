@@ -25,6 +25,7 @@ def feed(
     y: Tensor,
     config: PAConfig,
     total: Total | None = None,
+    masks: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """Read one token against each bank and, where asked, write it.
 
@@ -33,13 +34,14 @@ def feed(
         writes: for each whether the token changes it.
         total: sums over the ranks that F is split over, where it is.
         x: [N, F] inner activations. y: [N, H] bias-free FFN outputs.
+        masks: for each [F] bool, the neurons that its similarities are about, outside of which x is 0; None is all.
 
     Returns:
         [N, H], the outputs before the bias.
     """
     wide = compute_dtype(x.dtype)
     filled = torch.stack([bank.filled for bank in banks])[:, None]
-    found = judge(cosines([bank.keys for bank in banks], pad_rows(x).to(wide), total), filled, config)
+    found = judge(cosines([bank.keys for bank in banks], pad_rows(x).to(wide), total, masks), filled, config)
     recalled = each(pad_rows(found.weights), [bank.values.to(wide) for bank in banks])
     output = mix(recalled, y.to(wide), found.hit, found.fuse, config).to(y.dtype)
 
@@ -61,14 +63,20 @@ def feed(
     return output
 
 
-def cosines(stored: Sequence[Tensor], x: Tensor, total: Total | None = None) -> Tensor:
+def cosines(
+    stored: Sequence[Tensor],
+    x: Tensor,
+    total: Total | None = None,
+    masks: Sequence[Tensor | None] | None = None,
+) -> Tensor:
     """[N, M] cosines of each row with its own bank's keys; x is padded."""
     keys = [one.to(x.dtype) for one in stored]
     if total is not None:
         squares = torch.stack([(one * one).sum(1) for one in keys])
         own = (x * x).sum(1, keepdim=True)[: len(keys)]
         return cosines_of_parts(each(x, [one.T for one in keys]), own, squares, total)
-    lengths = torch.stack([torch.linalg.vector_norm(one, dim=1) for one in keys])
+    seen = keys if masks is None else [one if m is None else one * m for one, m in zip(keys, masks, strict=True)]
+    lengths = torch.stack([torch.linalg.vector_norm(one, dim=1) for one in seen])
     lengths = torch.linalg.vector_norm(x, dim=1, keepdim=True)[: len(keys)] * lengths
     return each(x, [one.T for one in keys]) / lengths.clamp(min=1e-12)
 

@@ -7,12 +7,14 @@ stage per layer, for the segment that is not yet complete.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pacellm.config import PAConfig
 from pacellm.errors import EngineError
+from pacellm.memory.activity import EXPERTS, ActivityState
 from pacellm.memory.bank import effective_rank
 from pacellm.memory.state import COUNTERS, BankState, Stage, new_stage
 from pacellm.memory.tiers import copy_banks
@@ -35,6 +37,7 @@ class BankPool:
         shapes: one per patched layer.
         num_rows: rows in all; ``num_stages`` of them can be written at a time.
         dtype, device: of keys and values.
+        experts: (layers, experts of each) of a layout: rows hold their activity too, under ``EXPERTS``.
     """
 
     def __init__(
@@ -46,18 +49,25 @@ class BankPool:
         num_stages: int,
         dtype: torch.dtype,
         device: torch.device,
+        experts: tuple[int, int] | None = None,
     ) -> None:
-        self.config, self.shapes, self.num_rows = config, shapes, num_rows
-        self._arena = {shape.layer: _new_arena(config, shape, num_rows + 1, dtype, device) for shape in shapes}
-        self._stages = [
+        self.config, self.shapes, self.num_rows, self.experts = config, shapes, num_rows, experts
+        self._arena: dict[int, Any] = {
+            shape.layer: _new_arena(config, shape, num_rows + 1, dtype, device) for shape in shapes
+        }
+        self._stages: list[dict[int, Any]] = [
             {shape.layer: new_stage(config, shape.inner, shape.hidden, dtype, device) for shape in shapes}
             for _ in range(num_stages)
         ]
+        if experts is not None:
+            self._arena[EXPERTS] = ActivityState(torch.zeros(num_rows + 1, *experts, dtype=torch.int64, device=device))
+            for stage in self._stages:
+                stage[EXPERTS] = ActivityState(torch.zeros(*experts, dtype=torch.int64, device=device))
         self._free = list(reversed(range(num_rows)))
         self._free_stages = list(range(num_stages))
         self._stage_of: dict[int, int] = {}
-        self._views = [
-            {layer: BankState(*(tensor[row] for tensor in arena)) for layer, arena in self._arena.items()}
+        self._views: list[dict[int, Any]] = [
+            {layer: type(arena)(*(tensor[row] for tensor in arena)) for layer, arena in self._arena.items()}
             for row in range(num_rows)
         ]
 
@@ -124,7 +134,7 @@ class BankPool:
         self._free.append(row)
 
     def banks(self, row: int) -> dict[int, BankState]:
-        """The row's bank of each patched layer; changing the tensors changes the row."""
+        """The row's bank of each patched layer, and its activity; changing the tensors changes the row."""
         return self._views[row]
 
     def copy_out(self, row: int) -> dict[int, BankState]:
@@ -137,20 +147,27 @@ class BankPool:
 
     def counters(self, row: int) -> dict[int, list[int]]:
         """Lifetime counters of a row by layer, in the order of ``COUNTERS``. Waits for the device."""
-        return {layer: bank.counters.tolist() for layer, bank in self._views[row].items()}
+        return {layer: bank.counters.tolist() for layer, bank in self._patched(row).items()}
+
+    def activity(self, row: int) -> Tensor | None:
+        """A copy of a row's expert activity, [L, E] int64; None without a layout."""
+        return None if self.experts is None else self._views[row][EXPERTS].activity.clone()
+
+    def _patched(self, row: int) -> dict[int, BankState]:
+        return {shape.layer: self._views[row][shape.layer] for shape in self.shapes}
 
     def filled(self, row: int) -> dict[int, int]:
         """Slots in use by layer. Waits for the device."""
-        return {layer: int(bank.filled) for layer, bank in self._views[row].items()}
+        return {layer: int(bank.filled) for layer, bank in self._patched(row).items()}
 
     def effective_ranks(self, row: int) -> dict[int, float]:
         """Effective rank of the filled keys by layer. Waits for the device."""
-        return {layer: effective_rank(bank.keys[: int(bank.filled)]) for layer, bank in self._views[row].items()}
+        return {layer: effective_rank(bank.keys[: int(bank.filled)]) for layer, bank in self._patched(row).items()}
 
     def slot_ages(self, row: int) -> dict[int, float]:
         """Mean number of writes since a filled slot was last changed, by layer. Waits for the device."""
         ages = {}
-        for layer, bank in self._views[row].items():
+        for layer, bank in self._patched(row).items():
             filled = int(bank.filled)
             ages[layer] = float((bank.clock - bank.stamp[:filled]).double().mean()) if filled else 0.0
         return ages
@@ -161,10 +178,13 @@ class BankPool:
         return sum(tensor[0].nbytes for arena in self._arena.values() for tensor in arena)
 
 
-def bytes_per_row(config: PAConfig, shapes: list[BankShape], dtype: torch.dtype) -> int:
+def bytes_per_row(
+    config: PAConfig, shapes: list[BankShape], dtype: torch.dtype, experts: tuple[int, int] | None = None
+) -> int:
     """Bytes of one row, before there is a pool."""
     numbers = sum(config.bank_size * (shape.inner + shape.hidden) for shape in shapes) * dtype.itemsize
-    return numbers + len(shapes) * 8 * (2 * config.bank_size + 2 + len(COUNTERS))
+    counts = 0 if experts is None else 8 * experts[0] * experts[1]
+    return numbers + counts + len(shapes) * 8 * (2 * config.bank_size + 2 + len(COUNTERS))
 
 
 def _new_arena(config: PAConfig, shape: BankShape, rows: int, dtype: torch.dtype, device: torch.device) -> BankState:

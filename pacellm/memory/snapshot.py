@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pacellm.errors import SnapshotRefused
+from pacellm.memory.activity import EXPERTS
 from pacellm.memory.state import BankState
 from pacellm.memory.tiers import Banks
 
@@ -235,8 +236,8 @@ def take_banks(prefix: str, tensors: dict[str, Tensor], like: Banks) -> Banks:
             if tensor is None or tensor.shape != pattern.shape or tensor.dtype != pattern.dtype:
                 raise SnapshotRefused(f"snapshot's {prefix}.{layer}.{field} is missing or of another shape")
             parts.append(tensor.clone())
-        found[layer] = BankState(*parts)
-        _check_bank(f"{prefix}.{layer}", found[layer])
+        found[layer] = type(wanted)(*parts)
+        (_check_activity if layer == EXPERTS else _check_bank)(f"{prefix}.{layer}", found[layer])
     return found
 
 
@@ -250,6 +251,11 @@ def _check_bank(name: str, bank: BankState) -> None:
         raise SnapshotRefused(f"snapshot's {name} has counts that cannot be")
     if int(bank.filled) > slots or bool((bank.stamp > clock).any()):
         raise SnapshotRefused(f"snapshot's {name} contradicts itself")
+
+
+def _check_activity(name: str, state: Any) -> None:
+    if bool((state.activity < 0).any()) or bool((state.activity > 2**60).any()):
+        raise SnapshotRefused(f"snapshot's {name} has counts that cannot be")
 
 
 def fingerprint(weights: Iterable[tuple[str, Tensor]], facts: dict[str, Any]) -> str:

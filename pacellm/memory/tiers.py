@@ -63,7 +63,7 @@ def banks_nbytes(banks: Banks) -> int:
 
 def copy_banks(banks: Banks, *, pin: bool = False) -> Banks:
     """Copies in host memory."""
-    return {layer: BankState(*(_to_host(tensor, pin) for tensor in bank)) for layer, bank in banks.items()}
+    return {layer: type(bank)(*(_to_host(tensor, pin) for tensor in bank)) for layer, bank in banks.items()}
 
 
 def download(slabs: list[Tensor], spans: list[Span], tokens: int, banks: Banks) -> HostState:

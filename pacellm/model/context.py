@@ -16,6 +16,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from pacellm.config import PAConfig
+from pacellm.memory.activity import ActivityState
 from pacellm.memory.bank import Total
 from pacellm.memory.feed import Tokens
 from pacellm.memory.state import BankState, Stage
@@ -62,6 +63,22 @@ class Banks:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A sequence's expert activity.
+
+    Attributes:
+        state, stage: of its working row.
+        density: part of the experts that its decoded tokens use.
+        sets: by layer [E] bool, the working set as the activity stands; the sequence's own, kept over steps.
+    """
+
+    state: ActivityState
+    stage: ActivityState
+    density: float
+    sets: dict[int, Tensor]
+
+
+@dataclass(frozen=True)
 class Chunk:
     """One sequence's part of a step.
 
@@ -72,6 +89,7 @@ class Chunk:
         pieces: its rows cut at segment ends.
         banks: None where this request's FFNs are left alone.
         num_decoded: how many of its last rows are decoded tokens, now or in the log that is replayed.
+        experts: its expert activity, None without a layout.
     """
 
     start: int
@@ -81,6 +99,14 @@ class Chunk:
     pieces: tuple[Piece, ...] = ()
     banks: Banks | None = None
     num_decoded: int = 0
+    experts: Experts | None = None
+
+    def mask(self, layer: int, inner: int) -> Tensor | None:
+        """[F] bool: the neurons that its decoded tokens use in a layer, once that was decided; None where all are."""
+        if self.experts is None or self.experts.density == 1.0 or layer not in self.experts.sets:
+            return None
+        chosen = self.experts.sets[layer]
+        return chosen.repeat_interleave(inner // len(chosen))
 
 
 @dataclass(frozen=True)
@@ -153,6 +179,7 @@ class StepContext:
         to a bank of that layer. At 200K tokens that is half of the bundled model's work, which has two full layers.
         """
         is_read = chunk.banks is not None and layer in chunk.banks.banks
+        is_read = is_read or (chunk.experts is not None and chunk.stop - chunk.start > chunk.num_decoded)
         if self.wanted is None or is_read or layer + 1 < len(self.keys):
             return chunk.start
         place = bisect_left(self.wanted, chunk.start)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pacellm.memory import bank, decoded
 from pacellm.memory.bank import Total
 from pacellm.memory.feed import Feed, Tokens, best_feed, feed
-from pacellm.model.context import Banks, Chunk, Piece, StepContext, current_step
+from pacellm.model.context import Chunk, Piece, StepContext, current_step
 
 
 class PersistentDown(nn.Module):
@@ -63,7 +63,7 @@ class PersistentDown(nn.Module):
             if chunk.banks is not None:
                 step.failing = chunk
                 pieces = chunk.pieces[: len(chunk.pieces) - chunk.num_decoded]
-                self._remember(pieces, chunk.banks, step, inner, plain, output)
+                self._remember(pieces, chunk, step, inner, plain, output)
         step.failing = None
         if inner.device.type == "cpu":
             self._remember_decoded(step, inner, plain, output)
@@ -90,18 +90,22 @@ class PersistentDown(nn.Module):
     def _remember(
         self,
         pieces: Sequence[Piece],
-        owned: Banks,
+        chunk: Chunk,
         step: StepContext,
         inner: Tensor,
         plain: Tensor,
         output: Tensor,
     ) -> None:
         """Read, and where the request may write, stage and write, piece by piece in order."""
-        state, bias = owned.banks[self.layer], self.bias
-        for piece in pieces:
+        owned, bias = chunk.banks, self.bias
+        assert owned is not None
+        state, mask = owned.banks[self.layer], chunk.mask(self.layer, inner.shape[1])
+        for number, piece in enumerate(pieces):
+            restricts = mask if number >= len(chunk.pieces) - chunk.num_decoded else None
             rows = slice(piece.start, piece.stop)
             x, y = inner[rows], plain[rows]
-            result = bank.read(state, x, y if bias is None else y - bias, step.pa, self._total(step))
+            y = y if bias is None else y - bias
+            result = bank.read(state, x, y, step.pa, self._total(step), restricts)
             output[rows] = result.output if bias is None else result.output + bias
             if owned.mode == "on":
                 staged = owned.stages[self.layer]
@@ -119,7 +123,9 @@ class PersistentDown(nn.Module):
             owned = [chunk.banks for chunk in left if chunk.banks is not None]
             y = plain[rows] if bias is None else plain[rows] - bias
             banks = [one.banks[self.layer] for one in owned]
-            found = decoded.feed(banks, [one.mode == "on" for one in owned], inner[rows], y, step.pa, self._total(step))
+            masks = [chunk.mask(self.layer, inner.shape[1]) for chunk in left]
+            writes = [one.mode == "on" for one in owned]
+            found = decoded.feed(banks, writes, inner[rows], y, step.pa, self._total(step), masks)
             output[rows] = found if bias is None else found + bias
             turn += 1
             left = [chunk for chunk in left if chunk.num_decoded > turn]

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from pacellm.errors import ModelError, PaceError
+from pacellm.experts.layout import Layout
 from pacellm.model import attention, attention_cuda
 from pacellm.model.checkpoint import check_directory, check_head, check_loaded
 from pacellm.model.context import KVShape, LayerProbe, StepContext, step_context
@@ -42,6 +43,7 @@ class LoadedModel:
         device: where all of it lies.
         patchable_layers: those whose FFN can have banks: all but layers of routed experts alone.
         ranks: the tensor-parallel group that each layer is split over; ``kv_shapes`` are this rank's then.
+        layout: the order that its FFN neurons were put into, None where they are as they came.
     """
 
     module: nn.Module
@@ -53,6 +55,7 @@ class LoadedModel:
     device: torch.device
     patchable_layers: tuple[int, ...] | None = None
     ranks: Ranks | None = None
+    layout: Layout | None = None
 
     @property
     def num_layers(self) -> int:

@@ -1,7 +1,7 @@
 """The last layer's FFN, for the rows that somebody reads.
 
 Behind the last layer's attention every row stands for itself, so of a prompt's chunk only the rows that the head reads
-need an FFN there, unless that layer has a bank (see also :meth:`StepContext.first_row`).
+need an FFN there, unless that layer has a bank or its experts are counted (see also :meth:`StepContext.first_row`).
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ def narrow(ffn: nn.Module, layer: int) -> None:
 def _rows(step: StepContext, layer: int, hidden: Tensor) -> Tensor | None:
     """The rows to work on, or None for all of them."""
     if step.wanted is None or any(chunk.banks is not None and layer in chunk.banks.banks for chunk in step.chunks):
+        return None
+    if any(chunk.experts is not None for chunk in step.chunks):  # they are counted in every row
         return None
     length = len(step.wanted) + missing_rows(len(step.wanted)) or ROWS
     if hidden.ndim != 3 or hidden.shape[0] != 1 or 2 * length > hidden.shape[1]:

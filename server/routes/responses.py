@@ -98,6 +98,8 @@ async def _submit(service: Service, body: ResponseRequest, caller: Caller) -> Re
             tenant=caller.tenant,
             pa=body.pacellm.pa or "on",
             commit=body.store,
+            ce_density=body.pacellm.ce_density,
+            experts=body.pacellm.experts,
             priority=body.priority,
             constraint=constraint,
         )

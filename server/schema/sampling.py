@@ -24,10 +24,12 @@ class StreamOptions(Strict):
 
 
 class PaceOptions(Strict):
-    """How this request uses its session's banks."""
+    """How this request uses its session's banks and experts, and whether it reports on the latter."""
 
     pa: PAMode | None = None
     commit: bool = True
+    ce_density: Annotated[float, Field(ge=1e-6, le=1)] | None = None
+    experts: bool = False
 
 
 class GenerationFields(Strict):

@@ -35,7 +35,7 @@ def test_rope_that_depends_on_the_batch_is_refused():
 
 
 def test_a_path_that_is_no_model(tmp_path):
-    with pytest.raises(ModelError, match="no config.json"):
+    with pytest.raises(ModelError, match=r"no config\.json"):
         load(tmp_path)
 
 

@@ -1,0 +1,1 @@
+"""Cortical Experts: FFN neurons in clusters of equal size, side by side. Knows tensors, no transformers, no HTTP."""
