@@ -205,9 +205,9 @@ def test_similarities_are_about_the_set_on_both_sides():
         short.values.copy_(states[2].values)
         for name in ("usage", "stamp", "filled", "clock"):
             getattr(short, name).copy_(getattr(states[2], name))
-        together = decoded.feed([states[2]], [False], x, y, BANK, [mask])
+        together = decoded.feed([states[2]], [False], x, y, BANK, masks=[mask])
         assert torch.allclose(together, decoded.feed([short], [False], x[:, mask], y, BANK), atol=1e-5)
-        assert torch.allclose(together, bank.read(states[2], x, y, BANK, mask).output, atol=1e-5)
+        assert torch.allclose(together, bank.read(states[2], x, y, BANK, mask=mask).output, atol=1e-5)
 
 
 def test_what_cannot_be_served_is_refused(model):
