@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,20 +18,13 @@ from pacellm.config import EngineConfig, PAConfig
 from pacellm.demo import MODEL_PATH
 from pacellm.demo.generator import make_document
 from pacellm.demo.reader import DocumentReader, questions_of
+from pacellm.demo.shares import interval
 from pacellm.engine.engine import Engine
 from pacellm.model.load import load
 from pacellm.tokenizer import ChatTokenizer
 
 DEPTHS = 10
 Outcome = dict[str, Any]
-
-
-def interval(right: int, asked: int) -> tuple[float, float]:
-    """95 % Wilson interval of a share."""
-    z, share = 1.96, right / asked
-    centre = (share + z * z / (2 * asked)) / (1 + z * z / asked)
-    half = z / (1 + z * z / asked) * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def measure(

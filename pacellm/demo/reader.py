@@ -16,11 +16,15 @@ class DocumentReader:
     Args:
         engine: with a tokenizer, used by nobody else meanwhile.
         tokenizer: of the same model.
+
+    Attributes:
+        ce_density: part of the experts that answers use; None is the engine's.
     """
 
     def __init__(self, engine: Engine, tokenizer: ChatTokenizer) -> None:
         self.engine, self._tokenizer = engine, tokenizer
         self._requests = 0
+        self.ce_density: float | None = None
 
     def read(self, document: Document, session: str, pa: PAMode = "on") -> Finished:
         """Feed a document up to where its questions part, and commit that to a session."""
@@ -37,7 +41,10 @@ class DocumentReader:
     ) -> tuple[str, Finished]:
         self._requests += 1
         name = str(self._requests)
-        self.engine.add(GenerationRequest(name, ids, sampling, session=("demo", session), pa=pa, commit=commit))
+        key = ("demo", session)
+        self.engine.add(
+            GenerationRequest(name, ids, sampling, session=key, pa=pa, commit=commit, ce_density=self.ce_density)
+        )
         events = run_until_idle(self.engine)[name]
         last = events[-1]
         if isinstance(last, Failed):

@@ -1,0 +1,165 @@
+"""What working sets of experts cost and bring: ``python load_tests/experts_bench.py --part recall`` (or ``speed``).
+
+``recall``: documents of the bundled model's task, read with all experts and asked about with parts of them, for layouts
+by weights, by activations (on a document that is not asked about) and in random order.
+``speed``: decode steps at Qwen2.5-0.5B's sizes with random weights and a random layout, densities in turn, beside each
+cell's own ceiling: the bytes of all weights over those that the step's sets leave. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from pacellm.config import EngineConfig
+from pacellm.demo import MODEL_PATH
+from pacellm.demo.generator import make_document
+from pacellm.demo.reader import DocumentReader, prompt_of, questions_of
+from pacellm.demo.shares import interval
+from pacellm.engine.engine import Engine
+from pacellm.engine.trace import activation_features
+from pacellm.experts.cluster import Features, cluster, shuffled
+from pacellm.experts.layout import LayerLayout, Layout
+from pacellm.model.layout import apply_layout, model_fingerprint, weight_features
+from pacellm.model.load import LoadedModel, load, prepare
+from pacellm.model.neurons import ffns
+from pacellm.tokenizer import ChatTokenizer
+from pacellm.types import Failed, GenerationRequest, SamplingParams
+
+CALIBRATION_SEED = 10_000
+Make = Callable[[Features, int, int], LayerLayout]
+
+
+def laid_out(model: LoadedModel, features: dict[int, Features], make: Make, experts: int, seed: int) -> LoadedModel:
+    """The model with a layout of its own on it."""
+    layers = {layer: make(one, experts, seed) for layer, one in features.items()}
+    return apply_layout(model, Layout(layers, "bench", "none", seed, model_fingerprint(model.module), {}))
+
+
+def recall(args: argparse.Namespace) -> list[dict[str, object]]:
+    """Rows of right answers by layout, PA and density."""
+    tokenizer = ChatTokenizer(MODEL_PATH)
+    rows = []
+    for name in ("weights", "activations", "random"):
+        model = load(MODEL_PATH)
+        if name == "activations":
+            sample = make_document(args.calibration, args.calibration // 256, CALIBRATION_SEED, tokenizer.backend)
+            features = activation_features(model, prompt_of(tokenizer, sample, "Who?"), seed=0)
+            model = load(MODEL_PATH)
+        else:
+            features = weight_features(model.module)
+        model = laid_out(model, features, shuffled if name == "random" else cluster, args.experts, args.seed)
+        engine = Engine(model, EngineConfig(kv_cache_memory=2**30), tokenizer.backend)
+        reader = DocumentReader(engine, tokenizer)
+        right = {(pa, density): 0 for pa in ("off", "on") for density in args.densities}
+        asked = 0
+        for seed in range(args.documents):
+            document = make_document(args.length, max(args.needles, args.length // 256), seed, tokenizer.backend)
+            facts = questions_of(document, args.needles, 0)
+            asked += len(facts)
+            for pa, density in right:
+                reader.ce_density = density
+                session = f"{pa} {seed}"
+                if density == args.densities[0]:
+                    reader.read(document, session, pa)
+                right[pa, density] += sum(
+                    reader.ask(document, fact.question, session, pa)[0] == fact.answer for fact in facts
+                )
+            print(f"{name}: document {seed + 1} of {args.documents}", file=sys.stderr, flush=True)
+        for (pa, density), count in right.items():
+            low, high = interval(count, asked)
+            rows.append({"layout": name, "pa": pa, "density": density, "right": count, "asked": asked,
+                         "low": round(low, 3), "high": round(high, 3)})  # fmt: skip
+    return rows
+
+
+def speed(args: argparse.Namespace) -> list[dict[str, object]]:
+    """Rows of decode steps by batch and density; ratios are medians of pairs of runs next to each other."""
+    torch.manual_seed(args.seed)
+    config = Qwen2Config(
+        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+        vocab_size=151_936, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.no_grad():
+        model = prepare(Qwen2ForCausalLM(config))
+        model = laid_out(model, weight_features(model.module), shuffled, args.experts, args.seed)
+    engine = Engine(model, EngineConfig(kv_cache_memory=2**30, pa=False, max_num_seqs=8))
+    weights = sum(parameter.nbytes for parameter in model.module.parameters())
+    each = sum(axis.view.nbytes for ffn in ffns(model.module) if ffn is not None for axis in ffn.axes()) / len(
+        config.layer_types or range(config.num_hidden_layers)
+    )
+    rows = []
+    for batch in args.batches:
+        times: dict[float, list[float]] = {density: [] for density in args.densities}
+        parts: dict[float, float] = {}
+        for number in range(args.rounds):
+            for density in args.densities:
+                step, parts[density] = _decode(engine, batch, density, args, number)
+                times[density].append(step)
+        base = args.densities[0]
+        for density in args.densities:
+            ratio = statistics.median(a / b for a, b in zip(times[base], times[density], strict=True))
+            saved = each * (engine.model.num_layers - parts[density])
+            step = statistics.median(times[density])
+            rows.append({"batch": batch, "density": density, "step_ms": round(1e3 * step, 1), "ratio": round(ratio, 3),
+                         "ceiling": round(weights / (weights - saved), 3)})  # fmt: skip
+            print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def _decode(engine: Engine, batch: int, density: float, args: argparse.Namespace, number: int) -> tuple[float, float]:
+    """(median seconds of a step that only decodes, the sum over layers of the part of the experts it reads)."""
+    generator = torch.Generator().manual_seed(number)
+    for name in range(batch):
+        prompt = torch.randint(6, 2000, (args.prompt,), generator=generator).tolist()
+        sampling = SamplingParams(max_tokens=args.new, temperature=0, ignore_eos=True)
+        engine.add(GenerationRequest(str(name), prompt, sampling, ce_density=density))
+    steps, part = [], float(engine.model.num_layers)
+    while engine.has_work:
+        running = engine.scheduler.running
+        decodes = len(running) == batch and all(sequence.generated for sequence in running)
+        started = time.perf_counter()
+        events = engine.step()
+        if decodes:
+            steps.append(time.perf_counter() - started)
+            sets = [sequence.working_sets for sequence in running]
+            if density < 1 and sets and all(sets):
+                part = sum(float(torch.stack([one[layer] for one in sets]).any(0).double().mean()) for layer in sets[0])
+        if failed := [event for _, event in events if isinstance(event, Failed)]:
+            raise failed[0].error
+    return statistics.median(steps), part
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--part", choices=("recall", "speed"), required=True)
+    add("--experts", type=int, default=64)
+    add("--densities", type=float, nargs="+", default=[1.0, 0.75, 0.5, 0.25])
+    add("--seed", type=int, default=0)
+    add("--length", type=int, default=1024, help="tokens of a document")
+    add("--documents", type=int, default=10)
+    add("--needles", type=int, default=20, help="questions to a document")
+    add("--calibration", type=int, default=4096, help="tokens of the document that activations are seen on")
+    add("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
+    add("--prompt", type=int, default=64)
+    add("--new", type=int, default=24)
+    add("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    rows = recall(args) if args.part == "recall" else speed(args)
+    for row in rows:
+        print("  ".join(f"{name} {value}" for name, value in row.items()))
+    print(json.dumps({"bench": f"experts {args.part}", "experts": args.experts, "threads": torch.get_num_threads(),
+                      "torch": torch.__version__, "rows": rows}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
