@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from server.auth import Keys
     from server.service import Service
     from server.settings import Settings
+    from server.traces import Traces
 
 logger = logging.getLogger("pacellm")
 _UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -85,6 +86,7 @@ def build(options: argparse.Namespace) -> tuple[Service, Keys, Team | None]:
     name = options.served_model_name or ("pacellm-demo" if options.model is None else options.model)
     settings = server_settings(options, name, has_keys=bool(keys))
     check_directory(path, allow_pickle=options.allow_pickle)
+    traces = _traces(options.otlp_endpoint, name)
     tokenizer = ChatTokenizer(path, options.chat_template)
     model, team = _load(str(path), options)
     if options.ce_layout is not None:
@@ -93,7 +95,19 @@ def build(options: argparse.Namespace) -> tuple[Service, Keys, Team | None]:
     if not tokenizer.has_chat_template:
         logger.warning("%s has no chat template: chat requests are refused; give one with --chat-template FILE", path)
     _describe(engine, str(path), config.max_model_len or model.context_length)
-    return Service(engine, tokenizer, settings), keys, team
+    return Service(engine, tokenizer, settings, traces), keys, team
+
+
+def _traces(endpoint: str | None, model_name: str) -> Traces | None:
+    if endpoint is None:
+        return None
+    try:
+        from server.traces import Traces, exporter
+    except ModuleNotFoundError:
+        raise ConfigError(
+            "--otlp-endpoint needs OpenTelemetry: pip install 'pacellm[otel]'", param="otlp_endpoint"
+        ) from None
+    return Traces(exporter(endpoint), model_name)
 
 
 def _load(path: str, options: argparse.Namespace) -> tuple[LoadedModel, Team | None]:
@@ -252,6 +266,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     )
     add("--cors-origin", action="append", default=[], help="origin whose pages may use the server; repeatable")
     add("--admin-port", type=int, help="serve /metrics on this port and not on the main one")
+    add("--otlp-endpoint", metavar="URL", help="send a trace of every request to this OTLP collector, as "
+        "http://127.0.0.1:4318; needs the extra otel")  # fmt: skip
     add("--ssl-certfile", type=Path, help="TLS certificate chain, PEM")
     add("--ssl-keyfile", type=Path, help="its private key, PEM")
     add("--log-format", default="text", choices=("text", "json"))

@@ -43,7 +43,7 @@ def create_app(service: Service, keys: Keys | None = None) -> ASGIApp:
             allow_headers=["*"],
             expose_headers=["X-Request-ID", "X-PaceLLM-Session", "Retry-After", "x-should-retry"],
         )
-    return Edge(app, settings.allowed_hosts)
+    return Edge(app, settings.allowed_hosts, service.metrics.count_response)
 
 
 def create_admin_app(service: Service, keys: Keys | None = None) -> ASGIApp:

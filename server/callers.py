@@ -18,14 +18,17 @@ class Caller:
         request_id: the X-Request-ID.
         arrival: monotonic seconds.
         timeout: what the request allows itself, in seconds from arrival.
+        traceparent: the span that the request belongs to, as its header names it.
     """
 
     tenant: str
     request_id: str
     arrival: float
     timeout: float | None = None
+    traceparent: str | None = None
 
     @classmethod
     def of(cls, request: Request, timeout: float | None = None) -> Caller:
         """The caller of an HTTP request that was let in."""
-        return cls(tenant_of(request), request.state.request_id, request.state.arrival, timeout)
+        parent = request.headers.get("traceparent")
+        return cls(tenant_of(request), request.state.request_id, request.state.arrival, timeout, parent)

@@ -6,7 +6,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,6 +18,7 @@ from server.errors import response_of
 logger = logging.getLogger("pacellm.access")
 REQUEST_ID = r"^[A-Za-z0-9._:-]{1,128}$"
 MAX_HEADERS = 128
+_PROBES = frozenset(("/health", "/ready", "/metrics", "/version"))
 
 
 class Edge:
@@ -26,10 +27,14 @@ class Edge:
     Args:
         app: what answers.
         allowed_hosts: names that the Host header may have, ``*.example.org`` for subdomains; empty lets all pass.
+        count: called with the status of every answer, but for those to probes and scrapes.
     """
 
-    def __init__(self, app: ASGIApp, allowed_hosts: Sequence[str] = ()) -> None:
+    def __init__(
+        self, app: ASGIApp, allowed_hosts: Sequence[str] = (), count: Callable[[int], None] | None = None
+    ) -> None:
         self._app, self._hosts = app, tuple(host.lower() for host in allowed_hosts)
+        self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -57,6 +62,8 @@ class Edge:
             app = self._app if problem is None else response_of(problem)
             await app(scope, receive, answer)
         finally:
+            if status and self._count is not None and scope["path"] not in _PROBES:
+                self._count(status)
             _log(scope, status, time.monotonic() - started)
             logs.request_id.reset(token)
 

@@ -7,13 +7,16 @@ from collections.abc import Iterator
 from time import monotonic
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import Counter as Total
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from pacellm import errors
 from pacellm.engine.thread import EngineThread
 from pacellm.memory.tiers import banks_nbytes
 from pacellm.types import Delta, Event, Failed, Finished
 
+_STATUSES = (200, *sorted({error.status for error in vars(errors).values() if hasattr(error, "status")}))
 _SHORT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 _LONG = (*_SHORT[6:], 160.0, 320.0, 640.0, 1280.0, 2560.0)
 _END_TO_END = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 480.0, 960.0, 1920.0, 7680.0)
@@ -26,7 +29,12 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(thread, model_name))
         self._last_token: dict[str, float] = {}
-        self._labels = {"model_name": model_name}
+        self._model = model_name
+        self._responses = Total(
+            "pacellm_http_responses", "HTTP answers by status.", ["model_name", "status"], registry=self.registry
+        )
+        for status in _STATUSES:  # there from the start, so that the first of a kind is seen as a step
+            self._responses.labels(model_name, str(status))
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             metric = Histogram(f"pacellm_{name}", text, ["model_name"], buckets=buckets, registry=self.registry)
@@ -38,6 +46,10 @@ class Metrics:
         self._prefill = histogram("request_prefill_time_seconds", "Admission to first token.", _END_TO_END)
         self._decode = histogram("request_decode_time_seconds", "First to last token.", _END_TO_END)
         self._whole = histogram("e2e_request_latency_seconds", "Arrival to end.", _END_TO_END)
+
+    def count_response(self, status: int) -> None:
+        """Called when an answer has ended. Statuses come from this server alone, so they are few."""
+        self._responses.labels(self._model, str(status)).inc()
 
     def observe(self, request_id: str, event: Event) -> None:
         """Called with every event, on the event loop."""

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pacellm.engine.engine import Engine
 from pacellm.engine.grammar import Grammars
@@ -39,6 +39,9 @@ from server.schema.sampling import GenerationFields, SamplingFields
 from server.schema.turn import TurnRequest
 from server.settings import Settings
 from server.turns import Turn, new_turn
+
+if TYPE_CHECKING:
+    from server.traces import Traces
 
 logger = logging.getLogger("pacellm.server")
 
@@ -91,12 +94,15 @@ class Service:
         engine: not yet running.
         tokenizer: of the same model.
         settings: of the HTTP side.
+        traces: gets a span of every request; None makes none.
     """
 
-    def __init__(self, engine: Engine, tokenizer: ChatTokenizer, settings: Settings) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: ChatTokenizer, settings: Settings, traces: Traces | None = None
+    ) -> None:
         self.engine, self.tokenizer, self.settings = engine, tokenizer, settings
         self.thread = EngineThread(engine, self._deliver)
-        self.metrics = Metrics(self.thread, settings.model_name)
+        self.metrics, self.traces = Metrics(self.thread, settings.model_name), traces
         self.grammars = Grammars(tokenizer.backend, frozenset(engine.model.eos_token_ids))
         self._compiling = asyncio.Lock()  # one grammar at a time: the threads are for others too
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pacellm-tokenizer")
@@ -118,6 +124,8 @@ class Service:
         await asyncio.to_thread(self.thread.stop)
         self._pool.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.grammars.close)
+        if self.traces is not None:
+            await asyncio.to_thread(self.traces.close)
 
     async def off_loop(self, function, *arguments):
         """Run slow work in a thread."""
@@ -252,6 +260,8 @@ class Service:
             raise _late()
         self.thread.submit(request)  # its first event needs this loop, so it cannot come before the next line
         self._generations[request.request_id] = generation = Generation(self, request, caller)
+        if self.traces is not None:
+            self.traces.start(request, caller.request_id, caller.traceparent)
         if left is not None:
             generation.timer = asyncio.get_running_loop().call_later(left, self._end, generation, _late())
         return generation
@@ -292,6 +302,8 @@ class Service:
 
     def _end(self, generation: Generation, error: PaceError) -> None:
         """Fail a request from this side; what it held is returned at the engine's next step."""
+        if self.traces is not None:
+            self.traces.observe(generation.request.request_id, Failed(error))
         self.forget(generation, abort=True)
         generation.push(Failed(error))
 
@@ -302,6 +314,8 @@ class Service:
             generation.timer.cancel()
         if abort and known is not None:
             self.thread.abort(generation.request.request_id)
+            if self.traces is not None:
+                self.traces.fail(generation.request.request_id, "cancelled")
 
     def _deliver(self, events: list[tuple[str, Event]]) -> None:
         """Called in the engine thread."""
@@ -311,6 +325,8 @@ class Service:
     def _dispatch(self, events: list[tuple[str, Event]]) -> None:
         for request_id, event in events:
             self.metrics.observe(request_id, event)
+            if self.traces is not None:
+                self.traces.observe(request_id, event)
             if isinstance(event, Finished) and event.prefill_seconds > 0:
                 computed = event.usage.prompt_tokens - event.usage.cached_tokens + event.usage.replayed_tokens
                 rate = computed / event.prefill_seconds

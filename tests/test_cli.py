@@ -64,6 +64,7 @@ def test_serve_answers_and_ends_on_sigterm():
         (["--max-num-batched-tokens", "0"], "max_num_batched_tokens"),
         (["--kv-cache-memory-bytes", "1K"], "kv_cache_memory"),
         (["--device", "cuda:99"], "'cuda:99' is not here; use one of cpu"),
+        (["--otlp-endpoint", "collector:4318"], "write it as http://host:4318"),
         (["--device", "typewriter"], "'typewriter' is not here"),
     ],
 )
@@ -73,6 +74,13 @@ def test_what_cannot_work_is_said_in_one_line(arguments, says, capsys, monkeypat
     printed = capsys.readouterr().err.strip()
     assert says in printed.splitlines()[-1]
     assert "Traceback" not in printed
+
+
+def test_traces_without_their_package_name_the_extra(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "server.traces", raising=False)
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    assert main(["serve", "--otlp-endpoint", "http://127.0.0.1:4318"]) == 2
+    assert "pip install 'pacellm[otel]'" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_unreadable_values_name_the_flag(capsys):

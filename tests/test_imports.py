@@ -53,7 +53,7 @@ def test_arrows(path):
         assert other is None or other <= own, f"{path} imports {module}, which lies above it"
         if module.split(".")[0] == "transformers":
             assert path.startswith("pacellm/model/") or path == "pacellm/tokenizer.py", f"{path} imports transformers"
-        if module.split(".")[0] in ("fastapi", "starlette", "uvicorn", "prometheus_client", "httpx"):
+        if module.split(".")[0] in ("fastapi", "starlette", "uvicorn", "prometheus_client", "httpx", "opentelemetry"):
             assert own == 4, f"{path} knows HTTP"
 
 

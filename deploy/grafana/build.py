@@ -116,7 +116,14 @@ SERVING = (
             (rate("request_aborted"), "cancelled"),
         ),
     ),
+    Panel("HTTP answers", "reqps", ((rate("http_responses", "status"), "{{status}}"),)),
     Panel("Preemptions", "cps", ((rate("num_preemptions"), "preemptions"),)),
+    Panel("Forward passes", "cps", ((rate("steps"), "passes"),)),
+    Panel(
+        "Share of prompt tokens not computed again",
+        "percentunit",
+        ((f"{rate('cached_prompt_tokens')} / ({rate('cached_prompt_tokens')} + {rate('prompt_tokens')})", "cached"),),
+    ),
     Panel("Engine heartbeat age", "s", ((gauge("engine_heartbeat_age_seconds", "instance", "max"), "{{instance}}"),)),
 )
 DASHBOARDS = {"banks": ("Memory banks", BANKS), "serving": ("Serving", SERVING)}

@@ -25,14 +25,15 @@ class Live:
 
     Args:
         files: attributes of the tokenizer, as another model's files would set them.
+        traces: gets spans.
     """
 
-    def __init__(self, config, settings, keys=None, files=None):
+    def __init__(self, config, settings, keys=None, files=None, traces=None):
         tokenizer = ChatTokenizer(MODEL_PATH)
         for name, value in (files or {}).items():
             setattr(tokenizer._tokenizer, name, value)
         self.engine = Engine(load(MODEL_PATH), config, tokenizer.backend)
-        self.service = Service(self.engine, tokenizer, settings)
+        self.service = Service(self.engine, tokenizer, settings, traces)
         self._server = uvicorn.Server(
             uvicorn.Config(create_app(self.service, keys), host="127.0.0.1", port=0, log_level="warning", ws="none")
         )
@@ -71,9 +72,11 @@ class Live:
         raise AssertionError("requests are still in the engine")
 
 
-def start(config=None, keys=None, files=None, **settings):
+def start(config=None, keys=None, files=None, traces=None, **settings):
     """A server whose KV memory holds the whole context; pages that are not touched cost nothing."""
-    return Live(config or EngineConfig(kv_cache_memory=2**31), Settings(model_name=NAME, **settings), keys, files)
+    return Live(
+        config or EngineConfig(kv_cache_memory=2**31), Settings(model_name=NAME, **settings), keys, files, traces
+    )
 
 
 @pytest.fixture(scope="session")
