@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from pacellm import errors
+from pacellm.engine.stats import per_layer
 from pacellm.engine.thread import EngineThread
 from pacellm.memory.tiers import banks_nbytes
 from pacellm.types import Delta, Event, Failed, Finished
@@ -112,6 +113,7 @@ class _EngineCollector(Collector):
             success.add_metric([self._model, reason], stats.finished[reason])
         yield success
         yield from self._banks()
+        yield self._experts()
 
     def _tiers(self) -> Iterator[Metric]:
         engine = self._thread.engine
@@ -173,6 +175,16 @@ class _EngineCollector(Collector):
             for layer, value in dict(values).items():
                 gauge.add_metric([self._model, str(layer)], value)
             yield gauge
+
+    def _experts(self) -> Metric:
+        activity = CounterMetricFamily(
+            "pacellm_expert_activity", "Prompt tokens, shared among a layer's experts by what they did.",
+            labels=["model_name", "layer", "expert"],
+        )  # fmt: skip
+        for layer, shares in per_layer(self._thread.engine.stats.experts).items():
+            for expert, tokens in enumerate(shares):
+                activity.add_metric([self._model, str(layer), str(expert)], tokens)
+        return activity
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         metric = GaugeMetricFamily(f"pacellm_{name}", text, labels=["model_name"])

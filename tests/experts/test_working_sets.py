@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from pacellm.engine.stats import EngineStats, per_layer
 from pacellm.errors import ConfigError, RequestError
 from pacellm.experts.working_set import choose
 from pacellm.memory import bank, decoded
@@ -222,3 +223,9 @@ def test_what_cannot_be_served_is_refused(model):
         with pytest.raises(RequestError, match="--ce-layout FILE") as refused:
             engine.check(request("x", [5, 6], **changes))
         assert refused.value.param == field
+
+
+def test_activity_is_a_metric_by_layer_and_expert():
+    stats = EngineStats(experts=torch.tensor([[3, 1], [0, 4]]) * UNIT)
+    assert per_layer(stats.experts) == {0: [3.0, 1.0], 1: [0.0, 4.0]}
+    assert per_layer(None) == {}
