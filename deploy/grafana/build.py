@@ -126,7 +126,33 @@ SERVING = (
     ),
     Panel("Engine heartbeat age", "s", ((gauge("engine_heartbeat_age_seconds", "instance", "max"), "{{instance}}"),)),
 )
-DASHBOARDS = {"banks": ("Memory banks", BANKS), "serving": ("Serving", SERVING)}
+_ACTIVITY = rate("expert_activity", "layer, expert")
+EXPERTS = (
+    Panel("Prompt tokens counted, by layer", "short", ((rate("expert_activity", "layer"), "layer {{layer}}"),)),
+    Panel(
+        "Share of the busiest expert",
+        "percentunit",
+        ((f"max by (layer) ({_ACTIVITY}) / {rate('expert_activity', 'layer')}", "layer {{layer}}"),),
+        "Far above one over the number of experts: prompts lean on few of them.",
+    ),
+    Panel(
+        "Share of the eight busiest",
+        "percentunit",
+        (
+            (
+                f"sum by (layer) (topk by (layer) (8, {_ACTIVITY})) / {rate('expert_activity', 'layer')}",
+                "layer {{layer}}",
+            ),
+        ),
+        "What a small working set would still see.",
+    ),
+    Panel("The ten busiest experts", "short", ((f"topk(10, {_ACTIVITY})", "layer {{layer}}, expert {{expert}}"),)),
+)
+DASHBOARDS = {
+    "banks": ("Memory banks", BANKS),
+    "serving": ("Serving", SERVING),
+    "experts": ("Experts", EXPERTS),
+}
 
 
 def dashboard(name: str) -> dict[str, Any]:

@@ -11,6 +11,11 @@ import httpx
 import pytest
 
 from pacellm.config import EngineConfig, PAConfig
+from pacellm.demo import MODEL_PATH
+from pacellm.experts.cluster import shuffled
+from pacellm.experts.layout import Layout
+from pacellm.model.layout import apply_layout, model_fingerprint, weight_features
+from pacellm.model.load import load as load_model
 from tests.server.conftest import start
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +43,13 @@ def load(server, seconds):
         number += 1
 
 
+def with_experts():
+    """The bundled model with a layout, so that the experts' panels have something to show."""
+    model = load_model(MODEL_PATH)
+    layers = {layer: shuffled(one, 64, 0) for layer, one in weight_features(model.module).items()}
+    return apply_layout(model, Layout(layers, "random", "none", 0, model_fingerprint(model.module), {}))
+
+
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory):
     folder, port = tmp_path_factory.mktemp("prometheus"), free_port()
@@ -47,7 +59,7 @@ def prometheus(tmp_path_factory):
         session_host_memory=2**28,
         bank=PAConfig(preset="paper", segment=256),
     )
-    with start(config) as server:
+    with start(config, model=with_experts()) as server:
         (folder / "prometheus.yml").write_text(
             "global: {scrape_interval: 1s}\nscrape_configs:\n- job_name: pacellm\n  static_configs:\n"
             f"  - targets: ['{server.url.removeprefix('http://')}']\n"

@@ -26,13 +26,14 @@ class Live:
     Args:
         files: attributes of the tokenizer, as another model's files would set them.
         traces: gets spans.
+        model: another than the bundled one as it is.
     """
 
-    def __init__(self, config, settings, keys=None, files=None, traces=None):
+    def __init__(self, config, settings, keys=None, files=None, traces=None, model=None):
         tokenizer = ChatTokenizer(MODEL_PATH)
         for name, value in (files or {}).items():
             setattr(tokenizer._tokenizer, name, value)
-        self.engine = Engine(load(MODEL_PATH), config, tokenizer.backend)
+        self.engine = Engine(model or load(MODEL_PATH), config, tokenizer.backend)
         self.service = Service(self.engine, tokenizer, settings, traces)
         self._server = uvicorn.Server(
             uvicorn.Config(create_app(self.service, keys), host="127.0.0.1", port=0, log_level="warning", ws="none")
@@ -72,11 +73,10 @@ class Live:
         raise AssertionError("requests are still in the engine")
 
 
-def start(config=None, keys=None, files=None, traces=None, **settings):
+def start(config=None, keys=None, files=None, traces=None, model=None, **settings):
     """A server whose KV memory holds the whole context; pages that are not touched cost nothing."""
-    return Live(
-        config or EngineConfig(kv_cache_memory=2**31), Settings(model_name=NAME, **settings), keys, files, traces
-    )
+    config = config or EngineConfig(kv_cache_memory=2**31)
+    return Live(config, Settings(model_name=NAME, **settings), keys, files, traces, model)
 
 
 @pytest.fixture(scope="session")
