@@ -1,7 +1,8 @@
 """What reading costs by length: ``python load_tests/prefill_bench.py --out prefill``.
 
-Every length is read by an engine in a process of its own, PA on. ``attention_share`` is the time that the
-full-attention layers' arithmetic takes at the rate measured here for the attention kernel alone, over the whole time.
+Every length is read by an engine in a process of its own. ``attention_share`` is the time that the full-attention
+layers' arithmetic takes at the rate measured here for the attention kernel alone, over the whole time; with PA off the
+last layer attends only what the head reads, and is not counted.
 Seconds are fitted as a + b·n + c·n²; with matplotlib installed, ``OUT.png`` draws them. The last line is JSON.
 """
 
@@ -43,10 +44,10 @@ def kernel_rate() -> float:
     return 4 * heads * attention_cpu.TILE * attention_cpu.WINDOW * size / statistics.median(seconds)
 
 
-def one(length: int) -> dict[str, Any]:
+def one(length: int, pa: bool) -> dict[str, Any]:
     """Read ``length`` random tokens, in this process."""
     model = load(MODEL_PATH)
-    config = EngineConfig(kv_cache_memory=(ROOM + 512) * model.bytes_per_token)
+    config = EngineConfig(pa=pa, kv_cache_memory=(ROOM + 512) * model.bytes_per_token)
     engine = Engine(model, config)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ids = torch.randint(6, 2000, (length,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -56,10 +57,12 @@ def one(length: int) -> dict[str, Any]:
     run_until_idle(engine)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     config_ = model.module.config
-    full = sum(kind == "full_attention" for kind in config_.layer_types)  # type: ignore[union-attr]
+    kinds = config_.layer_types[: None if pa else -1]  # type: ignore[union-attr,index]
+    full = sum(kind == "full_attention" for kind in kinds)
     work = full * 2 * length * (length + 1) * config_.hidden_size  # type: ignore[union-attr,operator]
     return {
         "tokens": length,
+        "pa": "on" if pa else "off",
         "seconds": round(wall, 3),
         "cpu_seconds": round(cpu, 3),
         "tokens_per_second": round(length / wall),
@@ -118,15 +121,16 @@ def main() -> None:
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[2**n for n in (10, 12, 14, 16, 17)] + [200_000, 262_143]
     )
+    parser.add_argument("--pa", choices=("on", "off"), default="on")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("prefill"), help="path of the picture, without ending")
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(one(args.one)))
+        print(json.dumps(one(args.one, args.pa == "on")))
         return
     rows = []
     for length in args.lengths:
-        command = [sys.executable, __file__, "--one", str(length)]
+        command = [sys.executable, __file__, "--pa", args.pa, "--one", str(length)]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
         rows.append(json.loads(output.splitlines()[-1]))
         print(rows[-1], flush=True)

@@ -184,6 +184,7 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         session_memory=options.session_memory,
         session_host_memory=options.session_host_memory,
         session_dir=options.session_dir,
+        session_disk_size=options.session_disk_size,
         session_sync=options.session_sync,
         session_ttl=options.session_ttl,
         gpu_memory_utilization=options.gpu_memory_utilization,
@@ -236,6 +237,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--session-host-memory", type=_size, help="bytes of sessions in host memory, below the device (default: as "
         "--session-memory beside a GPU, else 0)")  # fmt: skip
     add("--session-dir", help="directory for sessions below that, and over restarts")
+    add("--session-disk-size", type=_size, help="bytes of their files there (default: no limit)")
     add("--session-sync", action="store_true", help="sync a session's log to disk before its request's last event")
     add("--session-ttl", type=float, help="seconds that an unused session lives (default: no limit)")
     add("--max-snapshot-bytes", type=_size, default=2**30, help="largest session snapshot made or taken")
@@ -404,10 +406,15 @@ def _describe_tiers(engine) -> None:
         "idle sessions: %.2f GiB of KV on the device, %.2f GiB in host memory, %s",
         config.session_memory / 2**30,
         engine.mover.host_memory / 2**30,
-        f"then {config.session_dir}, {len(engine.sessions)} there{', synced' if config.session_sync else ''}"
-        if config.session_dir is not None
-        else "no directory: a restart forgets them",
+        _describe_directory(engine) if config.session_dir is not None else "no directory: a restart forgets them",
     )
+
+
+def _describe_directory(engine) -> str:
+    config, budget = engine.config, engine.mover.files.budget
+    limit = "" if budget.limit is None else f" of {budget.limit / 2**30:.2f}"
+    synced = ", synced" if config.session_sync else ""
+    return f"then {config.session_dir}, {len(engine.sessions)} there in {budget.bytes / 2**30:.2f}{limit} GiB{synced}"
 
 
 if __name__ == "__main__":

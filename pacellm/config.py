@@ -110,6 +110,7 @@ class EngineConfig:
         session_host_memory: bytes of KV and banks in host memory, below the device. None: as much as
             ``session_memory`` beside a GPU, nothing where the device is the host.
         session_dir: directory for sessions below that, and over restarts.
+        session_disk_size: bytes of the files of this server's sessions in it. None: no limit.
         session_sync: write and sync a session's log before its request's final event.
         session_ttl: seconds that an unused session lives, where it has no time of its own.
         gpu_memory_utilization: share of a GPU's memory that weights, activations, KV and banks may take together.
@@ -131,6 +132,7 @@ class EngineConfig:
     session_log_memory: int = 256 * 2**20
     session_host_memory: int | None = None
     session_dir: str | None = None
+    session_disk_size: int | None = None
     session_sync: bool = False
     session_ttl: float | None = None
     pa_memory: int | None = None
@@ -152,7 +154,8 @@ class EngineConfig:
         _check(self, "gpu_memory_utilization", 0.0 < self.gpu_memory_utilization <= 1.0, "above 0 and at most 1")
         _check(self, "ce_density", 1e-6 <= self.ce_density <= 1.0, "above 0 and at most 1")
         _check(self, "session_ttl", self.session_ttl is None or self.session_ttl > 0, "above 0")
-        _check(self, "session_sync", not self.session_sync or self.session_dir is not None, "used with session_dir")
+        for name in ("session_sync", "session_disk_size"):
+            _check(self, name, not getattr(self, name) or self.session_dir is not None, "used with session_dir")
         for name in ("session_memory", "session_log_memory", "session_host_memory", "pa_memory"):
             value = getattr(self, name)
             _check(self, name, value is None or value >= 0, "at least 0")

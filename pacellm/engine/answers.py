@@ -165,11 +165,13 @@ class Answers:
     def _complete(self, live: Live) -> list[Event]:
         sequence = live.sequence
         session = sequence.session
-        if session is not None and sequence.request.commit and self._engine.mover.disk is not None:
+        files = self._engine.mover.files
+        if session is not None and sequence.request.commit and files is not None:
             if not live.choices:
                 self._engine.scheduler.hold(sequence)
             live.is_recorded = True
-            self._engine.mover.record(session, sequence.fed(), sequence.row, lambda done: self._recorded(live, done))
+            pool = self._engine.pool
+            files.record(session, sequence.fed(), pool, sequence.row, lambda done: self._recorded(live, done))
             return []
         return [self._end(live)]
 
@@ -181,7 +183,8 @@ class Answers:
         session, error = sequence.session, done.exception()
         if error is None and session is not None and not session.deleted:
             event: Event = self._end(live)
-            self._engine.mover.recorded(session)
+            assert self._engine.mover.files is not None
+            self._engine.mover.files.recorded(session)
             self._engine.late.append((sequence.id, event))
             return
         if error is None:

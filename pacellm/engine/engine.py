@@ -126,11 +126,11 @@ class Engine:
             host_memory=setup.host_memory(model, self.config),
             disk=disk,
             records=self.records if disk is not None else None,
+            disk_size=self.config.session_disk_size,
             bytes_per_token=model.bytes_per_token,
         )
-        if disk is not None:
-            for owner in sorted(disk.owners(), key=lambda owner: owner.changed):
-                self.sessions.add(self.mover.openings.from_owner(owner))
+        if self.mover.files is not None:
+            self.mover.files.find()
         self.answers = Answers(self)
         self.ops = SessionOps(self)
         self.snapshots = SnapshotOps(self, self.ops)

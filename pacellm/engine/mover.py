@@ -1,4 +1,4 @@
-"""Moves sessions between the device, host memory and disk, and records commits on disk, all off the step path.
+"""Moves sessions between the device, host memory and disk, all off the step path.
 
 The engine thread decides and owns all bookkeeping; the worker's thread copies and reads and writes files. What a job
 touches (blocks, a row, a host copy) is held for it until its result is taken in the engine thread.
@@ -9,36 +9,22 @@ from __future__ import annotations
 import logging
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from pacellm.engine.kv import BlockAllocator, KVTable, blocks_for
 from pacellm.engine.openings import Openings
 from pacellm.engine.records import Records
-from pacellm.engine.session import Key, Session
+from pacellm.engine.session import Session
+from pacellm.engine.session_files import SessionFiles
 from pacellm.engine.sessions import SessionStore
-from pacellm.engine.turn import Turn
-from pacellm.errors import SessionConflict, SnapshotRefused
-from pacellm.memory.disk import STATE, Disk, Owner
+from pacellm.engine.stats import MoverStats
+from pacellm.errors import SnapshotRefused
+from pacellm.memory.disk import STATE, Disk
 from pacellm.memory.pool import BankPool
-from pacellm.memory.tiers import Banks, HostState, Span, Worker, banks_nbytes, copy_banks, download, upload
+from pacellm.memory.tiers import Banks, HostState, Span, Worker, banks_nbytes, download, upload
 
 logger = logging.getLogger("pacellm.sessions")
-
-
-@dataclass
-class MoverStats:
-    """Totals since the start: moves, their bytes and seconds, and what was refused."""
-
-    spills: int = 0
-    restores: int = 0
-    spilled_bytes: int = 0
-    restored_bytes: int = 0
-    spill_seconds: float = 0.0
-    restore_seconds: float = 0.0
-    failures: int = 0
-    refused: int = 0
 
 
 class Mover:
@@ -49,8 +35,8 @@ class Mover:
         slabs: KV memory.
         worker: runs the jobs.
         host_memory: bytes of KV and banks to keep in host memory.
-        disk: the session directory, or None.
-        records: None where nothing is ever written.
+        disk, records: the session directory and how sessions are written there, or None.
+        disk_size: bytes of files in it; None is no limit.
     """
 
     def __init__(
@@ -64,16 +50,25 @@ class Mover:
         host_memory: int,
         disk: Disk | None,
         records: Records | None,
+        disk_size: int | None = None,
         bytes_per_token: int,
     ) -> None:
         self.store, self._allocator, self._pool, self._slabs = store, allocator, pool, slabs
-        self.worker, self.host_memory, self.disk, self.records = worker, host_memory, disk, records
+        self.worker, self.host_memory = worker, host_memory
         self._bytes_per_token = bytes_per_token
         self._in_host: dict[int, Session] = {}
         self._reserved = 0  # bytes of host copies that are being made
         self.openings = Openings(store, worker, disk, records)
         self.stats = MoverStats()
+        self.files: SessionFiles | None = None
+        if disk is not None and records is not None:
+            self.files = SessionFiles(store, self.openings, worker, disk, records, disk_size, self.stats)
         store.spill, store.spill_log, store.forgotten = self.spill, self.spill_log, self._forgotten
+
+    @property
+    def disk(self) -> Disk | None:
+        """The session directory."""
+        return None if self.files is None else self.files.disk
 
     # -- host memory ---------------------------------------------------------------------------------------
 
@@ -100,21 +95,11 @@ class Mover:
         state, session.host = session.host, None
         if state is None:
             return
-        if self.disk is None or self.records is None or session.deleted:
+        if self.files is None or session.deleted or not self.files.budget.has_room(state.nbytes):
             state.clear()
             return
-        tensors = self.records.host_tensors(state)
-
-        def job() -> int:
-            try:
-                return self._save(snapshot, tensors)
-            finally:
-                tensors.clear()
-                state.clear()
-
-        snapshot = self._freeze(session)
-        session.moving = True
-        self.worker.submit(job, lambda done: self._saved(session, snapshot, done))
+        records = self.files.records
+        self.files.save(session, lambda: records.host_tensors(state), free=state.clear)
 
     # -- down ----------------------------------------------------------------------------------------------
 
@@ -138,96 +123,57 @@ class Mover:
                 lambda done: self._in_host_now(session, nbytes, done),
             )
             return True
-        if self.disk is None or self.records is None:
+        if self.files is None or not self.files.budget.has_room(nbytes):
             return False
-        self._spill_to_disk(session, spans, tokens, banks)
+        self._spill_to_disk(session, self.files)
         return True
 
-    def _spill_to_disk(self, session: Session, spans: list[Span], tokens: int, banks: Banks) -> None:
-        records, frozen = self.records, self._freeze(session)
-        assert records is not None
-        session.moving = True
+    def _spill_to_disk(self, session: Session, files: SessionFiles) -> None:
+        assert session.table is not None
+        spans, tokens, banks = _spans(session.table), len(session.context), self._banks(session)
 
-        def job() -> int:
-            tensors = {**records.kv_tensors(self._slabs, spans, tokens), **records.bank_tensors(banks)}
-            return self._save(frozen, tensors)
+        def tensors() -> dict[str, Tensor]:
+            return {**files.records.kv_tensors(self._slabs, spans, tokens), **files.records.bank_tensors(banks)}
 
-        self.worker.submit(job, lambda done: self._saved(session, frozen, done))
+        files.save(session, tensors)
 
     def _in_host_now(self, session: Session, nbytes: int, done: Future[tuple[HostState, float]]) -> None:
         self._reserved -= nbytes
         session.moving = False
         self.store.release(session)
         if (error := done.exception()) is not None:
-            self._say_failure(session, "spilling to host memory", error)
+            self.stats.say_failure(session.key, "spilling to host memory", error)
             return
         state, seconds = done.result()
         if session.deleted:
             return
         session.host = state
         self._in_host[id(session)] = session
-        self._count_spill(nbytes, seconds)
-
-    def _freeze(self, session: Session) -> _Frozen:
-        """What a save needs of a session, as it is now."""
-        assert self.records is not None
-        assert self.disk is not None
-        needs_log = session.saved != session.generation
-        return _Frozen(
-            owner=self._owner(session),
-            log=list(session.log) if needs_log else None,
-            origin=session.origin,
-            meta=self.records.metadata(session),
-        )
-
-    def _save(self, frozen: _Frozen, state: dict[str, Tensor] | None) -> int:
-        """In the worker: write a session at rest; returns bytes."""
-        assert self.records is not None
-        assert self.disk is not None
-        started = time.monotonic()
-        log = self.records.log_tensors(frozen.log, frozen.origin) if frozen.log is not None else None
-        owner = frozen.owner
-        owner.about["saved"] = owner.generation
-        if state is not None:
-            owner.about["stored"] = owner.about["tokens"]
-        self.disk.save(owner, log, state, frozen.meta)
-        frozen.seconds = time.monotonic() - started
-        return sum(tensor.nbytes for tensor in (state or {}).values())
-
-    def _saved(self, session: Session, frozen: _Frozen, done: Future[int]) -> None:
-        session.moving = False
-        self.store.release(session)
-        if (error := done.exception()) is not None:
-            self._say_failure(session, "writing to the session directory", error)
-            return
-        if session.deleted or session.generation != frozen.owner.generation:
-            return
-        session.saved, session.foreign = session.generation, False
-        if done.result():
-            session.stored = len(session.context) if not session.stub else session.num_tokens
-            self._count_spill(done.result(), frozen.seconds)
+        self.stats.count_spill(nbytes, seconds)
 
     def spill_log(self, session: Session) -> bool:
         """Write an idle session out whole and give its log's memory back. False where there is no disk."""
-        if self.disk is None or self.records is None:
+        if self.files is None:
             return False
         on_disk = session.stored is not None or (session.table is None and session.host is None)
         if session.saved == session.generation and on_disk:
             self.store.release(session)
             self.store.take_log_out(session)
-            return True
-        if session.table is not None and session.stored is None and len(session.context):
-            self._spill_to_disk(session, _spans(session.table), len(session.context), self._banks(session))
-        elif session.host is not None:
-            self._leave_host(session)
         else:
-            self._save_log(session)
+            self._save(session, self.files)
         return True
 
-    def _save_log(self, session: Session) -> None:
-        frozen = self._freeze(session)
-        session.moving = True
-        self.worker.submit(lambda: self._save(frozen, None), lambda done: self._saved(session, frozen, done))
+    def _save(self, session: Session, files: SessionFiles) -> None:
+        """Write an idle session: its log, and the state where there is one that is not on disk and has room there."""
+        if session.table is not None and session.stored is None and len(session.context):
+            if files.budget.has_room(len(session.context) * self._bytes_per_token + banks_nbytes(self._banks(session))):
+                self._spill_to_disk(session, files)
+                return
+            self.store.release(session)
+        elif session.host is not None:
+            self._leave_host(session)
+        if session.saved != session.generation and not session.moving:
+            files.save(session)
 
     # -- up ------------------------------------------------------------------------------------------------
 
@@ -246,17 +192,16 @@ class Mover:
         self.store.put(session, table, row)
         session.moving = session.loading = session.wanted = True
         spans, banks, state = _spans(table), self._banks(session), session.host
-        key, generation = session.key, session.generation
+        key, generation, files = session.key, session.generation, self.files
 
         def job() -> int:
             if state is not None:
                 upload(state, self._slabs, spans, banks)
                 return state.nbytes
-            assert self.disk is not None
-            assert self.records is not None
-            with self.disk.parse(key, STATE) as parsed:
+            assert files is not None
+            with files.disk.parse(key, STATE) as parsed:
                 size = sum(tensor.nbytes for tensor in parsed.tensors.values())
-                self.records.fill(parsed, self.disk.secret, generation, tokens, spans, banks)
+                files.records.fill(parsed, files.disk.secret, generation, tokens, spans, banks)
                 parsed.tensors.clear()
             return size
 
@@ -269,7 +214,7 @@ class Mover:
             self.store.drop(session)
             self.stats.refused += isinstance(error, SnapshotRefused)
             session.note = f"{STATE} was refused: {error}"
-            self._say_failure(session, "restoring", error)
+            self.stats.say_failure(session.key, "restoring", error)
             return
         if session.deleted:
             self.store.drop(session)
@@ -280,87 +225,16 @@ class Mover:
         self.stats.restored_bytes += nbytes
         self.stats.restore_seconds += seconds
 
-    # -- commits, deletes ----------------------------------------------------------------------------------
-
-    def record(self, session: Session, turn: Turn, row: int | None, then) -> None:
-        """Have the disk take note of a commit, with its log where commits are synced; ``then`` gets the future."""
-        assert self.disk is not None
-        assert self.records is not None
-        disk, records = self.disk, self.records
-        expected = (session.epoch, session.generation)
-        owner = self._owner(session)
-        owner.generation += 1
-        owner.about |= {"stored": None, "saved": owner.generation if disk.sync else session.saved}
-        owner.about |= {"tokens": turn.end, "commits": session.commits + 1}
-        meta = {
-            **records.metadata(session, owner.generation),
-            "tokens": str(turn.end),
-            "commits": str(session.commits + 1),
-        }
-        log, origin = [*session.log, turn], session.origin
-        if self.store.will_fold(session, turn):
-            log, meta["folds"], owner.about["tokens"] = [], str(session.folds + 1), 0
-            origin = copy_banks(self._pool.banks(row)) if self._pool is not None and row is not None else None
-
-        def job() -> None:
-            disk.record(owner, expected, records.log_tensors(log, origin) if disk.sync else None, meta)
-
-        self.worker.submit(job, then)
-
-    def save_log(self, session: Session, *, before: int) -> Future[None]:
-        """Have the disk take note of a session that was emptied or replaced, with its log."""
-        assert self.disk is not None
-        assert self.records is not None
-        disk, records, owner = self.disk, self.records, self._owner(session)
-        log, origin, meta = list(session.log), session.origin, records.metadata(session)
-        owner.about |= {"stored": None, "saved": owner.generation}
-        expected = (session.epoch, before)
-        session.moving = True
-
-        def then(done: Future[None]) -> None:
-            session.moving = False
-            if session.deleted:
-                self.store.drop(session)
-            elif done.exception() is None:
-                session.saved, session.foreign = session.generation, False
-            elif isinstance(done.exception(), SessionConflict):
-                self.store.remove(session)
-
-        return self.worker.submit(lambda: disk.record(owner, expected, records.log_tensors(log, origin), meta), then)
-
-    def recorded(self, session: Session) -> None:
-        """After the commit: what of it is on disk."""
-        if self.disk is not None and self.disk.sync:
-            session.saved, session.foreign = session.generation, False
-
-    def bury(self, key: Key, *, expired: bool = False, then=lambda done: None) -> Future[bool] | None:
-        """Leave a tombstone on disk."""
-        disk = self.disk
-        self.openings.forget(key)
-        return None if disk is None else self.worker.submit(lambda: disk.delete(key, expired=expired), then)
-
     def save_all(self) -> None:
         """Write every session that is not on disk yet, and wait for it."""
         self.worker.finish()
-        if self.disk is None or self.records is None:
+        if self.files is None:
             return
         for session in self.store:
             if session.stub or session.deleted or not (session.commits or session.kept):
                 continue
-            if session.table is not None and session.stored is None and len(session.context):
-                self._spill_to_disk(session, _spans(session.table), len(session.context), self._banks(session))
-            elif session.host is not None:
-                self._leave_host(session)
-            elif session.saved != session.generation:
-                self._save_log(session)
+            self._save(session, self.files)
         self.worker.finish()
-
-    def _owner(self, session: Session) -> Owner:
-        assert self.disk is not None
-        assert self.records is not None
-        return Owner(
-            *session.key, self.disk.server, session.epoch, session.generation, about=self.records.about(session)
-        )
 
     def _banks(self, session: Session) -> Banks:
         return self._pool.banks(session.row) if self._pool is not None and session.row is not None else {}
@@ -375,26 +249,6 @@ class Mover:
         state, session.host = session.host, None
         if state is not None:
             self.worker.submit(state.clear, lambda done: None)
-
-    def _count_spill(self, nbytes: int, seconds: float) -> None:
-        self.stats.spills += 1
-        self.stats.spilled_bytes += nbytes
-        self.stats.spill_seconds += seconds
-
-    def _say_failure(self, session: Session, what: str, error: BaseException) -> None:
-        self.stats.failures += 1
-        logger.warning("session %r of tenant %r: %s failed: %s", session.key[1], session.key[0], what, str(error))
-
-
-@dataclass
-class _Frozen:
-    """A session at rest, as a save takes it."""
-
-    owner: Owner
-    log: list[Turn] | None
-    origin: Banks | None
-    meta: dict[str, str]
-    seconds: float = 0.0
 
 
 def _spans(table: KVTable) -> list[Span]:

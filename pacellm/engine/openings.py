@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -12,7 +13,7 @@ from pacellm.engine.session import Key, Session
 from pacellm.engine.sessions import SessionStore
 from pacellm.engine.turn import Turn
 from pacellm.errors import PaceError, SnapshotRefused
-from pacellm.memory.disk import LOG, Disk, Owner
+from pacellm.memory.disk import LOG, Disk, Owner, Sizes
 from pacellm.memory.tiers import Banks, Worker
 
 logger = logging.getLogger("pacellm.sessions")
@@ -30,6 +31,7 @@ class _Found:
     """What the disk knows of a session: ``metadata`` and ``log`` where memory needs them."""
 
     owner: Owner | None
+    sizes: Sizes = (0, 0)
     log: list[Turn] = field(default_factory=list)
     origin: Banks | None = None
     metadata: dict[str, str] | None = None
@@ -49,6 +51,7 @@ class Openings:
     def __init__(self, store: SessionStore, worker: Worker, disk: Disk | None, records: Records | None) -> None:
         self.store, self.worker, self.disk, self.records = store, worker, disk, records
         self._asked: dict[Key, _Opening] = {}
+        self.on_sizes: Callable[[Key, Sizes, float], None] = lambda key, sizes, last_used: None
         self.refused: list[tuple[Sequence, PaceError]] = []
         self.num_refused = 0
 
@@ -92,7 +95,7 @@ class Openings:
         assert self.disk is not None
         assert self.records is not None
         owner = self.disk.claim(key)
-        found = _Found(owner)
+        found = _Found(owner, self.disk.sizes(key))
         if owner is None or owner.deleted or (known is not None and known >= owner.generation):
             return found
         try:
@@ -122,6 +125,8 @@ class Openings:
             if session is not None and session.stub:
                 self.store.remove(session, lost=True)  # its folder is gone
             return
+        if not found.owner.deleted:
+            self.on_sizes(key, found.sizes, float(found.owner.about.get("last_used", found.owner.changed)))
         if found.owner.deleted:
             self._buried(key, found.owner, session)
         elif found.metadata is not None or found.note is not None:

@@ -75,6 +75,11 @@ class Session:
         return self.table is not None and not self.loading
 
     @property
+    def in_use(self) -> bool:
+        """A request or the worker needs it as it is."""
+        return self.busy or self.moving or self.wanted
+
+    @property
     def log_tokens(self) -> int:
         """Tokens fed since creation or the last fold."""
         return sum(len(turn.ids) for turn in self.log)

@@ -191,9 +191,10 @@ class SessionOps:
             if session is not None:
                 self._store.remove(session)
             self._engine.forget_progress(key[0], key)
-            buried = self._mover.bury(key)
-            if buried is None:
+            files = self._mover.files
+            if files is None:
                 return _found(key, was_there)
+            buried = files.bury(key)
             result: Future[Any] = Future()
             buried.add_done_callback(lambda done: _settle(result, done, lambda there: _found(key, there or was_there)))
             return result
@@ -211,12 +212,11 @@ class SessionOps:
                 if session is not None:
                     self._store.remove(session)
             self._engine.forget_progress(tenant)
-            disk = self._mover.disk
-            if disk is None:
+            files = self._mover.files
+            if files is None:
                 return len(keys)
-
-            for key in keys:
-                self._mover.openings.forget(key)
+            disk = files.disk
+            files.forget_all(tenant)
 
             def job() -> int:
                 gone = keys | {(owner.tenant, owner.id) for owner in disk.owners() if owner.tenant == tenant}
@@ -234,7 +234,8 @@ class SessionOps:
             self._engine.end_requests_of(session.key)
             self._store.remove(session, lost=bool(session.commits))
             self._engine.forget_progress(session.key[0], session.key)
-            self._mover.bury(session.key, expired=bool(session.commits))
+            if self._mover.files is not None:
+                self._mover.files.bury(session.key, expired=bool(session.commits))
 
     def reset(self, key: Key) -> Operation:
         """Empty a session, after the request that works on it."""
@@ -253,10 +254,11 @@ class SessionOps:
 
     def written(self, session: Session, description: dict[str, Any]) -> Any:
         """The description, once the session's log is on disk where there is one."""
-        if self._mover.disk is None:
+        files = self._mover.files
+        if files is None:
             return description
         result: Future[Any] = Future()
-        future = self._mover.save_log(session, before=session.generation - 1)
+        future = files.replace_log(session, before=session.generation - 1)
         future.add_done_callback(lambda done: _settle(result, done, lambda _: description))
         return result
 

@@ -42,6 +42,7 @@ from pacellm.memory import snapshot
 logger = logging.getLogger("pacellm.memory")
 _TOMBSTONE_DAYS = 7
 _AHEAD = 8 * 2**20
+Sizes = tuple[int, int]
 LOG, STATE = "log.safetensors", "state.safetensors"
 
 
@@ -186,6 +187,21 @@ class Disk:
                     path.unlink()
             return was_there
 
+    def drop(self, key: tuple[str, str], *names: str) -> None:
+        """Remove files of a session that no other running server owns."""
+        folder = self.folder(key)
+        if not folder.exists():
+            return
+        with self._locked(folder):
+            owner = self._owner(folder)
+            if owner is None or not self.is_elsewhere(owner):
+                for name in names:
+                    (folder / name).unlink(missing_ok=True)
+
+    def is_elsewhere(self, owner: Owner) -> bool:
+        """Another running server owns it."""
+        return owner.server != self.server and self._lives(owner.server)
+
     # -- reading -------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -218,12 +234,14 @@ class Disk:
             parsed.verify(self.secret)
             yield parsed.tensors, parsed.metadata
 
-    def size(self, key: tuple[str, str], name: str) -> int:
-        """Bytes of a file, 0 where there is none."""
-        try:
-            return (self.folder(key) / name).stat().st_size
-        except FileNotFoundError:
-            return 0
+    def sizes(self, key: tuple[str, str]) -> Sizes:
+        """(bytes of the log and what else is kept of a session, bytes of its state)."""
+        log = state = 0
+        with suppress(FileNotFoundError), os.scandir(self.folder(key)) as files:
+            for file in files:
+                size = file.stat().st_size
+                log, state = (log, state + size) if file.name == STATE else (log + size, state)
+        return log, state
 
     # -- within a folder -----------------------------------------------------------------------------------
 

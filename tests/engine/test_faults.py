@@ -241,14 +241,9 @@ print("ready", flush=True)
 session = engine.sessions.get(("tenant", "s"))
 while True:
     session.stored = session.saved = None
-    engine.mover._spill_to_disk(session, *SPILL(engine, session))
+    engine.mover._spill_to_disk(session, engine.mover.files)
     engine.worker.finish()
     run(engine, request("again", ids, session="s", commit=False))
-"""
-SPILL = """
-def SPILL(engine, session):
-    from pacellm.engine.mover import _spans
-    return _spans(session.table), len(session.context), engine.mover._banks(session)
 """
 
 
@@ -256,7 +251,7 @@ def kill_during_spills(model, tmp_path, wanted, times):
     rng = random.Random(1)
     for number in range(times):
         path = tmp_path / str(number)
-        command = [sys.executable, "-c", SPILL + CHILD, str(path)]
+        command = [sys.executable, "-c", CHILD, str(path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}) as child:
             assert child.stdout.readline() == b"ready\n"
             try:

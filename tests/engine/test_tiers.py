@@ -262,13 +262,13 @@ def test_decoding_goes_on_while_a_session_is_moved(model, tmp_path, monkeypatch)
     run(engine, request("1", FIRST, session="s"))
     evict(engine)
     gate = threading.Event()
-    original = engine.mover.records.fill
+    original = engine.mover.files.records.fill
 
     def slow(*arguments):
         gate.wait(30)
         original(*arguments)
 
-    monkeypatch.setattr(engine.mover.records, "fill", slow)
+    monkeypatch.setattr(engine.mover.files.records, "fill", slow)
     from pacellm.types import SamplingParams
 
     engine.add(request("stream", MORE[0], SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)))
