@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from time import monotonic
@@ -137,7 +138,23 @@ class _EngineCollector(Collector):
         row_bytes = engine.pool.bytes_per_row if engine.pool is not None else 0
         held.add_metric([self._model, "disk", "kv"], sum(stored) * engine.model.bytes_per_token)
         held.add_metric([self._model, "disk", "bank"], len(stored) * row_bytes)
+        files = engine.mover.files
+        if files is not None:
+            held.add_metric([self._model, "disk", "log"], files.budget.log_bytes)
         yield held
+        yield self._gauge(
+            "session_disk_size_bytes",
+            "Bytes that session files may take; +Inf without a limit, 0 without a directory.",
+            0 if files is None else math.inf if files.budget.limit is None else files.budget.limit,
+        )
+        dropped = CounterMetricFamily(
+            "pacellm_session_files_dropped",
+            "Session files removed to keep within it, by what.",
+            labels=["model_name", "kind"],
+        )
+        dropped.add_metric([self._model, "state"], files.budget.states_dropped if files is not None else 0)
+        dropped.add_metric([self._model, "log"], files.budget.logs_dropped if files is not None else 0)
+        yield dropped
         yield self._counter("session_spills", "Sessions moved off the device.", moves.spills)
         yield self._counter("session_spilled_bytes", "Bytes moved off the device.", moves.spilled_bytes)
         yield self._counter("session_spill_seconds", "Seconds spent moving them.", moves.spill_seconds)

@@ -96,6 +96,7 @@ class Engine:
         # a context that KV memory cannot hold would fail in the middle of an answer
         context = min(self.config.max_model_len or 0, self.num_blocks * BLOCK)
         self.config = dataclasses.replace(self.config, max_model_len=context)
+        setup.check_disk_size(self.config)
         self.allocator = BlockAllocator(self.num_blocks)
         self.pool = setup.new_pool(model, self.config) if self.config.pa or model.layout is not None else None
         self.sessions = SessionStore(

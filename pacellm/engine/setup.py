@@ -115,6 +115,20 @@ def check_parallel(config: EngineConfig) -> None:
             raise ConfigError(f"{name} is not there with tensor_parallel_size; leave it out", param=name)
 
 
+def check_disk_size(config: EngineConfig) -> None:
+    """Refuse a session directory that holds no session.
+
+    Raises:
+        ConfigError: session_disk_size is less than the ids of one context, 4 bytes each.
+    """
+    least = 4 * (config.max_model_len or 0)
+    if config.session_disk_size is not None and config.session_disk_size < least:
+        raise ConfigError(
+            f"session_disk_size of {config.session_disk_size:,} bytes holds no session's log; at least {least:,}",
+            param="session_disk_size",
+        )
+
+
 def new_runner(model: LoadedModel, pool: BankPool | None, num_blocks: int, config: EngineConfig) -> Runner:
     """The engine's runner; with a tensor-parallel model the other ranks get theirs."""
     kind: type[Runner] = Runner

@@ -53,10 +53,11 @@ class Sessions(RuleBasedStateMachine):
         self.oracles, self.history, self.number = {}, {}, 0
         self.engine = None
 
-    @initialize(host=st.sampled_from([0, 300_000]), sync=st.booleans(), has_disk=st.booleans(), log=st.booleans())
-    def begin(self, host, sync, has_disk, log):
+    @initialize(host=st.sampled_from([0, 300_000]), sync=st.booleans(), has_disk=st.booleans(), log=st.booleans(),
+                size=st.sampled_from([None, 400_000]))  # fmt: skip
+    def begin(self, host, sync, has_disk, log, size):
         self.has_disk, self.sync = has_disk, sync and has_disk
-        disk = {"session_dir": self.path, "session_sync": self.sync} if has_disk else {}
+        disk = {"session_dir": self.path, "session_sync": self.sync, "session_disk_size": size} if has_disk else {}
         if log and has_disk:
             disk["session_log_memory"] = 3000
         self.settings = {
@@ -154,6 +155,8 @@ class Sessions(RuleBasedStateMachine):
         if self.engine is not None:
             check_integrity(self.engine)
             assert self.engine.mover.host_bytes <= self.settings["session_host_memory"]
+            if self.settings.get("session_disk_size"):
+                assert self.engine.mover.files.budget.bytes <= self.settings["session_disk_size"]
 
     def teardown(self):
         if self.engine is not None:
@@ -163,6 +166,7 @@ class Sessions(RuleBasedStateMachine):
             assert self.engine.allocator.num_free == self.engine.num_blocks
             assert self.engine.pool.num_free == self.engine.pool.num_rows
             assert self.engine.mover.host_bytes == self.engine.sessions.log_bytes == 0
+            assert not self.has_disk or self.engine.mover.files.budget.bytes == 0
             self.engine.close()
         shutil.rmtree(self.path)
 
