@@ -72,6 +72,7 @@ def build(options: argparse.Namespace) -> tuple[Service, Keys, Team | None]:
         PaceError: options, a model or a directory that cannot work.
     """
     from pacellm.demo import MODEL_PATH
+    from pacellm.engine.describe import describe
     from pacellm.engine.engine import Engine
     from pacellm.experts.layout import Layout
     from pacellm.model.checkpoint import check_directory
@@ -94,7 +95,7 @@ def build(options: argparse.Namespace) -> tuple[Service, Keys, Team | None]:
     engine = Engine(model, config, tokenizer.backend)
     if not tokenizer.has_chat_template:
         logger.warning("%s has no chat template: chat requests are refused; give one with --chat-template FILE", path)
-    _describe(engine, str(path), config.max_model_len or model.context_length)
+    describe(engine, str(path), config.max_model_len or model.context_length)
     return Service(engine, tokenizer, settings, traces), keys, team
 
 
@@ -347,74 +348,6 @@ def _device(name: str) -> str:
     if name not in known:
         raise ConfigError(f"device {name!r} is not here; use one of {', '.join(sorted(known))}", param="device")
     return name
-
-
-def _describe(engine, path: str, wanted_context: int) -> None:
-    from pacellm.engine.kv import BLOCK
-    from pacellm.model.exactness import inexact_products
-
-    config, model = engine.config, engine.model
-    logger.info("model %s: %d layers, %s on %s", path, model.num_layers, model.dtype, model.device)
-    logger.info(
-        "context %s tokens; KV memory %.2f GiB for %s tokens, %d bytes each",
-        f"{config.max_model_len:,}",
-        engine.num_blocks * engine.block_bytes / 2**30,
-        f"{engine.num_blocks * BLOCK:,}",
-        model.bytes_per_token,
-    )
-    if config.max_model_len < wanted_context:
-        logger.warning(
-            "KV memory holds %s of the wanted %s tokens of context; raise --kv-cache-memory-bytes",
-            f"{config.max_model_len:,}",
-            f"{wanted_context:,}",
-        )
-    if inexact := inexact_products(model.module):
-        logger.warning(
-            "on this machine the last bits of products of sizes %s depend on batch mates and chunk sizes, so answers "
-            "may; OMP_NUM_THREADS=1 usually cures it",
-            ", ".join(f"{size[0]} x {size[1]}" for size in inexact),
-        )
-    _describe_tiers(engine)
-    if model.layout is not None:
-        logger.info(
-            "Cortical Experts: %d a layer (%s on %s), decoded tokens use %g of them",
-            model.layout.num_experts,
-            model.layout.method,
-            model.layout.features,
-            config.ce_density,
-        )
-    if not config.pa:
-        logger.info("Persistent Activity is off")
-        return
-    logger.info(
-        "Persistent Activity: preset %s in layers %s, %d slots, segments of %d; %s bytes of banks a session, %.1f MiB "
-        "for %d sessions beside %d running requests",
-        config.bank.preset,
-        ",".join(map(str, config.pa_layers)),
-        config.bank.bank_size,
-        config.bank.segment,
-        f"{engine.pool.bytes_per_row:,}",
-        engine.pool.bytes_per_row * engine.pool.num_rows / 2**20,
-        engine.pool.num_rows - config.max_num_seqs,
-        config.max_num_seqs,
-    )
-
-
-def _describe_tiers(engine) -> None:
-    config = engine.config
-    logger.info(
-        "idle sessions: %.2f GiB of KV on the device, %.2f GiB in host memory, %s",
-        config.session_memory / 2**30,
-        engine.mover.host_memory / 2**30,
-        _describe_directory(engine) if config.session_dir is not None else "no directory: a restart forgets them",
-    )
-
-
-def _describe_directory(engine) -> str:
-    config, budget = engine.config, engine.mover.files.budget
-    limit = "" if budget.limit is None else f" of {budget.limit / 2**30:.2f}"
-    synced = ", synced" if config.session_sync else ""
-    return f"then {config.session_dir}, {len(engine.sessions)} there in {budget.bytes / 2**30:.2f}{limit} GiB{synced}"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pacellm.engine.kv import BLOCK, KVTable
 from pacellm.errors import EngineError
 
 if TYPE_CHECKING:
@@ -11,10 +12,11 @@ if TYPE_CHECKING:
 
 
 def check_integrity(engine: Engine) -> None:
-    """Blocks and rows add up: everything that is held is held by a running request or a session.
+    """Blocks and rows add up: everything that is held is held by a running request or a session, and no running
+    request writes where somebody else's KV lies.
 
     Raises:
-        EngineError: something leaked or is held twice.
+        EngineError: something leaked, is held twice or is about to be overwritten.
     """
     held: dict[int, int] = {}
     working = [*engine.scheduler.running, *engine.scheduler.finishing]
@@ -31,3 +33,22 @@ def check_integrity(engine: Engine) -> None:
         rows += engine.scheduler.progress.rows()
         if len(set(rows)) != len(rows) or engine.pool.num_free != engine.pool.num_rows - len(rows):
             raise EngineError("bank rows do not add up")
+    _check_writes(engine)
+
+
+def _check_writes(engine: Engine) -> None:
+    held: dict[int, list[tuple[object, int]]] = {}  # who holds a block, and up to which position it is theirs
+    holders: list[tuple[object, KVTable, int]] = [
+        (entry, entry.table, entry.position) for entry in engine.scheduler.progress
+    ]
+    holders += [(s, s.table, len(s.context)) for s in engine.sessions if s.table is not None and not s.loading]
+    holders += [(s, s.table, s.position) for s in engine.scheduler.running]
+    for holder, table, end in holders:
+        for number, block in enumerate(table.blocks):
+            held.setdefault(block, []).append((holder, min(end, (number + 1) * BLOCK)))
+    for sequence in engine.scheduler.running:
+        if sequence.cursor == 0:
+            continue  # its blocks become its own when the turn's first tokens are planned
+        for block in sequence.table.blocks[sequence.position // BLOCK :]:
+            if any(holder is not sequence and end > sequence.position for holder, end in held[block]):
+                raise EngineError(f"request {sequence.id} would overwrite KV block {block}, which is not its own")

@@ -123,13 +123,12 @@ class SessionFiles:
             self.stats.say_failure(session.key, "writing to the session directory", error)
             return
         nbytes, sizes = done.result()
+        if not session.deleted and session.generation == resting.owner.generation:
+            session.saved, session.foreign = session.generation, False
+            if nbytes:
+                session.stored = len(session.context) if not session.stub else session.num_tokens
+                self.stats.count_spill(nbytes, resting.seconds)
         self._noted(session, sizes)
-        if session.deleted or session.generation != resting.owner.generation:
-            return
-        session.saved, session.foreign = session.generation, False
-        if nbytes:
-            session.stored = len(session.context) if not session.stub else session.num_tokens
-            self.stats.count_spill(nbytes, resting.seconds)
 
     def _noted(self, session: Session, sizes: Sizes) -> None:
         self.budget.note(session.key, sizes, session.last_used)

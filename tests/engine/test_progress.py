@@ -64,6 +64,27 @@ def test_a_retry_after_the_prompt_was_whole(model):
     assert_same_banks(banks(engine, "s"), banks(kept, "s"))
 
 
+@pytest.mark.parametrize("steps", range(3, 12))
+def test_a_replay_that_goes_back_leaves_kept_progress_alone(model, steps):
+    """The log's second turn ends behind the third's beginning: what is kept of the second is not written over."""
+    first, longer, branch = prompt(100, 3), prompt(300, 4), prompt(90, 5)
+    kept, engine = new_engine(model), engine_for(model)
+    for e in (kept, engine):
+        for name, ids in (("1", first), ("2", first + longer), ("3", first + longer[:140] + branch)):
+            run(e, request(name, ids, session="s"))
+    history = first + longer[:140] + branch
+    wanted = tokens(run(kept, request("4", history + SHORT, session="s"))["4"])
+    engine.sessions.drop(engine.sessions.get(("tenant", "s")))
+    engine.add(request("gone", history + prompt(120, 6), session="s"))
+    for _ in range(steps):
+        engine.step()
+    engine.abort("gone")
+    again = run(engine, request("4", history + SHORT, session="s"))["4"]
+    assert tokens(again) == wanted
+    assert_same_banks(banks(engine, "s"), banks(kept, "s"))
+    assert_nothing_held(engine)
+
+
 def test_an_aborted_replay_goes_on(model):
     kept, engine = new_engine(model), engine_for(model)
     for e in (kept, engine):
