@@ -129,6 +129,7 @@ FAMILIES: dict[str, Family] = {
     "opt": Family("fc1_fc2", ffn="", layers="model.decoder.layers"),
     "persimmon": Family("h_to_4h"),
     "phi": Family("fc1_fc2"),
+    "nanochat": Family("fc1_fc2"),
     "phimoe": Family(routed=True, window_in_mask=True),
     "starcoder2": Family("c_fc_c_proj"),
 }  # fmt: skip
@@ -162,7 +163,6 @@ REFUSED: dict[str, str] = {
     "dory": f"its layers look at positions of a whole call; {_OTHER_MODEL}",
     "gemma3n_text": "its layers share keys and values and carry several streams; use gemma3",
     "hrm_text": f"its layers run several times for a token; {_OTHER_MODEL}",
-    "nanochat": "with banks on it differs from the plain loop by up to 0.01, which is not explained; use another model",
     "longcat_flash": "its layers hold two attentions each; use a model of a family that is served",
 }  # fmt: skip
 
