@@ -29,9 +29,13 @@ test-slow: venv  ## recall at length and other checks of minutes
 test-gpu: venv  ## what needs a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
-ray: venv  ## sessions on a small Ray cluster: scaling, a replica killed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,ray]'
-	$(BIN)/python -m pytest -m slow tests/deploy/test_ray_serve.py
+ray: .venv-ray/installed  ## sessions on a small Ray cluster: scaling, a replica killed
+	.venv-ray/bin/python -m pytest -m slow tests/deploy/test_ray_serve.py
+
+.venv-ray/installed: pyproject.toml constraints.txt  ## Ray wants another protobuf than the tests' other tools
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/pip install --quiet --constraint constraints.txt --editable '.[test,ray]'
+	touch $@
 
 load: venv  ## the load scenarios, in their small versions
 	$(BIN)/python -m pytest -m slow tests/test_scenarios.py

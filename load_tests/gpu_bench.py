@@ -27,6 +27,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from load_tests.gpu import looks
 from load_tests.gpu import rig as rigs
 from load_tests.gpu.rig import Rig, request, run
 from pacellm.engine import pace
@@ -234,6 +235,8 @@ PARTS: dict[str, Callable[[Rig, Cells], Cells]] = {
     "forks": forks,
     "pa": cost_of_pa,
     "growth": growth,
+    "deterministic": looks.deterministic,
+    "profiles": looks.profiles,
 }
 
 
@@ -264,6 +267,13 @@ def _tokens(events: list[Any]) -> list[int]:
 
 def _ended(events: dict[str, list[Any]]) -> Cells:
     return {"session": next(e.session for found in events.values() for e in found if isinstance(e, Finished))}
+
+
+def _draw(cells: Cells, path: Path) -> None:
+    try:
+        looks.draw_growth(cells, path)
+    except ImportError:
+        print("matplotlib is not installed: no picture of growth", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -298,6 +308,8 @@ def main(arguments: list[str] | None = None) -> None:
             found[name] = PARTS[name](rig, found["limits"])
             found[name]["part_seconds"] = time.perf_counter() - started
             args.output.write_text(json.dumps(found, indent=1) + "\n")
+            if name == "growth":
+                _draw(found[name], args.output.with_suffix(".png"))
         print(f"{name}: {json.dumps(found[name])}", flush=True)
     print(json.dumps(found))
 

@@ -2,14 +2,12 @@
 
 import json
 import shutil
-import socket
-import subprocess
 import time
 from pathlib import Path
 
-import httpx
 import pytest
 
+from deploy.grafana.live import ask, prometheus
 from pacellm.config import EngineConfig, PAConfig
 from pacellm.demo import MODEL_PATH
 from pacellm.experts.cluster import shuffled
@@ -19,17 +17,10 @@ from pacellm.model.load import load as load_model
 from tests.server.conftest import start
 
 ROOT = Path(__file__).parents[2]
-VARIABLES = {"$__rate_interval": "20s", "$model": ".*", "$instance": ".*"}
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs the Debian package prometheus"),
 ]
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def load(server, seconds):
@@ -51,8 +42,7 @@ def with_experts():
 
 
 @pytest.fixture(scope="module")
-def prometheus(tmp_path_factory):
-    folder, port = tmp_path_factory.mktemp("prometheus"), free_port()
+def client(tmp_path_factory):
     config = EngineConfig(
         kv_cache_memory=2**28,
         session_memory=2**21,
@@ -60,33 +50,19 @@ def prometheus(tmp_path_factory):
         bank=PAConfig(preset="paper", segment=256),
     )
     with start(config, model=with_experts()) as server:
-        (folder / "prometheus.yml").write_text(
-            "global: {scrape_interval: 1s}\nscrape_configs:\n- job_name: pacellm\n  static_configs:\n"
-            f"  - targets: ['{server.url.removeprefix('http://')}']\n"
-        )
-        command = ["prometheus", "--config.file=prometheus.yml", "--storage.tsdb.path=data"]
-        command.append(f"--web.listen-address=127.0.0.1:{port}")
-        with (folder / "log").open("w") as log:
-            process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
-        try:
+        folder = tmp_path_factory.mktemp("prometheus")
+        with prometheus(folder, server.url.removeprefix("http://")) as client:
             load(server, 20)
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
-                yield client
-        finally:
-            process.terminate()
-            process.wait(30)
+            yield client
 
 
-def test_every_panel_has_data(prometheus):
+def test_every_panel_has_data(client):
     empty = []
     for path in sorted((ROOT / "deploy/grafana/dashboards").glob("*.json")):
         for panel in json.loads(path.read_text())["panels"]:
             for target in panel["targets"]:
-                query = target["expr"]
-                for name, value in VARIABLES.items():
-                    query = query.replace(name, value)
-                answer = prometheus.get("/api/v1/query", params={"query": query}).json()
-                values = [float(one["value"][1]) for one in answer.get("data", {}).get("result", [])]
+                found = ask(client, "query", target["expr"], "20s")
+                values = [float(one["value"][1]) for one in found]
                 if not values or any(value != value for value in values):
-                    empty.append(f"{path.name}: {panel['title']}: {query}: {answer}")
+                    empty.append(f"{path.name}: {panel['title']}: {target['expr']}: {found}")
     assert not empty, "\n".join(empty)
