@@ -21,7 +21,7 @@ import httpx
 
 from load_tests.scenarios.books import close_books, open_books, read_books
 from load_tests.scenarios.client import Cut, Reply, ask, open_client
-from load_tests.scenarios.servers import OwnServer, own_server, parser, report
+from load_tests.scenarios.servers import OWN_KEY, OwnServer, own_server, parser, report
 from load_tests.scenarios.talks import FOLLOWING, Talk, make_talk, talk_through
 
 _KINDS = 4
@@ -120,7 +120,7 @@ async def run(
 ) -> tuple[dict[str, Any], list[str]]:
     """(facts, failures)."""
     talks = [make_talk(seed, rounds, tokens) for seed in range(min(_KINDS, sessions))]
-    async with open_client(server.url) as client:
+    async with open_client(server.url, OWN_KEY) as client:
         before = await open_books(client)
         right = [await talk_through(client, talk, f"right-{number}") for number, talk in enumerate(talks)]
         sizes = {session["id"]: session["tokens"] for session in (await read_books(client)).sessions}

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 
 _START_LIMIT = 120.0
+OWN_KEY = "load-tests"  # sessions are listed only where there are keys
 
 
 class OwnServer:
@@ -42,7 +43,7 @@ class OwnServer:
         """
         started = time.monotonic()
         command = [sys.executable, "-m", "pacellm.cli", "serve", "--port", str(self.port), "--log-level", "warning"]
-        self.process = subprocess.Popen([*command, *self._flags], stderr=self._log)
+        self.process = subprocess.Popen([*command, "--api-key", OWN_KEY, *self._flags], stderr=self._log)
         while time.monotonic() < started + _START_LIMIT and self.process.poll() is None:
             with suppress(httpx.TransportError):
                 if httpx.get(f"{self.url}/ready").status_code == 200:
@@ -87,10 +88,11 @@ def own_server(flags: Sequence[str]) -> Iterator[OwnServer]:
 
 @contextmanager
 def given_or_own(args: argparse.Namespace, flags: Sequence[str]) -> Iterator[tuple[str, OwnServer | None]]:
-    """The address of the server that ``--url`` names, or of one started with ``flags``."""
+    """The address of the server that ``--url`` names, or of one started with ``flags`` (its key: ``args.api_key``)."""
     if args.url:
         yield args.url, None
         return
+    args.api_key = OWN_KEY
     with own_server(flags) as server:
         yield server.url, server
 
