@@ -7,8 +7,9 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from pacellm.types import Delta, Event, Failed, Finished, PromptScores, TokenLogprob
+from pacellm.types import Admitted, Delta, Event, Failed, Finished, PromptScores, TokenLogprob
 from server.progress import events_of
+from server.report import report
 from server.schema.completions import CompletionRequest
 from server.service import Generation, Service
 
@@ -36,6 +37,7 @@ class Completions:
             "created": int(time.time()),
             "model": service.settings.model_name,
         }
+        self.found: str | None = None  # what admission found of the session
 
     async def __call__(self, timeout: float | None = None) -> AsyncIterator[Chunk | None]:
         """Every chunk as it comes; None after ``timeout`` seconds of silence.
@@ -55,13 +57,18 @@ class Completions:
                     yield None
                 case dict():
                     yield {**self._head, "choices": [], "prompt_progress": {"index": index, **event}}
+                case Admitted():
+                    self.found = self.found or event.session
                 case PromptScores():
                     yield self._chunk(index, "", self._logprobs(index, event.logprobs))
                 case Delta():
                     yield self._chunk(index, event.text, self._logprobs(index, event.logprobs))
                 case Finished():
                     self._count(event)
-                    yield self._chunk(index, "", None, event.reason.value, event.stop_reason)
+                    chunk = self._chunk(index, "", None, event.reason.value, event.stop_reason)
+                    told = {"pacellm": report(self._generations[index].request, event)}
+                    (chunk if len(self._generations) == 1 else chunk["choices"][0]).update(told)
+                    yield chunk
                 case Failed():
                     raise event.error
         yield {**self._head, "choices": [], "usage": self._whole_usage()}

@@ -78,11 +78,14 @@ SCHEMAS: dict[str, Schema] = {
         pacellm=ref("Report"),
     ),
     "Completion": fields(
+        {"pacellm": ref("Report")},
         id=TEXT,
         object=one_of("text_completion"),
         created=COUNT,
         model=TEXT,
-        choices=many(fields(index=COUNT, text=TEXT, logprobs=maybe(OBJECT), finish_reason=_REASON)),
+        choices=many(
+            fields({"pacellm": ref("Report")}, index=COUNT, text=TEXT, logprobs=maybe(OBJECT), finish_reason=_REASON)
+        ),
         usage=ref("Usage"),
     ),
     "ResponseItem": {

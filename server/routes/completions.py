@@ -32,7 +32,7 @@ async def completions(request: Request) -> Response:
         chunks = Completions(generations, body, service)
         if body.stream:
             return await answer.streamed(service, generations[0], chunks, wants_usage=body.wants_usage(), whole=chunks)
-        return await answer.whole(request, chunks, fold(chunks()))
+        return await answer.whole(request, chunks, fold(chunks()), lambda: chunks.found)
 
     return await service.idempotency.answer(request, caller, raw, start)
 

@@ -33,7 +33,8 @@ class InputMessage(Strict):
     # without effect on the result by their nature
     id: _Id | None = None
     status: _Status | None = None
-    phase: Literal["commentary", "final_answer"] | None = None
+    # the model would not be told of it
+    phase: None = None
 
     def text(self) -> str:
         """The content as one string."""

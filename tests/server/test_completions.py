@@ -121,3 +121,14 @@ def test_progress_of_each_prompt(live):
     shown = [chunk.model_extra["prompt_progress"] for chunk in chunks if "prompt_progress" in (chunk.model_extra or {})]
     assert {one["index"] for one in shown} == {0, 1}
     assert all(one["processed"] <= one["total"] for one in shown)
+
+
+def test_an_answer_says_what_became_of_the_session(live):
+    body = {"model": NAME, "prompt": TEXTS[0], "max_tokens": 2, "temperature": 0, "session_id": "told"}
+    for wanted in ("new", "resident"):
+        answer = live.http.post("/v1/completions", json=body)
+        assert answer.headers["X-PaceLLM-Session"] == answer.json()["pacellm"]["session"] == wanted
+    assert answer.json()["pacellm"]["cached_tokens"] == answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+    several = live.http.post("/v1/completions", json={"model": NAME, "prompt": TEXTS, "max_tokens": 2}).json()
+    assert "pacellm" not in several
+    assert [choice["pacellm"]["session"] for choice in several["choices"]] == ["none", "none"]

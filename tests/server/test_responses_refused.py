@@ -49,6 +49,11 @@ REFUSED = {
         "input.0.content.0.type",
         None,
     ),
+    "phase": (
+        {"input": [{"role": "assistant", "content": "x", "phase": "commentary"}, {"role": "user", "content": "x"}]},
+        "input.0.phase",
+        "invalid_value",
+    ),
     "temperature": ({"temperature": 3}, "temperature", "invalid_value"),
     "max_output_tokens": ({"max_output_tokens": -1}, "max_output_tokens", "invalid_value"),
     "too long": ({"max_output_tokens": 262_144}, "max_output_tokens", "context_length_exceeded"),
