@@ -47,8 +47,6 @@ def _check_writes(engine: Engine) -> None:
         for number, block in enumerate(table.blocks):
             held.setdefault(block, []).append((holder, min(end, (number + 1) * BLOCK)))
     for sequence in engine.scheduler.running:
-        if sequence.cursor == 0:
-            continue  # its blocks become its own when the turn's first tokens are planned
         for block in sequence.table.blocks[sequence.position // BLOCK :]:
             if any(holder is not sequence and end > sequence.position for holder, end in held[block]):
                 raise EngineError(f"request {sequence.id} would overwrite KV block {block}, which is not its own")

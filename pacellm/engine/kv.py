@@ -104,11 +104,6 @@ class KVTable:
         self.blocks.extend(blocks)
         self._runs = None
 
-    def replace(self, blocks: dict[int, int]) -> None:
-        """Other blocks in the place of some."""
-        self.blocks = [blocks.get(block, block) for block in self.blocks]
-        self._runs = None
-
     def runs(self) -> tuple[Run, ...]:
         """The table as runs of adjacent blocks, in tokens."""
         if self._runs is None:

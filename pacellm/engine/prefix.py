@@ -82,7 +82,9 @@ class PrefixCache:
     def _fits(self, entry: Entry, turns: list[Turn]) -> bool:
         if entry.index >= len(turns):
             return False
-        turn = turns[entry.index]
+        turn, later = turns[entry.index], turns[entry.index + 1 :]
+        if any(other.start < entry.position for other in later):
+            return False  # a turn that goes back would write over the entry's KV
         if (entry.start, entry.pa) != (turn.start, turn.pa) or entry.position >= turn.prompt_end:
             return False
         if entry.index < len(turns) - 1:
@@ -100,12 +102,16 @@ class PrefixCache:
     # -- keeping -------------------------------------------------------------------------------------------
 
     def boundary(self, sequence: Sequence) -> int | None:
-        """The last segment's end whose state a sequence has right now, None where there is none in this turn."""
+        """The last segment's end whose state a sequence has right now.
+
+        None where there is none in this turn, or where a later turn goes back behind it and will write over its KV.
+        """
         turn, position = sequence.turn, sequence.position
         if position >= turn.prompt_end:
             return None
         end = position - position % self._segment
-        return end if end > turn.start else None
+        goes_back = any(later.start < end for later in sequence.work[1:])
+        return end if end > turn.start and not goes_back else None
 
     def keep(self, sequence: Sequence, num_running: int) -> None:
         """Copy a running sequence's state at its last segment's end; of its older entries a few stay, further and

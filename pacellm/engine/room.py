@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 
 from pacellm.engine.kv import BLOCK, BlockAllocator, KVTable
@@ -78,34 +77,6 @@ class Room:
         if start % BLOCK:
             self._copies.append(Copy(source[kept] * BLOCK, table.blocks[kept] * BLOCK, start % BLOCK))
         return table
-
-    def make_own(self, sequence: Sequence) -> bool:
-        """Before a turn that begins inside the one before: nobody else's KV is overwritten. False where there is no
-        room for copies."""
-        start, own = sequence.position, sequence.table
-        first = start // BLOCK
-        theirs = set(own.blocks[first:])
-        for entry in self.progress:
-            if entry.position > start and theirs.intersection(entry.table.blocks[first:]):
-                self.progress.drop(entry)
-        idle = Counter(block for entry in self.progress for block in entry.table.blocks)
-        shared = [
-            number
-            for number in range(first, len(own.blocks))
-            if self.allocator.references(own.blocks[number]) - idle[own.blocks[number]] > 1
-        ]
-        if not shared:
-            return True
-        if not self.make_room(len(shared), is_alone=False):
-            return False
-        old = [own.blocks[number] for number in shared]
-        new = self.allocator.allocate(len(shared))
-        if shared[0] == first and start % BLOCK:
-            self._copies.append(Copy(old[0] * BLOCK, new[0] * BLOCK, start % BLOCK))
-            self.run_copies()
-        own.replace(dict(zip(old, new, strict=True)))
-        self.allocator.release(old)
-        return True
 
     def new_banks(self, sequence: Sequence, source: int | None, session: Session | None) -> None:
         """A row for the sequence: a copy of ``source``, or what the session began with."""

@@ -174,9 +174,7 @@ class Scheduler:
             if sequence.request.sampling.prompt_logprobs is not None:
                 share = min(share, _MAX_SCORED)
             count = min(share, len(sequence.turn.ids) - sequence.cursor)
-            if count and sequence.cursor == 0 and not self.room.make_own(sequence):
-                self.preempt(sequence)
-            elif count:
+            if count:
                 step.work.append(Work(sequence, count))
                 budget -= count
 

@@ -131,6 +131,8 @@ class SessionFiles:
         self._noted(session, sizes)
 
     def _noted(self, session: Session, sizes: Sizes) -> None:
+        if session.deleted:
+            return  # a tombstone takes the files' place, or somebody else has them
         self.budget.note(session.key, sizes, session.last_used)
         self.budget.trim(but=session.key)
 

@@ -71,6 +71,17 @@ def test_bytes_are_counted_as_they_are(model, tmp_path):
     assert (after.log_bytes, after.state_bytes) == (held.log_bytes, held.state_bytes)
 
 
+def test_a_session_deleted_while_it_is_saved_leaves_no_bytes(model, tmp_path):
+    engine = filled(model, tmp_path, "a")
+    ask(engine, "b")
+    assert engine.sessions.evict_one()
+    assert engine.sessions.get(("tenant", "b")).moving
+    engine.ops.delete(("tenant", "b"))()
+    run_until_idle(engine)
+    assert engine.mover.files.budget.bytes == sum(engine.mover.disk.sizes(("tenant", "a")))
+    assert ask(engine, "b", turn=1)[0].session == "new"
+
+
 def test_states_give_way_before_logs_and_the_longest_unused_first(model, tmp_path, sizes):
     log, state = sizes
     engine = filled(model, tmp_path, "abcd", size=4 * log + 2 * state + state // 2)
