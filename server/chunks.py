@@ -158,7 +158,7 @@ def _add(choice: Chunk, part: Chunk) -> None:
 
 
 def _folded(choice: Chunk) -> Chunk:
-    message: Chunk = {"role": "assistant", "content": None, "refusal": None}
+    message: Chunk = {"role": "assistant", "content": None, "refusal": None, "annotations": []}
     for name in ("content", "reasoning_content", "reasoning"):
         if name in choice:
             message[name] = "".join(choice[name])

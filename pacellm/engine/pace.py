@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pacellm.rows import ROWS
 
-SHARE = 2.0  # prompt parts of a step may take this many times what its decoding takes
+SHARE = 1.75  # prompt parts of a step may take this many times what its decoding takes
 LONGEST = 2.0  # seconds of a step that decodes nothing: who arrives meanwhile waits for its end
 _KEPT = 0.6  # of an estimate, at each observation
 _FRESH = 64  # steps after which the next one only decodes, to see what that takes by now

@@ -69,7 +69,9 @@ SCHEMAS: dict[str, Schema] = {
             fields(
                 {"stop_reason": {"type": ["string", "integer"]}},
                 index=COUNT,
-                message=fields(role=one_of("assistant"), content=maybe(TEXT), refusal={"type": "null"}),
+                message=fields(
+                    role=one_of("assistant"), content=maybe(TEXT), refusal={"type": "null"}, annotations=many(OBJECT)
+                ),
                 logprobs=maybe(OBJECT),
                 finish_reason=_REASON,
             )
