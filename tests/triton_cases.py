@@ -2,11 +2,16 @@
 
 import pytest
 import torch
+from torch.nn.functional import linear
 
 from pacellm.memory import feed, feed_triton
-from pacellm.model import decode_triton
+from pacellm.model import decode_triton, experts_triton
 from pacellm.model.context import DecodeRows, Shared
+from pacellm.model.experts import _ACTIVATIONS, ExpertForward, Weights, activation_name
+from pacellm.model.neurons import ffns
+from tests.experts.test_layout import random_layout
 from tests.memory.test_feed import ROWS, assert_same_rows, config, new_pool, turns
+from tests.models import tiny
 
 
 @pytest.mark.parametrize(("preset", "ties"), [("reference", "index"), ("paper", "age")])
@@ -77,3 +82,90 @@ def test_a_shared_beginning_is_read_once():
     for row, length in enumerate(lengths):
         expected = plain(query[:, row], keys, values, tables[row], 0, length, 0.3)
         torch.testing.assert_close(found[row].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def of_sets(batch, hidden, size, experts, dtype=torch.float32, bias=True, down_lies_by_neuron=False):
+    """A gated FFN's parameters, hidden states, and a table of sets: of its rows the first is empty, the last full."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(dtype)
+
+    inner = size * experts
+    down = random(hidden, inner)
+    biases = (random(inner), random(inner), random(hidden)) if bias else (None, None, None)
+    weights = Weights(
+        random(inner, hidden), random(inner, hidden), down.T.contiguous().T if down_lies_by_neuron else down, *biases
+    )
+    table = torch.rand(7, experts, generator=generator) < 0.5
+    table[0], table[-1] = False, True
+    rows = torch.randint(0, 7, (batch,), generator=generator)
+    return (torch.randn(batch, hidden, generator=generator)).to(dtype), weights, table, rows
+
+
+def masked_ffn(hidden, weights, table, rows, activation):
+    """In float64: (inner activations, outputs)."""
+    gate, up, down, *biases = (None if tensor is None else tensor.double() for tensor in weights)
+    x = _ACTIVATIONS[activation](linear(hidden.double(), gate, biases[0])) * linear(hidden.double(), up, biases[1])
+    x = x * table[rows].repeat_interleave(len(gate) // table.shape[1], 1)
+    return x, linear(x, down, biases[2])
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"batch": 1, "hidden": 16, "size": 8, "experts": 6},
+        {"batch": 19, "hidden": 200, "size": 37, "experts": 11},
+        {"batch": 3, "hidden": 65, "size": 150, "experts": 3, "bias": False},
+        {"batch": 4, "hidden": 96, "size": 40, "experts": 8, "down_lies_by_neuron": True},
+        {"batch": 5, "hidden": 72, "size": 24, "experts": 9, "dtype": torch.bfloat16},
+    ],
+)
+def test_working_sets(sizes, activation):
+    hidden, weights, table, rows = of_sets(**sizes)
+    found = experts_triton.products(hidden, weights, table, rows, activation)
+    expected = masked_ffn(hidden, weights, table, rows, activation)
+    tolerance = 1e-5 if hidden.dtype == torch.float32 else 2e-2
+    for mine, one in zip(found, expected, strict=True):
+        assert mine.dtype == hidden.dtype
+        torch.testing.assert_close(mine.double(), one, rtol=tolerance, atol=tolerance)
+    outside = ~table[rows].repeat_interleave(sizes["size"], 1)
+    assert not found[0][outside].any(), "exactly zero outside of the set"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rows_bits_do_not_depend_on_its_mates(dtype):
+    hidden, weights, table, rows = of_sets(batch=21, hidden=130, size=40, experts=10, dtype=dtype)
+    expected = experts_triton.products(hidden, weights, table, rows, "silu")
+    for own, count in (([0], 1), ([2, 5], 6), ([0, 11, 18], 21)):
+        others = [row for row in range(count) if row not in own]
+        mates, sets = hidden[:count].clone(), rows[:count].clone()
+        mates[others] = 3 * mates[others].flip(1)
+        sets[others] = (sets[others] + 1) % len(table)
+        mates[others[:1]] = float("nan")  # a broken mate breaks itself
+        found = experts_triton.products(mates, weights, table, sets, "silu")
+        for mine, one in zip(found, expected, strict=True):
+            assert torch.equal(mine[own], one[own])
+
+
+def test_what_nobody_chose_is_not_read():
+    hidden, weights, table, rows = of_sets(batch=6, hidden=64, size=24, experts=9)
+    table[:] = False
+    table[:, [2, 7]] = True
+    expected = experts_triton.products(hidden, weights, table, rows, "silu")
+    for tensor in weights[:2]:
+        tensor.view(9, -1)[[0, 1, 3, 4, 5, 6, 8]] = float("nan")
+    weights.down.view(64, 9, 24)[:, [0, 1, 3, 4, 5, 6, 8]] = float("nan")
+    found = experts_triton.products(hidden, weights, table, rows, "silu")
+    assert all(torch.equal(mine, one) for mine, one in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_the_try_out_is_content(family):
+    module = tiny(family, dtype=torch.bfloat16)
+    layout = random_layout(module)
+    for ffn in ffns(module):
+        name = activation_name(ffn.activation())
+        assert name == "silu"
+        assert 0 < ExpertForward(ffn, layout.layers[ffn.layer]).kernel_error(name) < 0.03

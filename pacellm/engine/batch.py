@@ -70,6 +70,21 @@ def build_chunks(sequences: list[Sequence], pool: BankPool | None, segment: int)
     return [_chunk(Work(sequence, 1), row, pool, segment) for row, sequence in enumerate(sequences)]
 
 
+def uses_set(sequence: Sequence) -> bool:
+    """Its decoded tokens use a working set."""
+    return sequence.row is not None and sequence.turn.density < 1.0
+
+
+def choose_sets(sequences: list[Sequence], pool: BankPool) -> None:
+    """Write the working sets that are not known yet, of all layers: a step on static buffers only reads them."""
+    if pool.sets is None or pool.experts is None:
+        return
+    for sequence in sequences:
+        if sequence.row is not None and uses_set(sequence) and len(sequence.working_sets) < pool.experts[0]:
+            activity = cast(Any, pool.banks(sequence.row)[EXPERTS]).activity
+            sequence.working_sets.update(pool.sets.write_all(sequence.row, activity, sequence.turn.density))
+
+
 def padded(rows: list[int], device: torch.device) -> Tensor:
     """[R] int64 on the device, at least ``ROWS`` of them and a multiple: what is missing is row 0."""
     missing = missing_rows(len(rows)) if rows else ROWS
@@ -100,9 +115,9 @@ def _chunk(work: Work, row: int, pool: BankPool | None, segment: int) -> Chunk:
         owned, stages = pool.banks(sequence.row), pool.stages(sequence.row)
         if turn.pa != "off":
             banks = Banks(owned, stages, turn.pa, sequence.row)
-        if pool.experts is not None:
+        if pool.sets is not None:
             state, stage = cast(Any, owned[EXPERTS]), cast(Any, stages[EXPERTS])
-            experts = Experts(state, stage, turn.density, sequence.working_sets)
+            experts = Experts(state, stage, turn.density, sequence.working_sets, pool.sets, sequence.row)
         pieces = tuple(turn.pieces(sequence.cursor, work.count, row, segment))
     num_decoded = min(work.count, max(0, sequence.position + work.count - turn.prompt_end))
     return Chunk(

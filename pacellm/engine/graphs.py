@@ -1,4 +1,4 @@
-"""Decode steps on static buffers, captured as CUDA graphs: one graph for each number of sequences, rounded up.
+"""Decode steps on static buffers, captured as CUDA graphs: one for each rounded number of sequences and kind of step.
 
 A step of one token for each of B sequences differs from the last only in what tensors hold: ids, positions, where KV
 goes and lies, rows of banks. These are written into buffers that stay, and the forward pass is replayed. What pads a
@@ -11,13 +11,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pacellm.engine.batch import uses_set
 from pacellm.engine.kv import BLOCK
 from pacellm.engine.sequence import Sequence
 from pacellm.engine.step import Step
@@ -81,13 +82,21 @@ def _common(tables: list[Items[int]]) -> int:
     return min(len(shortest), len(longest))
 
 
+class Kind(NamedTuple):
+    """What a step has beside its rows: shared beginnings, working sets. Each kind is a graph of its own."""
+
+    is_shared: bool
+    has_sets: bool
+
+
 class Buffers:
     """The static tensors of one bucket, and what fills them.
 
     Args:
         size: sequences.
         width: blocks of the longest context.
-        dump: a KV slot that nobody owns. scratch_row: a row of banks that nobody owns.
+        dump: a KV slot that nobody owns. scratch_row: a row of banks that nobody owns; among working sets it is an
+            empty one, and the next is of all experts.
     """
 
     def __init__(self, size: int, width: int, device: torch.device, *, dump: int, scratch_row: int) -> None:
@@ -95,7 +104,7 @@ class Buffers:
         self._host = _Host.new(size, width, pin=device.type == "cuda")
         device_side = _Host.new(size, width, device=device)
         self._wide, self._narrow = device_side.wide, device_side.narrow
-        ids, positions, slots, rows, live, writes, group = self._wide
+        ids, positions, slots, rows, live, writes, group, self._sets = self._wide
         lengths, leader, shared, *_ = self._narrow
         self.ids, self.positions = ids[None], positions[None]
         self._flags = torch.zeros(2, size, dtype=torch.bool, device=device)
@@ -109,12 +118,17 @@ class Buffers:
         self.kept = torch.arange(size, device=device)
         self.fill([])
 
+    def rows(self, kind: Kind) -> DecodeRows:
+        """What a step of that kind is told."""
+        rows = self.sharing if kind.is_shared else self.apart
+        return replace(rows, tokens=rows.tokens._replace(sets=self._sets)) if kind.has_sets else rows
+
     def fill(self, sequences: list[Sequence]) -> bool:
         """Take what the step is made of; True where beginnings are shared. Nothing waits for the device."""
         host = self._host
         wide, narrow, tables = host.wide.numpy(), host.narrow.numpy(), host.tables.numpy()
         wide[:], narrow[:] = 0, 0
-        narrow[0], wide[2], wide[3] = 1, self._dump, self._scratch
+        narrow[0], wide[2], wide[3], wide[7] = 1, self._dump, self._scratch, self._scratch
         tables[:, 0] = self._dump
         host.members.fill_(-1)
         for row, sequence in enumerate(sequences):
@@ -125,6 +139,7 @@ class Buffers:
             tables[row, : len(blocks)] = np.asarray(blocks, dtype=np.int32) * BLOCK
             if sequence.row is not None and sequence.turn.pa != "off":
                 wide[3, row], wide[4, row], wide[5, row] = sequence.row, 1, sequence.turn.pa == "on"
+            wide[7, row] = sequence.row if uses_set(sequence) else self._scratch + 1
         is_shared = self._fill_groups(sequences)
         for target, source in (
             (self._wide, host.wide), (self._narrow, host.narrow), (self._tables, host.tables),
@@ -148,9 +163,9 @@ class Buffers:
 
 @dataclass(frozen=True)
 class _Host:
-    """Numbers of a bucket. ``wide`` int64 [7, B]: ids, positions, slots, rows, live, writes, group. ``narrow`` int32
-    [3, B]: lengths, then leaders and lengths of groups, of which there are at most 1 + B // 2. ``members`` [B, N] and
-    ``tables`` [B, W] int32."""
+    """Numbers of a bucket. ``wide`` int64 [8, B]: ids, positions, slots, rows, live, writes, group, sets. ``narrow``
+    int32 [3, B]: lengths, then leaders and lengths of groups, of which there are at most 1 + B // 2. ``members`` [B, N]
+    and ``tables`` [B, W] int32."""
 
     wide: Tensor
     narrow: Tensor
@@ -163,7 +178,7 @@ class _Host:
             return torch.zeros(*shape, dtype=dtype, device=device, pin_memory=pin)
 
         return cls(
-            wide=zeros(7, size, dtype=torch.int64),
+            wide=zeros(8, size, dtype=torch.int64),
             narrow=zeros(3, size, dtype=torch.int32),
             members=zeros(max(1, size), MEMBERS, dtype=torch.int32),
             tables=zeros(size, width, dtype=torch.int32),
@@ -195,7 +210,7 @@ class Decoder:
         self._settings = (width, device)
         self._places = {"dump": dump, "scratch_row": scratch_row}
         self._buffers: dict[int, Buffers] = {}
-        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[tuple[int, Kind], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool: Any = None
 
     def run(self, sequences: list[Sequence]) -> Tensor:
@@ -205,24 +220,23 @@ class Decoder:
         if buffers is None:
             buffers = self._buffers[size] = Buffers(size, *self._settings, **self._places)  # type: ignore[arg-type]
         graph = None
+        kind = Kind(_shares(sequences), any(uses_set(sequence) for sequence in sequences))
         if self._capture:  # before the buffers are filled: a capture runs on padding alone
-            wanted = _shares(sequences)
             try:
-                graph = self._graphs.get((size, wanted)) or self._record(size, buffers, wanted)
+                graph = self._graphs.get((size, kind)) or self._record(size, buffers, kind)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
                 raise CaptureFailed(f"{type(error).__name__}: {error}") from error
-        is_shared = buffers.fill(sequences)
+        buffers.fill(sequences)
         if graph is not None:
             graph[0].replay()
             return graph[1][: len(sequences)]
-        rows = buffers.sharing if is_shared else buffers.apart
-        return self._forward(buffers, rows, sequences)[: len(sequences)]
+        return self._forward(buffers, buffers.rows(kind), sequences)[: len(sequences)]
 
-    def _record(self, size: int, buffers: Buffers, is_shared: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _record(self, size: int, buffers: Buffers, kind: Kind) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """Warm up on a side stream and capture, with nothing but padding in the buffers."""
-        rows = buffers.sharing if is_shared else buffers.apart
+        rows = buffers.rows(kind)
         buffers.fill([])
         side = torch.cuda.Stream(self._device)
         side.wait_stream(torch.cuda.current_stream(self._device))
@@ -234,8 +248,9 @@ class Decoder:
         with torch.cuda.graph(graph, pool=self._pool):
             logits = self._forward(buffers, rows, [])
         self._pool = self._pool or graph.pool()
-        self._graphs[size, is_shared] = graph, logits
-        logger.info("captured decode steps of up to %d sequences%s", size, ", shared beginnings" if is_shared else "")
+        self._graphs[size, kind] = graph, logits
+        more = (", shared beginnings" if kind.is_shared else "") + (", working sets" if kind.has_sets else "")
+        logger.info("captured decode steps of up to %d sequences%s", size, more)
         return graph, logits
 
 

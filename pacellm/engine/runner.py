@@ -137,6 +137,7 @@ class Runner:
             self._values,
             self.pa,
             arenas=arenas,
+            sets=self.pool.sets if self.pool is not None else None,
             deterministic=self.deterministic,
             total=total,
             **more,
@@ -148,6 +149,8 @@ class Runner:
         try:
             self._copy(step.copies)
             step.copies = []
+            if self.pool is not None:
+                batch.choose_sets(sequences, self.pool)
             logits = decoder.run(sequences)
         except graphs.CaptureFailed:
             raise

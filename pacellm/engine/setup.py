@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from pacellm.config import EngineConfig
 from pacellm.engine import parallel
@@ -19,7 +20,7 @@ from pacellm.errors import ConfigError
 from pacellm.memory.pool import BankPool, bytes_per_row
 from pacellm.memory.snapshot import fingerprint
 from pacellm.model import attention_cuda
-from pacellm.model.experts import attach, why_no_sets
+from pacellm.model.experts import attach, why_no_kernel, why_no_sets
 from pacellm.model.fixed_rows import fix_rows
 from pacellm.model.load import LoadedModel, probe_step
 from pacellm.model.patch import patch
@@ -70,10 +71,13 @@ def new_pool(model: LoadedModel, config: EngineConfig) -> BankPool:
     if model.ranks is not None:
         parallel.tell(model.ranks, parallel.Patch(layers))
     shapes = patch(model.module, layers, model.ranks)
-    experts: tuple[int, int] | None = None
+    heat: Tensor | None = None
     if model.layout is not None and why_no_sets(model.module) is None:
         attach(model.module, model.layout)
-        experts = len(model.layout.layers), model.layout.num_experts
+        if (problem := why_no_kernel(model.module, model.layout)) is not None:
+            logger.warning("decoded tokens use all experts here: %s", problem)
+        heat = torch.stack([model.layout.layers[layer].heat for layer in range(len(model.layout.layers))])
+    experts = None if heat is None else (len(heat), heat.shape[1])
     each = max(1, bytes_per_row(config.bank, shapes, model.dtype, experts))
     if config.pa_memory is None:
         session_rows = min(_MAX_SESSION_ROWS, max(1, (config.session_memory or 0) // 8 // each))
@@ -96,7 +100,7 @@ def new_pool(model: LoadedModel, config: EngineConfig) -> BankPool:
         num_stages=config.max_num_seqs,
         dtype=model.dtype,
         device=model.device,
-        experts=experts,
+        heat=heat,
     )
 
 

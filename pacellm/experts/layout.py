@@ -126,11 +126,6 @@ class Layout:
         return layout
 
 
-def hot_experts(heat: Tensor, count: int) -> list[int]:
-    """The ``count`` hottest experts, ties to the lower number."""
-    return sorted(torch.argsort(heat, descending=True, stable=True)[:count].tolist())
-
-
 def _tensors(layout: Layout) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for layer, one in sorted(layout.layers.items()):

@@ -29,14 +29,17 @@ class Tokens(NamedTuple):
         rows: [B] int64, each one's row of the arena; the last row for what is padding.
         live: [B] bool, tokens that count at all.
         writes: [B] bool, tokens that change their bank.
+        sets: [B] int64, each one's row of the table of working sets; None where all tokens use all experts.
     """
 
     rows: Tensor
     live: Tensor
     writes: Tensor
+    sets: Tensor | None = None
 
 
-Feed = Callable[[BankState, Tokens, Tensor, Tensor, PAConfig], Tensor]
+Feed = Callable[..., Tensor]
+"""As :func:`feed`; only torch's form takes ``total``."""
 
 
 @cache
@@ -50,22 +53,32 @@ def best_feed(device: torch.device) -> Feed:
 
 
 def feed(
-    arena: BankState, tokens: Tokens, x: Tensor, y: Tensor, config: PAConfig, total: Total | None = None
+    arena: BankState,
+    tokens: Tokens,
+    x: Tensor,
+    y: Tensor,
+    config: PAConfig,
+    sets: Tensor | None = None,
+    total: Total | None = None,
 ) -> Tensor:
     """Read one token against each bank and, where asked, write it.
 
     Args:
         arena: one layer's banks, every tensor with a leading dimension of rows; no row twice among live tokens.
         tokens: whose tokens these are.
+        x: [B, F] inner activations, zero outside of a token's set. y: [B, H] bias-free FFN outputs.
+        sets: [R, E] bool, the layer's working sets, where tokens have them: similarities are about their neurons alone.
         total: sums over the ranks that F is split over, where it is.
-        x: [B, F] inner activations. y: [B, H] bias-free FFN outputs.
 
     Returns:
         [B, H], the outputs before the bias.
     """
     wide = compute_dtype(x.dtype)
     filled = arena.filled[tokens.rows]
-    found = judge(_cosines(arena.keys, tokens.rows, x.to(wide), total), filled[:, None], config)
+    masks = None
+    if tokens.sets is not None and sets is not None:
+        masks = sets[tokens.sets].repeat_interleave(x.shape[1] // sets.shape[1], dim=1)
+    found = judge(_cosines(arena.keys, tokens.rows, x.to(wide), masks, total), filled[:, None], config)
     recalled = _recall(found.weights, arena.values, tokens.rows)
     output = mix(recalled, y.to(wide), found.hit, found.fuse, config).to(y.dtype)
     _count(arena, tokens, found)
@@ -76,10 +89,13 @@ def feed(
     return output
 
 
-def _cosines(keys: Tensor, rows: Tensor, x: Tensor, total: Total | None) -> Tensor:
+def _cosines(keys: Tensor, rows: Tensor, x: Tensor, masks: Tensor | None, total: Total | None) -> Tensor:
     if x.device.type == "cpu":
-        return cosines([keys[row] for row in rows.tolist()], pad_rows(x), total)
+        each_mask = None if masks is None else list(masks)
+        return cosines([keys[row] for row in rows.tolist()], pad_rows(x), total, each_mask)
     own = keys[rows].to(x.dtype)
+    if masks is not None:
+        own = own * masks[:, None]
     products = torch.bmm(own, x[:, :, None])[:, :, 0]
     if total is not None:
         return cosines_of_parts(products, (x * x).sum(1, keepdim=True), (own * own).sum(2), total)

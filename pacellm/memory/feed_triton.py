@@ -23,7 +23,9 @@ _SLOTS = 32  # keys of one program
 _WIDTH = 128  # columns of one program
 
 
-def feed(arena: BankState, tokens: Tokens, x: Tensor, y: Tensor, config: PAConfig) -> Tensor:
+def feed(
+    arena: BankState, tokens: Tokens, x: Tensor, y: Tensor, config: PAConfig, sets: Tensor | None = None
+) -> Tensor:
     """As :func:`pacellm.memory.feed.feed`, equal up to rounding."""
     batch, inner = x.shape
     slots, hidden = arena.values.shape[1:]
@@ -32,9 +34,11 @@ def feed(arena: BankState, tokens: Tokens, x: Tensor, y: Tensor, config: PAConfi
     dots, squares = (x.new_empty(splits, batch, slots, dtype=torch.float32) for _ in range(2))
     lengths = x.new_empty(splits, batch, dtype=torch.float32)
     x, y = x.contiguous(), y.contiguous()
+    own = None if sets is None or tokens.sets is None else sets.view(torch.uint8)
+    experts = 1 if own is None else own.shape[1]
     _similar[(batch, triton.cdiv(slots, _SLOTS), splits)](
-        x, arena.keys, tokens.rows, dots, squares, lengths, batch, slots, inner,
-        SPLIT=_SPLIT, SLOTS=_SLOTS, WIDTH=_WIDTH,
+        x, arena.keys, tokens.rows, own, tokens.sets, dots, squares, lengths, batch, slots, inner,
+        EXPERTS=experts, SIZE=inner // experts, SPLIT=_SPLIT, SLOTS=_SLOTS, WIDTH=_WIDTH,
     )  # fmt: skip
     weights = x.new_empty(batch, slots, dtype=torch.float32)
     chosen = torch.empty(batch, top, dtype=torch.int64, device=x.device)
@@ -62,13 +66,19 @@ def feed(arena: BankState, tokens: Tokens, x: Tensor, y: Tensor, config: PAConfi
 
 @triton.jit
 def _similar(
-    x_at, keys_at, rows_at, dots_at, squares_at, lengths_at, batch, slots, inner,
-    SPLIT: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
+    x_at, keys_at, rows_at, sets_at, set_rows_at, dots_at, squares_at, lengths_at, batch, slots, inner,
+    EXPERTS: tl.constexpr, SIZE: tl.constexpr, SPLIT: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Products of one token with ``SLOTS`` keys, the keys' squares and the token's, over ``SPLIT`` activations."""
+    """Products of one token with ``SLOTS`` keys, the keys' squares and the token's, over ``SPLIT`` activations.
+
+    With sets only over the neurons of the token's own set, outside of which x is zero.
+    """
     token, part, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot = part * SLOTS + tl.arange(0, SLOTS)
     row = tl.load(rows_at + token)
+    set_row = 0
+    if set_rows_at is not None:
+        set_row = tl.load(set_rows_at + token)
     keys_at += (row * slots + slot[:, None]) * inner
     dots, squares = tl.zeros([SLOTS], tl.float32), tl.zeros([SLOTS], tl.float32)
     length = tl.zeros([1], tl.float32)
@@ -76,6 +86,9 @@ def _similar(
         column = start + tl.arange(0, WIDTH)
         x = tl.load(x_at + token * inner + column, mask=column < inner, other=0.0).to(tl.float32)
         inside = (slot[:, None] < slots) & (column[None, :] < inner)
+        if sets_at is not None:
+            chosen = tl.load(sets_at + set_row * EXPERTS + column // SIZE, mask=column < inner, other=0)
+            inside = inside & (chosen != 0)[None, :]
         keys = tl.load(keys_at + column[None, :], mask=inside, other=0.0).to(tl.float32)
         dots += tl.sum(keys * x[None, :], 1)
         squares += tl.sum(keys * keys, 1)

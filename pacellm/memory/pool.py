@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pacellm.config import PAConfig
 from pacellm.errors import EngineError
+from pacellm.experts.working_set import SetTable
 from pacellm.memory.activity import EXPERTS, ActivityState
 from pacellm.memory.bank import effective_rank
 from pacellm.memory.state import COUNTERS, BankState, Stage, new_stage
@@ -37,7 +38,7 @@ class BankPool:
         shapes: one per patched layer.
         num_rows: rows in all; ``num_stages`` of them can be written at a time.
         dtype, device: of keys and values.
-        experts: (layers, experts of each) of a layout: rows hold their activity too, under ``EXPERTS``.
+        heat: [L, E] of a layout: rows hold its experts' activity too, under ``EXPERTS``, and have working sets.
     """
 
     def __init__(
@@ -49,9 +50,11 @@ class BankPool:
         num_stages: int,
         dtype: torch.dtype,
         device: torch.device,
-        experts: tuple[int, int] | None = None,
+        heat: Tensor | None = None,
     ) -> None:
-        self.config, self.shapes, self.num_rows, self.experts = config, shapes, num_rows, experts
+        self.config, self.shapes, self.num_rows = config, shapes, num_rows
+        self.experts = None if heat is None else (len(heat), heat.shape[1])
+        self.sets = None if heat is None else SetTable(heat, num_rows, device)
         self._arena: dict[int, Any] = {
             shape.layer: _new_arena(config, shape, num_rows + 1, dtype, device) for shape in shapes
         }
@@ -59,10 +62,11 @@ class BankPool:
             {shape.layer: new_stage(config, shape.inner, shape.hidden, dtype, device) for shape in shapes}
             for _ in range(num_stages)
         ]
-        if experts is not None:
-            self._arena[EXPERTS] = ActivityState(torch.zeros(num_rows + 1, *experts, dtype=torch.int64, device=device))
+        if heat is not None:
+            counts = torch.zeros(num_rows + 1, *heat.shape, dtype=torch.int64, device=device)
+            self._arena[EXPERTS] = ActivityState(counts)
             for stage in self._stages:
-                stage[EXPERTS] = ActivityState(torch.zeros(*experts, dtype=torch.int64, device=device))
+                stage[EXPERTS] = ActivityState(torch.zeros_like(counts[0]))
         self._free = list(reversed(range(num_rows)))
         self._free_stages = list(range(num_stages))
         self._stage_of: dict[int, int] = {}

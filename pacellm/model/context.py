@@ -16,6 +16,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from pacellm.config import PAConfig
+from pacellm.experts.working_set import SetTable
 from pacellm.memory.activity import ActivityState
 from pacellm.memory.bank import Total
 from pacellm.memory.feed import Tokens
@@ -70,12 +71,15 @@ class Experts:
         state, stage: of its working row.
         density: part of the experts that its decoded tokens use.
         sets: by layer [E] bool, the working set as the activity stands; the sequence's own, kept over steps.
+        table: where they lie, in ``row``.
     """
 
     state: ActivityState
     stage: ActivityState
     density: float
     sets: dict[int, Tensor]
+    table: SetTable
+    row: int
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,13 @@ class Chunk:
     banks: Banks | None = None
     num_decoded: int = 0
     experts: Experts | None = None
+
+    @property
+    def set_row(self) -> int | None:
+        """The row of the table of sets that its decoded tokens use; None where they use all experts."""
+        if self.experts is None or self.experts.density == 1.0 or not self.num_decoded:
+            return None
+        return self.experts.row
 
     def mask(self, layer: int, inner: int) -> Tensor | None:
         """[F] bool: the neurons that its decoded tokens use in a layer, once that was decided; None where all are."""
@@ -134,7 +145,7 @@ class DecodeRows:
         slots: [B] int64, where each token's KV goes; a slot that nobody owns for padding.
         lengths: [B] int32 tokens that each one sees, itself included.
         tables: [B, W] int32, the first slot of each of a sequence's blocks of ``BLOCK`` tokens.
-        tokens: their rows of banks, and whose banks take part.
+        tokens: their rows of banks, whose banks take part, and where any token has one, their working sets.
         shared: beginnings that are read once, or None.
     """
 
@@ -154,9 +165,9 @@ class StepContext:
     ``keys`` and ``values`` are [kv heads, slots, head size] per layer. ``failing`` is the chunk being worked on,
     so that an error can be laid at one request's door. ``scratch`` is the attention backend's. Where ``probe`` is set,
     attention only records each layer's KV shapes in it. ``wanted`` are the rows that the model's head reads, in order;
-    None is all of them. ``arenas`` are all sessions' banks by layer. With ``decode`` the step is one token of each
-    sequence; a CPU's attention still goes by the chunks. ``deterministic`` fixes
-    how sums are split, whatever else is in the step. ``total`` sums over the ranks of a tensor-parallel model.
+    None is all of them. ``arenas`` are all sessions' banks by layer, ``sets`` their working sets. With ``decode`` the
+    step is one token of each sequence; a CPU's attention still goes by the chunks. ``deterministic`` fixes how sums are
+    split, whatever else is in the step. ``total`` sums over the ranks of a tensor-parallel model.
     """
 
     chunks: list[Chunk]
@@ -168,6 +179,7 @@ class StepContext:
     probe: dict[int, LayerProbe] | None = None
     wanted: list[int] | None = None
     arenas: dict[int, BankState] = field(default_factory=dict)
+    sets: SetTable | None = None
     decode: DecodeRows | None = None
     deterministic: bool = False
     total: Total | None = None

@@ -3,24 +3,47 @@
 It takes the place of the FFN's ``forward``, so that parameters keep their names and what stands around projections
 (banks, quantised linears) stays where it is. Prompt tokens use all experts. Decoded tokens of a request whose density
 is below 1 use its working set; each expert's weights are read in place, once for all sequences that chose it, and as
-products of a fixed shape, summed in the experts' order: a row's bits do not depend on the other rows' sets.
+products of a fixed shape, summed in the experts' order: a row's bits do not depend on the other rows' sets. On CUDA
+that is a Triton kernel (``experts_triton.py``) which finds sets in a table by row, so a decode step waits for nothing.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pacellm.errors import ConfigError
 from pacellm.experts.layout import LayerLayout, Layout
-from pacellm.experts.working_set import choose
 from pacellm.memory import activity
 from pacellm.model.context import Chunk, Experts, StepContext, current_step
 from pacellm.model.ffn import PersistentDown
 from pacellm.model.neurons import FFN, ffns, original
 from pacellm.rows import pad_rows
+
+_TOLERANCE = 0.03  # of the kernel on CUDA, as a part of the largest output
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+_tried: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+
+
+class Weights(NamedTuple):
+    """A gated FFN's parameters: gate and up [F, H], down [H, F], biases [F], [F], [H] where there are any."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    gate_bias: Tensor | None
+    up_bias: Tensor | None
+    down_bias: Tensor | None
 
 
 def why_no_sets(model: nn.Module) -> str | None:
@@ -36,11 +59,52 @@ def why_no_sets(model: nn.Module) -> str | None:
     return None
 
 
-def attach(model: nn.Module, layout: Layout) -> None:
-    """Let the model's FFNs count and use experts; it computes the same until a step brings a working set."""
+def why_no_kernel(model: nn.Module, layout: Layout) -> str | None:
+    """Why the model's device cannot work on parts of its FFNs; None where it can. CUDA's kernel is tried out once."""
+    device = next(model.parameters()).device
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"decoded tokens use parts of an FFN on a CPU or with CUDA, not on {device.type}"
+    if model not in _tried:
+        _tried[model] = _try_out(model, layout)
+    return _tried[model]
+
+
+def _try_out(model: nn.Module, layout: Layout) -> str | None:
+    """The first FFN of each size beside torch's form, on random rows."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    kinds: dict[tuple[int, int, str], ExpertForward] = {}
     for ffn in ffns(model):
         assert ffn is not None
-        ffn.module.forward = ExpertForward(ffn, layout.layers[ffn.layer])
+        if (name := activation_name(ffn.activation())) is None:
+            return "on CUDA its activation must be SiLU or GELU"
+        kinds.setdefault((ffn.inner, ffn.hidden, name), ExpertForward(ffn, layout.layers[ffn.layer]))
+    try:
+        worst = max(forward.kernel_error(name) for (_, _, name), forward in kinds.items())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None if worst < _TOLERANCE else f"the kernel is off by {worst:.2g}"
+
+
+def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
+    """``silu``, ``gelu`` or ``gelu_tanh``, by what it does to numbers; None for another one."""
+    x = torch.linspace(-6, 6, 97)
+    try:
+        found = activation(x)
+    except (RuntimeError, TypeError):
+        return None
+    return next((name for name, form in _ACTIVATIONS.items() if torch.allclose(found, form(x), atol=1e-5)), None)
+
+
+def attach(model: nn.Module, layout: Layout) -> None:
+    """Let the model's FFNs count and use experts; it computes the same until a step brings a working set."""
+    on_device = next(model.parameters()).device.type == "cuda" and why_no_kernel(model, layout) is None
+    for ffn in ffns(model):
+        assert ffn is not None
+        kernel = activation_name(ffn.activation()) if on_device else None
+        ffn.module.forward = ExpertForward(ffn, layout.layers[ffn.layer], kernel)
 
 
 def detach(model: nn.Module) -> None:
@@ -56,17 +120,21 @@ class ExpertForward:
     Args:
         ffn: of a decoder layer; its neurons are in the layout's order.
         layout: of that layer.
+        kernel: the activation that Triton's form is to use; None: torch's form does the work.
     """
 
-    def __init__(self, ffn: FFN, layout: LayerLayout) -> None:
-        self._ffn, self._plain = ffn, ffn.module.forward
-        self._heat, self._num_experts = layout.heat, layout.num_experts
+    def __init__(self, ffn: FFN, layout: LayerLayout, kernel: str | None = None) -> None:
+        self._ffn, self._plain, self.kernel = ffn, ffn.module.forward, kernel
+        self._num_experts = layout.num_experts
         self._activation: Callable[[Tensor], Tensor] = ffn.activation()
         self._blocks: list[tuple[Tensor, Tensor, Tensor]] | None = None
+        self._read: Weights | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[1, T, H] or [T, H], as the FFN itself."""
         step = current_step()
+        if step is not None and step.decode is not None and step.decode.tokens.sets is not None:
+            return self._static(step, step.decode.tokens.sets, hidden.flatten(0, -2)).view(hidden.shape)
         chunks = [chunk for chunk in step.chunks if chunk.experts is not None] if step is not None else []
         thin = [chunk for chunk in chunks if chunk.num_decoded and _experts(chunk).density < 1.0]
         reads = [chunk for chunk in chunks if chunk.stop - chunk.start > chunk.num_decoded]
@@ -82,8 +150,26 @@ class ExpertForward:
         for chunk in reads:
             self._count(chunk, inner)
         if thin:
-            self._use_sets(thin, flat, inner, plain, keeps_inner=isinstance(down, PersistentDown))
+            self._use_sets(step, thin, flat, inner, plain)
         return self._remember(step, inner, plain).view(hidden.shape)
+
+    def _static(self, step: StepContext, rows: Tensor, hidden: Tensor) -> Tensor:
+        """A step of one token for each sequence, whose sets are known: [B, H], by rows [B] of the table of sets.
+
+        Rows of all experts are a set like others where that saves reading the weights twice; where a row's bits must
+        not depend on its mates they are what they are without any.
+        """
+        assert step.sets is not None
+        down = self._ffn.down
+        inner, plain = self._products_of(hidden, step.sets.layers[self._ffn.layer], rows)
+        if step.deterministic or hidden.device.type == "cpu":
+            whole = self._inner(hidden)
+            is_whole = (rows == step.sets.everything)[:, None]
+            inner = torch.where(is_whole, whole, inner)
+            plain = torch.where(is_whole, original(down)(whole), plain)
+        if isinstance(down, PersistentDown) and step.arenas:
+            return down.remember_static(step, inner, plain)
+        return plain
 
     def _remember(self, step: StepContext, inner: Tensor, plain: Tensor) -> Tensor:
         down = self._ffn.down
@@ -111,33 +197,55 @@ class ExpertForward:
                 staged.zero_()
                 owned.sets.pop(layer, None)
 
-    def _set_of(self, chunk: Chunk) -> Tensor:
-        """[E] bool, kept until the activity changes."""
-        owned, layer = _experts(chunk), self._ffn.layer
-        if layer not in owned.sets:
-            owned.sets[layer] = choose(owned.state.activity[layer], self._heat, owned.density)
-        return owned.sets[layer]
-
-    def _use_sets(
-        self, chunks: list[Chunk], hidden: Tensor, inner: Tensor, plain: Tensor, *, keeps_inner: bool
-    ) -> None:
-        """Decoded rows of ``chunks`` by their working sets, into ``plain``, and where asked into ``inner``."""
-        rows: list[int] = []
-        sets: list[Tensor] = []
+    def _use_sets(self, step: StepContext, chunks: list[Chunk], hidden: Tensor, inner: Tensor, plain: Tensor) -> None:
+        """Decoded rows of ``chunks`` by their working sets, into ``plain``, and where banks read it into ``inner``."""
+        assert step.sets is not None
+        layer = self._ffn.layer
         for chunk in chunks:
-            own = self._set_of(chunk)
-            rows += range(chunk.stop - chunk.num_decoded, chunk.stop)
-            sets += [own] * chunk.num_decoded
-        place = torch.tensor(rows, device=hidden.device)
-        chosen = torch.stack(sets)
+            owned = _experts(chunk)
+            if layer not in owned.sets:  # from here until the activity changes
+                owned.sets[layer] = owned.table.write(owned.row, owned.state.activity, owned.density, layer)
+        place, rows = _rows_of(step, chunks, hidden.device)
+        x, y = self._products_of(hidden[place], step.sets.layers[layer], rows)
+        plain.index_copy_(0, place, y)
+        if isinstance(self._ffn.down, PersistentDown):
+            inner.index_copy_(0, place, x)
+
+    def _products_of(self, hidden: Tensor, table: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Inner activations [n, F], zero outside of each row's set, and outputs [n, H]; sets are ``rows`` of ``table``.
+
+        In torch's form the host asks which experts there are. Without a bank behind it, it leaves activations at zero.
+        """
+        if self.kernel is not None:
+            from pacellm.model import experts_triton  # Triton is not everywhere
+
+            return experts_triton.products(hidden, self._parameters(), table, rows, self.kernel)
+        chosen, count = table[rows], len(rows)
         union = chosen.any(0).nonzero()[:, 0].tolist()
-        mask = pad_rows(chosen[:, union].to(hidden.device, hidden.dtype)).T[:, :, None]
-        x, y = self._products(pad_rows(hidden[place]), mask, union)
-        plain[place] = y[: len(rows)]
-        if keeps_inner:
-            whole = torch.zeros(len(rows), self._num_experts, x.shape[2], dtype=x.dtype, device=x.device)
-            whole[:, union] = x[:, : len(rows)].transpose(0, 1)
-            inner[place] = whole.flatten(1)
+        mask = pad_rows(chosen[:, union].to(hidden.dtype)).T[:, :, None]
+        x, y = self._products(pad_rows(hidden), mask, union)
+        whole = hidden.new_zeros(count, self._num_experts, x.shape[2])
+        if isinstance(self._ffn.down, PersistentDown):
+            whole[:, union] = x[:, :count].transpose(0, 1)
+        return whole.flatten(1), y[:count]
+
+    @torch.inference_mode()
+    def kernel_error(self, activation: str) -> float:
+        """Triton's form beside torch's on random rows: the largest difference over the largest output."""
+        from pacellm.model import experts_triton
+
+        weights, experts = self._parameters(), self._num_experts
+        device, dtype = weights.gate.device, weights.gate.dtype
+        generator = torch.Generator(device).manual_seed(0)
+        hidden = torch.randn(5, self._ffn.hidden, generator=generator, device=device).to(dtype)
+        table = torch.rand(5, experts, generator=generator, device=device) < 0.5
+        table[3], table[4] = False, True
+        rows = torch.tensor([4, 1, 0, 3, 2], device=device)
+        found = experts_triton.products(hidden, weights, table, rows, activation)
+        mask = table[rows].T[:, :, None].to(dtype)
+        x, y = self._products(hidden, mask, list(range(experts)))
+        pairs = zip(found, (x.transpose(0, 1).flatten(1), y), strict=True)
+        return max(float((mine - one).abs().max() / one.abs().max()) for mine, one in pairs)
 
     def _products(self, hidden: Tensor, mask: Tensor, union: list[int]) -> tuple[Tensor, Tensor]:
         """Inner activations [U, n, B] of the experts in ``union``, zero where ``mask`` is, and outputs [n, H]."""
@@ -160,6 +268,15 @@ class ExpertForward:
         if (down_bias := original(self._ffn.down).bias) is not None:
             y = y + down_bias
         return x, y.to(hidden.dtype)
+
+    def _parameters(self) -> Weights:
+        """Views of what the kernel reads."""
+        if self._read is None:
+            found = {(axis.role, axis.view.ndim): axis.view for axis in self._ffn.axes()}
+            matrices = (found["gate", 2], found["up", 2], found["down", 2])
+            biases = (found.get(("gate", 1)), found.get(("up", 1)), original(self._ffn.down).bias)
+            self._read = Weights(*matrices, *biases)
+        return self._read
 
     def _weights(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """By expert views of gate [H, B], up [H, B] and down [B, H].
@@ -193,18 +310,27 @@ def _experts(chunk: Chunk) -> Experts:
     return chunk.experts
 
 
+def _rows_of(step: StepContext, chunks: list[Chunk], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which rows of the step use sets, and which rows of the table those are; the same in all layers."""
+    if "set rows" not in step.scratch:
+        places = [row for chunk in chunks for row in range(chunk.stop - chunk.num_decoded, chunk.stop)]
+        owners = [_experts(chunk).row for chunk in chunks for _ in range(chunk.num_decoded)]
+        host = torch.tensor([places, owners])
+        host = host.pin_memory() if device.type == "cuda" else host
+        step.scratch["set rows"] = tuple(host.to(device, non_blocking=True))
+    return step.scratch["set rows"]  # type: ignore[return-value]
+
+
 def check_density(density: float | None, model: nn.Module, layout: Layout | None, param: str) -> None:
     """Refuse working sets where there can be none.
 
     Raises:
-        ConfigError: no layout, or FFNs that cannot work on parts.
+        ConfigError: no layout, or FFNs or a device that cannot work on parts.
     """
     if density is None or density == 1.0:
         return
     if layout is None:
         raise ConfigError(f"{param} below 1 needs a layout; serve with --ce-layout FILE", param=param)
-    problem = why_no_sets(model)
-    if next(model.parameters()).device.type != "cpu":
-        problem = problem or "decoded tokens use parts of an FFN on a CPU only"
+    problem = why_no_sets(model) or why_no_kernel(model, layout)
     if problem is not None:
         raise ConfigError(f"{param} below 1 does not work with this model: {problem}", param=param)

@@ -51,7 +51,7 @@ class PersistentDown(nn.Module):
         if step is None:
             return plain
         if step.decode is not None and step.arenas:
-            return self._forward_decoded(step, inner.flatten(0, -2), plain.flatten(0, -2)).view(plain.shape)
+            return self.remember_static(step, inner.flatten(0, -2), plain.flatten(0, -2)).view(plain.shape)
         if not any(chunk.banks for chunk in step.chunks):
             return plain
         return self.remember(step, inner.flatten(0, -2), plain.flatten(0, -2)).view(plain.shape)
@@ -71,18 +71,21 @@ class PersistentDown(nn.Module):
             self._remember_rows(step, inner, plain, output)
         return output
 
-    def _forward_decoded(self, step: StepContext, inner: Tensor, plain: Tensor) -> Tensor:
-        """A step of one token for each sequence: rows of banks by index, nothing that waits for the device."""
+    def remember_static(self, step: StepContext, inner: Tensor, plain: Tensor) -> Tensor:
+        """The same for a step of one token for each sequence: rows of banks by index, nothing waits for the device."""
         assert step.decode is not None
         bias, tokens = self.bias, step.decode.tokens
         found = self._feed(inner.device, self._total(step))(
-            step.arenas[self.layer], tokens, inner, plain if bias is None else plain - bias, step.pa
+            step.arenas[self.layer], tokens, inner, plain if bias is None else plain - bias, step.pa, self._sets(step)
         )
         output = found if bias is None else found + bias
         return torch.where(tokens.live[:, None], output, plain)
 
     def _feed(self, device: torch.device, total: Total | None) -> Feed:
         return best_feed(device) if total is None else partial(feed, total=total)
+
+    def _sets(self, step: StepContext) -> Tensor | None:
+        return None if step.sets is None else step.sets.layers[self.layer]
 
     def _total(self, step: StepContext) -> Total | None:
         return step.total if self.is_split else None
@@ -134,29 +137,33 @@ class PersistentDown(nn.Module):
         """The same on a device: rows of the arena by index, which are uploaded once a step."""
         turns = step.scratch.get("decoded rows")
         if turns is None:
-            turns = step.scratch["decoded rows"] = _decoded_rows(step.chunks, inner.device)
+            turns = step.scratch["decoded rows"] = _decoded_rows(step, inner.device)
         bias = self.bias
         for rows, tokens in turns:  # type: ignore[attr-defined]
             y = plain[rows] if bias is None else plain[rows] - bias
             found = self._feed(inner.device, self._total(step))(
-                step.arenas[self.layer], tokens, inner[rows], y, step.pa
+                step.arenas[self.layer], tokens, inner[rows], y, step.pa, self._sets(step)
             )
             output.index_copy_(0, rows, found if bias is None else found + bias)
 
 
-def _decoded_rows(chunks: Sequence[Chunk], device: torch.device) -> list[tuple[Tensor, Tokens]]:
+def _decoded_rows(step: StepContext, device: torch.device) -> list[tuple[Tensor, Tokens]]:
     """Rows of the step and whose banks they meet: the first decoded token of every sequence, then the second, …"""
     turns, turn = [], 0
-    left = [(chunk, chunk.banks) for chunk in chunks if chunk.banks is not None and chunk.num_decoded]
+    left = [(chunk, chunk.banks) for chunk in step.chunks if chunk.banks is not None and chunk.num_decoded]
+    has_sets = any(chunk.set_row is not None for chunk, _ in left)
+    everything = 0 if step.sets is None else step.sets.everything
     while left:
         numbers = [
             [chunk.stop - chunk.num_decoded + turn for chunk, _ in left],
             [banks.row for _, banks in left],
             [banks.mode == "on" for _, banks in left],
+            [everything if chunk.set_row is None else chunk.set_row for chunk, _ in left],
         ]
         host = torch.tensor(numbers, dtype=torch.int64)
-        rows, owned, writes = (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
-        turns.append((rows, Tokens(owned, torch.ones_like(owned, dtype=torch.bool), writes.bool())))
+        rows, owned, writes, sets = (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+        live = torch.ones_like(owned, dtype=torch.bool)
+        turns.append((rows, Tokens(owned, live, writes.bool(), sets if has_sets else None)))
         turn += 1
         left = [(chunk, banks) for chunk, banks in left if chunk.num_decoded > turn]
     return turns

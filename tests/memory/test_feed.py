@@ -94,7 +94,7 @@ def test_nothing_waits_for_the_device(preset, monkeypatch):
     """On CPU the two products are done row by row; the form of a device takes their place here."""
     settings = config(preset=preset)
     arena = new_pool(settings).arena[0]
-    monkeypatch.setattr(feed, "_cosines", lambda keys, rows, x, total: _device_cosines(keys, rows, x))
+    monkeypatch.setattr(feed, "_cosines", lambda keys, rows, x, masks, total: _device_cosines(keys, rows, x))
     monkeypatch.setattr(feed, "_recall", lambda w, values, rows: torch.bmm(w[:, None], values[rows])[:, 0])
     for rows, writes, x, y in turns(12):
         with NoWaiting():
