@@ -10,7 +10,8 @@ from pacellm.model.context import DecodeRows, Shared
 from pacellm.model.experts import _ACTIVATIONS, ExpertForward, Weights, activation_name
 from pacellm.model.neurons import ffns
 from tests.experts.test_layout import random_layout
-from tests.memory.test_feed import ROWS, assert_same_rows, config, new_pool, turns
+from tests.experts.test_set_table import logprobs_by_kernel
+from tests.memory.test_feed import ROWS, assert_same_rows, config, new_pool, new_sets, turns
 from tests.models import tiny
 
 
@@ -33,6 +34,24 @@ def test_feed(preset, ties):
                 feed.feed(arena, tokens, x, y, settings)
     assert_same_rows(mine, theirs, close={"rtol": 1e-4, "atol": 1e-4})
     assert mine.counters[:ROWS].sum(0).gt(0).sum() >= 5
+
+
+def test_feed_with_working_sets():
+    """Banks of whole activations, then tokens of sets: what lies outside of a token's set does not count."""
+    settings = config(bank_size=10, top_k=3)
+    mine, theirs, table = new_pool(settings).arena[0], new_pool(settings).arena[0], new_sets()
+    for number, (rows, writes, x, y) in enumerate(turns(30)):
+        tokens = feed.Tokens(rows, torch.ones_like(writes), writes, rows)
+        if number < 25:
+            for arena in (mine, theirs):
+                feed.feed(arena, tokens, x, y, settings)
+        else:
+            x = x * table[rows].repeat_interleave(x.shape[1] // table.shape[1], 1)
+            expected = feed.feed(theirs, tokens, x, y, settings, table)
+            found = feed_triton.feed(mine, tokens, x, y, settings, table)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert_same_rows(mine, theirs, close={"rtol": 1e-4, "atol": 1e-4})
+    assert mine.counters[:ROWS].sum(0).gt(0).sum() >= 4
 
 
 def decode_rows(lengths, tables, shared=None):
@@ -136,7 +155,7 @@ def test_working_sets(sizes, activation):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_rows_bits_do_not_depend_on_its_mates(dtype):
-    hidden, weights, table, rows = of_sets(batch=21, hidden=130, size=40, experts=10, dtype=dtype)
+    hidden, weights, table, rows = of_sets(batch=21, hidden=66, size=20, experts=10, dtype=dtype)
     expected = experts_triton.products(hidden, weights, table, rows, "silu")
     for own, count in (([0], 1), ([2, 5], 6), ([0, 11, 18], 21)):
         others = [row for row in range(count) if row not in own]
@@ -169,3 +188,10 @@ def test_the_try_out_is_content(family):
         name = activation_name(ffn.activation())
         assert name == "silu"
         assert 0 < ExpertForward(ffn, layout.layers[ffn.layer]).kernel_error(name) < 0.03
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_an_engine_on_the_kernel(static):
+    """Up to rounding the answers of torch's form, which reads whole experts' weights one after the other."""
+    found, expected = logprobs_by_kernel("silu", static), logprobs_by_kernel(None, static)
+    assert found == pytest.approx(expected, abs=1e-4)

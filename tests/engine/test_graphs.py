@@ -4,6 +4,7 @@ import pytest
 
 from pacellm.engine import graphs
 from pacellm.engine.graphs import Group, shared_groups
+from pacellm.model.layout import apply_layout
 from pacellm.model.load import prepare
 from pacellm.types import SamplingParams
 from tests.engine.helpers import (
@@ -18,6 +19,7 @@ from tests.engine.helpers import (
     run,
     tokens,
 )
+from tests.experts.test_layout import random_layout
 from tests.models import tiny
 
 LONG = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
@@ -59,6 +61,37 @@ def test_a_static_step_equals_an_ordinary_one_to_the_bit(family):
         assert tokens(found[name]) == tokens(expected[name]), name
         assert_same_banks(banks(static, name), banks(ordinary, name))
     assert finish(found["a"]).bank == finish(expected["a"]).bank
+    assert_nothing_held(static)
+
+
+@pytest.mark.parametrize("pa", [True, False])
+def test_working_sets_by_row_of_the_table_are_the_same_bits(pa):
+    module = tiny("llama")
+    model = apply_layout(prepare(module), random_layout(module))
+    asked = [
+        request("a", prompt(37, 1), LONG, session="a", ce_density=0.5),
+        request("b", prompt(511, 2), LONG, session="b", ce_density=0.3, pa="off"),
+        request("c", prompt(90, 3), LONG, session="c"),
+        request("d", prompt(80, 4), GREEDY, session="d", ce_density=0.8, pa="read_only"),  # ends first
+    ]
+    again = request("again", [*prompt(37, 1), *prompt(20, 9)], LONG, session="a", ce_density=0.2)
+    ordinary, kinds = new_engine(model, max_num_seqs=20, pa=pa), set()
+    expected = run(ordinary, *asked) | run(ordinary, again)
+    static = static_engine(model, pa=pa)
+    forward = static.runner._forward_decoded
+    static.runner.decoder._forward = lambda buffers, rows, sequences: (
+        kinds.add((len(sequences), rows.tokens.sets is not None)),
+        forward(buffers, rows, sequences),
+    )[1]
+    found = run(static, *asked) | run(static, again)
+    assert (4, True) in kinds
+    dense = run(static, request("dense", prompt(40, 5), GREEDY))["dense"]
+    assert (1, False) in kinds
+    assert tokens(dense) == tokens(run(ordinary, request("dense", prompt(40, 5), GREEDY))["dense"])
+    for name in found:
+        assert tokens(found[name]) == tokens(expected[name]), name
+    for name in "abcd":
+        assert_same_banks(banks(static, name), banks(ordinary, name))
     assert_nothing_held(static)
 
 

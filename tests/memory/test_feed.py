@@ -76,6 +76,26 @@ def test_masked_equals_one_by_one_to_the_bit(preset, ties, dtype):
     assert counters.gt(0).all(), "every outcome must occur"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sets_by_row_are_masks(dtype):
+    settings = config()
+    mine, theirs = new_pool(settings, dtype), new_pool(settings, dtype)
+    arena, table = mine.arena[0], new_sets()
+    for rows, writes, x, y in turns(30, dtype):
+        masks = [table[row].repeat_interleave(INNER // table.shape[1]) for row in rows.tolist()]
+        x = x * torch.stack(masks)
+        banks = [theirs.banks(row)[0] for row in rows.tolist()]
+        expected = decoded.feed(banks, writes.tolist(), x, y, settings, masks=masks)
+        tokens = feed.Tokens(rows, torch.ones_like(writes), writes, rows)
+        assert torch.equal(feed.feed(arena, tokens, x, y, settings, table), expected)
+    assert_same_rows(arena, theirs.arena[0])
+
+
+def new_sets():
+    """[ROWS, 6] bool, other sets than full ones."""
+    return torch.rand(ROWS, 6, generator=torch.Generator().manual_seed(7)) < 0.6
+
+
 def test_a_token_that_does_not_live_changes_nothing():
     settings = config()
     pool = new_pool(settings)
@@ -94,14 +114,14 @@ def test_nothing_waits_for_the_device(preset, monkeypatch):
     """On CPU the two products are done row by row; the form of a device takes their place here."""
     settings = config(preset=preset)
     arena = new_pool(settings).arena[0]
-    monkeypatch.setattr(feed, "_cosines", lambda keys, rows, x, masks, total: _device_cosines(keys, rows, x))
+    monkeypatch.setattr(feed, "_cosines", lambda keys, rows, x, masks, total: _device_cosines(keys, rows, x, masks))
     monkeypatch.setattr(feed, "_recall", lambda w, values, rows: torch.bmm(w[:, None], values[rows])[:, 0])
     for rows, writes, x, y in turns(12):
         with NoWaiting():
-            feed.feed(arena, feed.Tokens(rows, torch.ones_like(writes), writes), x, y, settings)
+            feed.feed(arena, feed.Tokens(rows, torch.ones_like(writes), writes, rows), x, y, settings, new_sets())
 
 
-def _device_cosines(keys, rows, x):
-    own = keys[rows]
+def _device_cosines(keys, rows, x, masks):
+    own = keys[rows] * masks[:, None]
     lengths = torch.linalg.vector_norm(x, dim=1, keepdim=True) * torch.linalg.vector_norm(own, dim=2)
     return torch.bmm(own, x[:, :, None])[:, :, 0] / lengths.clamp(min=1e-12)
