@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from load_tests.gpu import looks
 from load_tests.gpu import rig as rigs
 from load_tests.gpu.rig import Rig, request, run
+from load_tests.gpu.sets import sets
 from pacellm.engine import pace
 from pacellm.types import Delta, Finished
 
@@ -235,6 +236,7 @@ PARTS: dict[str, Callable[[Rig, Cells], Cells]] = {
     "forks": forks,
     "pa": cost_of_pa,
     "growth": growth,
+    "sets": sets,
     "deterministic": looks.deterministic,
     "profiles": looks.profiles,
 }

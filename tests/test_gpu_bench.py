@@ -7,6 +7,7 @@ import torch
 
 from load_tests import gpu_bench
 from load_tests.gpu import rig as rigs
+from load_tests.gpu import sets
 
 
 def bench(path, parts, *more):
@@ -22,6 +23,13 @@ def test_parts_are_added_to_the_file(tmp_path):
     assert found["second"]["host"]["session"] == found["second"]["disk"]["session"] == "restored"
     assert found["forks"]["100"]["bytes_added_each"] < 100 * 512 * 512
     assert found["limits"].keys() >= {"matrix_flops", "copy_bytes", "host_to_device_bytes", "disk_read_bytes"}
+
+
+def test_working_sets(tmp_path):
+    found = bench(tmp_path / "out.json", "sets")["sets"]
+    assert found["2"]["whole"]["part_read"] == 1.0
+    assert found["2"]["half_alike"]["part_read"] == found["1"]["half"]["part_read"] == 0.5
+    assert 0.5 < found["2"]["half"]["part_read"] < 1.0
 
 
 @pytest.mark.slow
@@ -55,5 +63,6 @@ def test_floors_of_the_7b_shape():
     assert rig.linear_weights == pytest.approx(6.525e9, rel=1e-3)
     assert rig.decode_bytes([]) == pytest.approx(14.14e9, rel=1e-3)
     assert rig.prefill_flops(200_000) / 790e12 == pytest.approx(13.5, abs=0.1)
+    assert sets._bytes(rig, 0, 0, 0.5) == pytest.approx(14.14e9 - 5.70e9, rel=1e-3)
     for batch, floor in ((1, 3.3), (16, 4.2), (64, 6.8)):
         assert rig.decode_bytes([4096] * batch) / 4.3e12 * 1e3 == pytest.approx(floor, abs=0.1)

@@ -2,8 +2,8 @@
 
 Two kernels and a sum: inner activations of the chosen experts, zero elsewhere; then the down-projection from the chosen
 experts, in parts of a fixed number of experts, each in the experts' order. An expert that a row did not choose adds an
-exact zero to it whether it is skipped or not, and a tile's products have one shape, so a row's bits do not depend on
-the other rows. Sets are read from a table by row, and nothing waits for the device.
+exact zero to it whether it is skipped or not, and a tile's products have one shape in one program for any number of
+rows, so a row's bits do not depend on the other rows. Sets are read from a table by row; nothing waits for the device.
 
 Only imported where Triton is there; under ``TRITON_INTERPRET=1`` it runs on a CPU.
 """
@@ -69,7 +69,7 @@ def _width(size: int) -> int:
     return max(16, min(_WIDTH, triton.next_power_of_2(size)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _activate(
     hidden_at, gate_at, up_at, gate_bias_at, up_bias_at, sets_at, rows_at, inner_at, batch,
     EXPERTS: tl.constexpr, SIZE: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -116,7 +116,7 @@ def _activate(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _project(
     inner_at, down_at, sets_at, rows_at, sums_at, batch, down_column, down_neuron,
     EXPERTS: tl.constexpr, SIZE: tl.constexpr, HIDDEN: tl.constexpr, SHARE: tl.constexpr,
@@ -151,7 +151,7 @@ def _project(
     tl.store(sums_at + target, found, mask=inside[:, None] & real[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _sum(
     sums_at, bias_at, output_at, batch, PARTS: tl.constexpr, HIDDEN: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip

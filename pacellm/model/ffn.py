@@ -74,7 +74,7 @@ class PersistentDown(nn.Module):
     def remember_static(self, step: StepContext, inner: Tensor, plain: Tensor) -> Tensor:
         """The same for a step of one token for each sequence: rows of banks by index, nothing waits for the device."""
         assert step.decode is not None
-        bias, tokens = self.bias, step.decode.tokens
+        bias, tokens = self.bias, _whole_sets(step, step.decode.tokens)
         found = self._feed(inner.device, self._total(step))(
             step.arenas[self.layer], tokens, inner, plain if bias is None else plain - bias, step.pa, self._sets(step)
         )
@@ -142,9 +142,17 @@ class PersistentDown(nn.Module):
         for rows, tokens in turns:  # type: ignore[attr-defined]
             y = plain[rows] if bias is None else plain[rows] - bias
             found = self._feed(inner.device, self._total(step))(
-                step.arenas[self.layer], tokens, inner[rows], y, step.pa, self._sets(step)
+                step.arenas[self.layer], _whole_sets(step, tokens), inner[rows], y, step.pa, self._sets(step)
             )
             output.index_copy_(0, rows, found if bias is None else found + bias)
+
+
+def _whole_sets(step: StepContext, tokens: Tokens) -> Tokens:
+    """Where no token has a set but in other steps some may, sets of everything: a kernel with and one without sets may
+    sum in another order."""
+    if not step.deterministic or step.sets is None or tokens.sets is not None:
+        return tokens
+    return tokens._replace(sets=torch.full_like(tokens.rows, step.sets.everything))
 
 
 def _decoded_rows(step: StepContext, device: torch.device) -> list[tuple[Tensor, Tokens]]:

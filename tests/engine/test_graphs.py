@@ -64,8 +64,8 @@ def test_a_static_step_equals_an_ordinary_one_to_the_bit(family):
     assert_nothing_held(static)
 
 
-@pytest.mark.parametrize("pa", [True, False])
-def test_working_sets_by_row_of_the_table_are_the_same_bits(pa):
+@pytest.mark.parametrize("changes", [{}, {"pa": False}, {"deterministic": True}])
+def test_working_sets_by_row_of_the_table_are_the_same_bits(changes):
     module = tiny("llama")
     model = apply_layout(prepare(module), random_layout(module))
     asked = [
@@ -75,9 +75,9 @@ def test_working_sets_by_row_of_the_table_are_the_same_bits(pa):
         request("d", prompt(80, 4), GREEDY, session="d", ce_density=0.8, pa="read_only"),  # ends first
     ]
     again = request("again", [*prompt(37, 1), *prompt(20, 9)], LONG, session="a", ce_density=0.2)
-    ordinary, kinds = new_engine(model, max_num_seqs=20, pa=pa), set()
+    ordinary, kinds = new_engine(model, max_num_seqs=20, **changes), set()
     expected = run(ordinary, *asked) | run(ordinary, again)
-    static = static_engine(model, pa=pa)
+    static = static_engine(model, **changes)
     forward = static.runner._forward_decoded
     static.runner.decoder._forward = lambda buffers, rows, sequences: (
         kinds.add((len(sequences), rows.tokens.sets is not None)),

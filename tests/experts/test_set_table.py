@@ -47,12 +47,12 @@ def kernel_engine(kernel, static=False, **changes):
     return engine
 
 
-def logprobs_by_kernel(kernel, static):
+def logprobs_by_kernel(kernel, static, new=6):
     """Log-probabilities of four requests' tokens, of several densities, decoded together, and of a second turn."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs, "BUCKETS", (16,))
         engine = kernel_engine(kernel, static, max_num_batched_tokens=64)
-        sampling = SamplingParams(max_tokens=6, temperature=0, logprobs=0, ignore_eos=True)
+        sampling = SamplingParams(max_tokens=new, temperature=0, logprobs=0, ignore_eos=True)
         asked = [
             request("a", prompt(40, 1), sampling, session="a", ce_density=0.5),
             request("b", prompt(90, 2), sampling, ce_density=0.25, pa="off"),
