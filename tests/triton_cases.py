@@ -168,6 +168,14 @@ def test_a_rows_bits_do_not_depend_on_its_mates(dtype):
             assert torch.equal(mine[own], one[own])
 
 
+def test_many_rows_go_in_turns(monkeypatch):
+    hidden, weights, table, rows = of_sets(batch=40, hidden=32, size=8, experts=4)
+    expected = experts_triton.products(hidden, weights, table, rows, "silu")
+    monkeypatch.setattr(experts_triton, "_MOST", 16)
+    found = experts_triton.products(hidden, weights, table, rows, "silu")
+    assert all(torch.equal(mine, one) for mine, one in zip(found, expected, strict=True))
+
+
 def test_what_nobody_chose_is_not_read():
     hidden, weights, table, rows = of_sets(batch=6, hidden=64, size=24, experts=9)
     table[:] = False

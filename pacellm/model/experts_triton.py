@@ -24,6 +24,7 @@ _NEURONS = 32  # of gate and up that one program works out
 _COLUMNS = 64  # outputs of one program
 _WIDTH = 128  # of the longest product
 _PARTS = 8  # that the experts are divided into for the down-projection
+_MOST = 512  # rows at once, where a log is replayed: their parts of the down-projection take memory
 _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # its products know no bfloat16
 _OPERANDS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -37,13 +38,22 @@ def products(hidden: Tensor, weights: Weights, table: Tensor, rows: Tensor, acti
         rows: [B] int64, the row of the table that each row uses.
         activation: ``silu``, ``gelu`` or ``gelu_tanh``.
     """
+    hidden = hidden.contiguous()
+    x, output = hidden.new_empty(len(hidden), len(weights.gate)), torch.empty_like(hidden)
+    for start in range(0, len(hidden), _MOST):
+        part = slice(start, start + _MOST)
+        _launch(hidden[part], weights, table.view(torch.uint8), rows[part], activation, x[part], output[part])
+    return x, output
+
+
+def _launch(
+    hidden: Tensor, weights: Weights, sets: Tensor, rows: Tensor, activation: str, x: Tensor, output: Tensor
+) -> None:
     batch, size = hidden.shape
-    inner, experts = weights.gate.shape[0], table.shape[1]
-    each = inner // experts
-    hidden, sets = hidden.contiguous(), table.view(torch.uint8)
+    experts = sets.shape[1]
+    each = x.shape[1] // experts
     operand = _OPERANDS[torch.float32 if _IS_INTERPRETED else hidden.dtype]
     tiles = triton.cdiv(batch, _ROWS)
-    x = hidden.new_empty(batch, inner)
     _activate[(tiles, triton.cdiv(each, _NEURONS), experts)](
         hidden, weights.gate, weights.up, weights.gate_bias, weights.up_bias, sets, rows, x, batch,
         EXPERTS=experts, SIZE=each, HIDDEN=size, ACTIVATION=activation, OPERAND=operand,
@@ -58,11 +68,7 @@ def products(hidden: Tensor, weights: Weights, table: Tensor, rows: Tensor, acti
         EXPERTS=experts, SIZE=each, HIDDEN=size, SHARE=share, OPERAND=operand,
         ROWS=_ROWS, COLUMNS=_COLUMNS, WIDTH=_width(each),
     )  # fmt: skip
-    output = torch.empty_like(hidden)
-    _sum[(batch, columns)](
-        sums, weights.down_bias, output, batch, PARTS=parts, HIDDEN=size, COLUMNS=_COLUMNS
-    )  # fmt: skip
-    return x, output
+    _sum[(batch, columns)](sums, weights.down_bias, output, batch, PARTS=parts, HIDDEN=size, COLUMNS=_COLUMNS)
 
 
 def _width(size: int) -> int:
