@@ -24,6 +24,11 @@ def test_parts_are_added_to_the_file(tmp_path):
     assert found["limits"].keys() >= {"matrix_flops", "copy_bytes", "host_to_device_bytes", "disk_read_bytes"}
 
 
+def test_steps_ahead_give_the_same_tokens(tmp_path):
+    found = bench(tmp_path / "out.json", "ahead")
+    assert all(found["ahead"][batch]["same_tokens"] for batch in ("1", "3"))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_the_other_parts(tmp_path):
