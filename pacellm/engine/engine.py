@@ -22,6 +22,7 @@ from pacellm.config import EngineConfig
 from pacellm.engine import setup
 from pacellm.engine.ahead import Flight, step_after
 from pacellm.engine.answers import Answers
+from pacellm.engine.checks import check
 from pacellm.engine.integrity import check_integrity
 from pacellm.engine.kv import BLOCK, BlockAllocator, KVTable
 from pacellm.engine.live import Live
@@ -189,33 +190,7 @@ class Engine:
         Raises:
             RequestError: names the field.
         """
-        self.scheduler.check(len(request.prompt), request.sampling.max_tokens)
-        if not 1 <= request.n <= self.config.max_num_seqs:
-            raise RequestError(f"n must be 1 to {self.config.max_num_seqs} here, not {request.n}", param="n")
-        if request.sampling.prompt_logprobs is not None and request.session is not None:
-            raise RequestError("log-probabilities of a prompt are not available in a session", param="echo")
-        if request.constraint is not None and request.sampling.ignore_eos:
-            raise RequestError("ignore_eos contradicts a constrained answer", param="ignore_eos", code="invalid_value")
-        self._check_experts(request)
-        vocabulary = self.model.vocab_size
-        for token, _ in request.sampling.logit_bias:
-            if token >= vocabulary:
-                raise RequestError(
-                    f"logit_bias names token {token}; the vocabulary has {vocabulary} tokens", param="logit_bias"
-                )
-        if min(request.prompt) < 0 or max(request.prompt) >= vocabulary:
-            raise RequestError(f"the prompt has a token outside the vocabulary of {vocabulary}", param="messages")
-
-    def _check_experts(self, request: GenerationRequest) -> None:
-        try:
-            check_density(request.ce_density, self.model.module, self.model.layout, "pacellm.ce_density")
-        except ConfigError as error:
-            raise RequestError(str(error), param=error.param) from None
-        if request.experts and (self.pool is None or self.pool.experts is None):
-            raise RequestError(
-                "expert activity needs a layout for a model with gated FFNs; serve with --ce-layout FILE",
-                param="pacellm.experts",
-            )
+        check(request, self)
 
     def expert_activity(self) -> dict[int, list[float]]:
         """By layer, tokens of prompts by expert: each token counts 1, shared by squared activations. Of requests that
