@@ -46,9 +46,13 @@ def prefill(rig: Rig, limits: Cells) -> Cells:
         with rig.engine(length, pa=pa) as engine:
             run(engine, request("warm", rig.ids(min(length, 20_000), 1), 1))
             cells[name] = rig.seconds(lambda e=engine: run(e, request("x", rig.ids(length, 2), 1)))
+            layers = engine.config.pa_layers or ()
+    if rig.released is not None:
+        with rig.authors(layers) as module:
+            cells["generate_authors"] = _or_error(lambda: rigs.generate_seconds(rig, module, rig.ids(length, 2), 1))
     with rig.peer() as module:
         cells["generate"] = _or_error(lambda: rigs.generate_seconds(rig, module, rig.ids(length, 2), 1))
-    return cells | _shares(cells, floor, ("engine", "engine_pa", "generate"))
+    return cells | _shares(cells, floor, ("engine", "engine_pa", "generate", "generate_authors"))
 
 
 def decode(rig: Rig, limits: Cells) -> Cells:
@@ -237,6 +241,7 @@ PARTS: dict[str, Callable[[Rig, Cells], Cells]] = {
     "pa": cost_of_pa,
     "growth": growth,
     "sets": sets,
+    "ahead": looks.ahead,
     "deterministic": looks.deterministic,
     "profiles": looks.profiles,
 }
@@ -286,6 +291,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--again", action="store_true", help="measure parts that the file has already")
     parser.add_argument("--small", action="store_true", help="a tiny model on a CPU, to test this script")
     parser.add_argument("--folder", type=Path, help="on the disk to measure (default: the system's temporary one)")
+    parser.add_argument("--peer", type=Path, help="checkout of the authors' released code: prefill beside it too")
     args = parser.parse_args(arguments)
     parts = args.parts.split(",")
     if unknown := set(parts) - set(PARTS):
@@ -294,7 +300,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit("there is no CUDA device here; --small tests the script on a CPU")
 
     device = torch.device("cpu" if args.small else "cuda")
-    rig = rigs.build(device, small=args.small, folder=args.folder)
+    rig = rigs.build(device, small=args.small, folder=args.folder, released=args.peer)
     found: Cells = json.loads(args.output.read_text()) if args.output.exists() else {}
     machine = platform.processor() if args.small else torch.cuda.get_device_name()
     if found.get("small", args.small) != args.small or found.get("device", machine) != machine:

@@ -195,8 +195,8 @@ def draw(rows: dict[str, dict[str, Any]], sizes: list[int], path: str) -> None:
         peaks = [rows[f"{size} {way}"]["imbalance"][event] for event in ("at rest", *events[:2]) for size in sizes]
         axes[1].bar([place + offset for place in range(len(peaks))], peaks, 0.4, label=way, color=colour)
     for axis, names, title in (
-        (axes[0], ("up by half", "back", "a tenth crashed"), "sessions strayed from a replica that runs, %"),
-        (axes[1], ("at rest", "up by half", "back"), "fullest replica, sessions over the mean"),
+        (axes[0], ("up by\nhalf", "back", "a tenth\ncrashed"), "sessions strayed from a replica that runs, %"),
+        (axes[1], ("at rest", "up by\nhalf", "back"), "fullest replica, sessions over the mean"),
     ):
         axis.set_xticks(range(3 * len(sizes)), [f"{name}\n{size:,}" for name in names for size in sizes], fontsize=7)
         axis.set_title(title, fontsize=10)

@@ -190,6 +190,7 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         session_ttl=options.session_ttl,
         gpu_memory_utilization=options.gpu_memory_utilization,
         cuda_graphs=options.cuda_graphs,
+        async_scheduling=options.async_scheduling,
         deterministic=options.deterministic,
         pa_memory=options.pa_memory,
         pa=options.pa,
@@ -232,6 +233,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--gpu-memory-utilization", type=float, default=defaults.gpu_memory_utilization, help="share of a GPU's memory "
         "for weights, steps, KV and banks together")  # fmt: skip
     add("--cuda-graphs", action=argparse.BooleanOptionalAction, default=True, help="capture decode steps on a GPU")
+    add("--async-scheduling", action=argparse.BooleanOptionalAction, default=True,
+        help="with CUDA graphs, launch a decode step before the last one's tokens are read")  # fmt: skip
     add("--deterministic", action="store_true", help="answers independent of batch mates on a GPU too, at a cost; "
         "on a CPU they always are")  # fmt: skip
     add("--session-memory", type=_size, help="bytes of idle sessions' KV kept on the device (default: KV memory)")

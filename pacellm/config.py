@@ -115,6 +115,7 @@ class EngineConfig:
         session_ttl: seconds that an unused session lives, where it has no time of its own.
         gpu_memory_utilization: share of a GPU's memory that weights, activations, KV and banks may take together.
         cuda_graphs: capture decode steps on a GPU; nothing elsewhere.
+        async_scheduling: with CUDA graphs, launch a decode step before the tokens of the last one are read.
         deterministic: on a GPU products run in tiles of a fixed number of rows and attention splits by length alone, so
             that answers and banks do not depend on batch mates and budgets; on a CPU that always holds.
         pa_layers: patched layers, counted from 0.
@@ -138,6 +139,7 @@ class EngineConfig:
     pa_memory: int | None = None
     gpu_memory_utilization: float = 0.9
     cuda_graphs: bool = True
+    async_scheduling: bool = True
     deterministic: bool = False
     pa: bool = True
     pa_layers: tuple[int, ...] | None = None

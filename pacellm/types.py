@@ -66,16 +66,10 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     @property
-    def is_plain_greedy(self) -> bool:
-        """The likeliest token is all that is asked for."""
-        return not (
-            self.temperature
-            or self.presence_penalty
-            or self.frequency_penalty
-            or self.repetition_penalty != 1.0
-            or self.logit_bias
-            or self.logprobs is not None
-        )
+    def shapes_logits(self) -> bool:
+        """Logits are changed before a token is chosen, by what was generated before or by a bias."""
+        penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+        return bool(penalties or self.logit_bias)
 
     def __post_init__(self) -> None:
         for name, low, high in (

@@ -105,6 +105,9 @@ class _EngineCollector(Collector):
         yield self._counter("cached_prompt_tokens", "Prompt tokens not computed again.", stats.cached_tokens)
         yield self._counter("num_preemptions", "Requests that had to start again.", engine.scheduler.preemptions)
         yield self._counter("steps", "Forward passes.", stats.steps)
+        yield self._counter(
+            "steps_ahead", "Decode steps launched before the last one's tokens were read.", stats.steps_ahead
+        )
         yield self._counter("request_failure", "Requests that failed.", stats.failed)
         yield self._counter("request_aborted", "Requests that were cancelled.", stats.aborted)
         success = CounterMetricFamily(

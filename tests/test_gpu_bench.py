@@ -32,6 +32,11 @@ def test_working_sets(tmp_path):
     assert 0.5 < found["2"]["half"]["part_read"] < 1.0
 
 
+def test_steps_ahead_give_the_same_tokens(tmp_path):
+    found = bench(tmp_path / "out.json", "ahead")
+    assert all(found["ahead"][batch]["same_tokens"] for batch in ("1", "3"))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_the_other_parts(tmp_path):

@@ -67,6 +67,27 @@ def deterministic(rig: Rig, limits: Cells) -> Cells:
     return cells
 
 
+def ahead(rig: Rig, limits: Cells) -> Cells:
+    """Decode steps launched before the last one's tokens are read, against steps that wait; and drawn tokens."""
+    shapes, context = ((1, 3), 40) if rig.small else ((1, 16, 64), 4096)
+    steps, new = (4, 40) if rig.small else (50, 400)
+    cells: Cells = {}
+    for batch in shapes:
+        cell: Cells = {}
+        for name, runs_ahead, temperature in (("waits", False, 0.0), ("ahead", True, 0.0), ("drawn", True, 1.0)):
+            with rig.engine(batch * (context + 600), async_scheduling=runs_ahead) as engine:
+                asked = [request(str(n), rig.ids(context, n), new, temperature=temperature) for n in range(batch)]
+                rigs.fill(engine, asked)
+                cell[name] = rigs.decode_seconds(rig, engine, steps)
+                cell[f"{name}_steps_ahead"] = engine.stats.steps_ahead
+                cell[f"{name}_tokens"] = [list(sequence.generated[:steps]) for sequence in engine.scheduler.running]
+        waited, ran = cell.pop("waits_tokens"), cell.pop("ahead_tokens")
+        cell |= {"same_tokens": waited == ran, "ratio": cell["ahead"] / cell["waits"]}
+        del cell["drawn_tokens"]
+        cells[str(batch)] = cell
+    return cells
+
+
 def draw_growth(cells: Cells, path: Path) -> None:
     """Prefill seconds beside their floor, a decode step, and KV memory, against length."""
     import matplotlib

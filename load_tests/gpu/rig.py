@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 from transformers.generation import ContinuousBatchingConfig
 
+from load_tests.ffn_bench import released as authors_module
 from pacellm.config import EngineConfig, PAConfig
 from pacellm.engine.engine import Engine
 from pacellm.engine.kv import BLOCK
@@ -43,11 +45,13 @@ class Rig:
         model: random weights, made on the device.
         small: sizes for a test on a CPU.
         folder: for a session directory.
+        released: a checkout of the authors' released code, or None.
     """
 
     model: LoadedModel
     small: bool
     folder: Path
+    released: Path | None = None
 
     @property
     def is_cuda(self) -> bool:
@@ -113,6 +117,22 @@ class Rig:
             module.set_attn_implementation(attention.NAME)  # type: ignore[operator]
             self.collect()
 
+    @contextmanager
+    def authors(self, layers: tuple[int, ...]) -> Iterator[nn.Module]:
+        """As :meth:`peer`, with the authors' module around the FFNs of ``layers``."""
+        assert self.released is not None
+        with self.peer() as module:
+            decoders: list[Any] = list(module.model.layers)  # type: ignore[union-attr,arg-type]
+            own = {layer: decoders[layer].mlp for layer in layers}
+            segment = 64 if self.small else 1024
+            for layer, ffn in own.items():
+                decoders[layer].mlp = authors_module(self.released, ffn, 100, segment)
+            try:
+                yield module
+            finally:
+                for layer, ffn in own.items():
+                    decoders[layer].mlp = ffn
+
     # -- arithmetic ------------------------------------------------------------------------------------------
 
     @property
@@ -139,7 +159,7 @@ class Rig:
         return float(weights + kv + banks * len(contexts) * each)
 
 
-def build(device: torch.device, *, small: bool, folder: Path | None = None) -> Rig:
+def build(device: torch.device, *, small: bool, folder: Path | None = None, released: Path | None = None) -> Rig:
     """Random weights at Qwen2.5-7B's shape in bfloat16, or a tiny model in float32."""
     config = Qwen2Config(**(_SHAPE_SMALL if small else _SHAPE_7B), eos_token_id=2, pad_token_id=0)
     before = torch.get_default_dtype()
@@ -150,7 +170,7 @@ def build(device: torch.device, *, small: bool, folder: Path | None = None) -> R
             module = Qwen2ForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
-    return Rig(prepare(module), small, folder or Path(tempfile.gettempdir()))
+    return Rig(prepare(module), small, folder or Path(tempfile.gettempdir()), released)
 
 
 # -- the device's limits -------------------------------------------------------------------------------------
@@ -204,9 +224,11 @@ def _disk_rate(rig: Rig, host: torch.Tensor) -> float:
 # -- work ------------------------------------------------------------------------------------------------------
 
 
-def request(name: str, ids: list[int], new: int, session: str | None = None, pa: str = "on") -> GenerationRequest:
-    """Greedy, to its full length."""
-    sampling = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True)
+def request(
+    name: str, ids: list[int], new: int, session: str | None = None, pa: str = "on", temperature: float = 0.0
+) -> GenerationRequest:
+    """To its full length, greedy unless told otherwise."""
+    sampling = SamplingParams(max_tokens=new, temperature=temperature, ignore_eos=True, seed=0)
     key = None if session is None else ("bench", session)
     return GenerationRequest(name, ids, sampling, session=key, tenant="bench" if session else name, pa=pa)  # type: ignore[arg-type]
 
@@ -244,10 +266,14 @@ def only_decodes(engine: Engine, count: int) -> bool:
 
 
 def decode_seconds(rig: Rig, engine: Engine, steps: int, warm: int = 5) -> float:
-    """Median seconds of a step of an engine that only decodes. On a GPU each waits for its tokens."""
+    """Seconds of a step of an engine that only decodes, median of rounds of ten: each may run beside the next."""
     for _ in range(warm):
         _checked(engine.step())
-    return statistics.median(rig.seconds(lambda: _checked(engine.step())) for _ in range(steps))
+    size = min(10, steps)
+    rounds = [
+        rig.seconds(lambda: [_checked(engine.step()) for _ in range(size)]) / size for _ in range(max(1, steps // size))
+    ]
+    return statistics.median(rounds)
 
 
 def generate_seconds(rig: Rig, module: nn.Module, ids: list[int], new: int) -> float:

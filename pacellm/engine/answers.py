@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pacellm.engine.ahead import Chosen
 from pacellm.engine.live import Live
 from pacellm.engine.runner import Output
-from pacellm.engine.sampler import sample, score
+from pacellm.engine.sampler import choose, logprob, sample, score, shape, uniform
 from pacellm.engine.sequence import Sequence
 from pacellm.engine.session import Session
 from pacellm.engine.stats import bank_reads, expert_activity
@@ -46,14 +47,27 @@ class Answers:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._greedy: dict[str, int] = {}
 
-    def choose(self, output: Output) -> None:
-        """The likeliest token of every sampled row at once, with one wait for the device."""
-        count = len(output.sampled)
-        rows = output.logits[:count]
-        best = torch.where(rows.isfinite().all(-1), rows.argmax(-1), -1).tolist() if count else []
-        self._greedy = {sequence.id: token for sequence, token in zip(output.sampled, best, strict=True) if token >= 0}
+    def choose(self, output: Output) -> Chosen:
+        """The next token of every sampled row, without waiting for the device."""
+        rows = output.logits[: len(output.sampled)]
+        shaped, points, failed = rows, [], {}
+        for row, sequence in enumerate(output.sampled):
+            params, count = sequence.request.sampling, output.num_generated(sequence)
+            points.append(uniform(sequence.seed, count))
+            if sequence.num_branches or count >= sequence.max_tokens:
+                continue  # it gets no token of its own here
+            try:
+                allowed = sequence.allowed(rows.shape[1])
+                if allowed is not None or params.shapes_logits:
+                    shaped = rows.clone() if shaped is rows else shaped
+                    shaped[row] = shape(rows[row], params, sequence.prompt, sequence.generated, allowed)
+            except Exception as error:
+                failed[sequence.id] = error
+        if not output.sampled:
+            return Chosen([], rows.new_empty(0, dtype=torch.int64), {})
+        tokens = choose(shaped, [sequence.request.sampling for sequence in output.sampled], points)
+        return Chosen(output.sampled, torch.where(rows.isfinite().all(-1), tokens, -1), failed)
 
     def scores(self, output: Output) -> tuple[list[tuple[str, Event]], dict[str, PaceError]]:
         """Log-probabilities of prompt tokens, for the requests that want them; and where that failed, by request."""
@@ -71,20 +85,15 @@ class Answers:
             row += count
         return events, failed
 
-    def sample(self, sequence: Sequence, logits: Tensor) -> list[tuple[str, Event]]:
-        """Choose the sequence's next token; a failure here fails this request alone."""
+    def sample(self, sequence: Sequence, logits: Tensor, chosen: Chosen) -> list[tuple[str, Event]]:
+        """Give the sequence the token that was chosen for it; a failure here fails this request alone."""
         live = self._engine.live[sequence.id]
         if sequence.num_branches:
-            return self._branch(live, logits)
+            return self._branch(live, logits, chosen)
         if len(sequence.generated) >= sequence.max_tokens:  # only with max_tokens 0: a warm-up
             return [(sequence.id, event) for event in self._finish(live, FinishReason.LENGTH)]
         try:
-            params = sequence.request.sampling
-            allowed = sequence.allowed(len(logits))
-            token, logprob = self._greedy.get(sequence.id), None
-            if token is None or allowed is not None or not params.is_plain_greedy:
-                token, logprob = sample(logits, params, sequence.prompt, sequence.generated, sequence.seed, allowed)
-            events = self._accept(live, token, logprob)
+            events = self._accept(live, *self._token(sequence, logits, chosen))
         except RequestError as error:
             return [self._engine.fail(sequence, error)]
         except Exception as error:
@@ -96,8 +105,17 @@ class Answers:
             for event in events
         ]
 
-    def _branch(self, live: Live, logits: Tensor) -> list[tuple[str, Event]]:
+    def _token(self, sequence: Sequence, logits: Tensor, chosen: Chosen) -> tuple[int, TokenLogprob | None]:
+        params = sequence.request.sampling
+        if not chosen.has(sequence):  # a choice that shares its prompt's row
+            allowed = sequence.allowed(len(logits))
+            return sample(logits, params, sequence.prompt, sequence.generated, sequence.seed, allowed)
+        token = chosen.token(sequence)
+        return token, logprob(logits, token, params.logprobs) if params.logprobs is not None else None
+
+    def _branch(self, live: Live, logits: Tensor, chosen: Chosen) -> list[tuple[str, Event]]:
         """The prompt of a request with several choices is in place: each goes on from a copy of it."""
+        chosen = chosen.without(live.sequence)
         going = [live]
         for choice in live.choices[1:]:
             self._engine.live[choice.sequence.id] = choice
@@ -107,7 +125,7 @@ class Answers:
         events: list[tuple[str, Event]] = []
         for choice in going:
             if choice.sequence.id in self._engine.live:
-                events += self.sample(choice.sequence, logits)
+                events += self.sample(choice.sequence, logits, chosen)
         return events
 
     def _accept(self, live: Live, token: int, logprob: TokenLogprob | None) -> list[Event]:

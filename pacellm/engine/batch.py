@@ -65,9 +65,9 @@ def build(step: Step, pool: BankPool | None, segment: int, device: torch.device)
     )
 
 
-def build_chunks(sequences: list[Sequence], pool: BankPool | None, segment: int) -> list[Chunk]:
+def build_chunks(works: list[Work], pool: BankPool | None, segment: int) -> list[Chunk]:
     """One row for each sequence: its next token."""
-    return [_chunk(Work(sequence, 1), row, pool, segment) for row, sequence in enumerate(sequences)]
+    return [_chunk(work, row, pool, segment) for row, work in enumerate(works)]
 
 
 def uses_set(sequence: Sequence) -> bool:
@@ -118,12 +118,12 @@ def _chunk(work: Work, row: int, pool: BankPool | None, segment: int) -> Chunk:
         if pool.sets is not None:
             state, stage = cast(Any, owned[EXPERTS]), cast(Any, stages[EXPERTS])
             experts = Experts(state, stage, turn.density, sequence.working_sets, pool.sets, sequence.row)
-        pieces = tuple(turn.pieces(sequence.cursor, work.count, row, segment))
-    num_decoded = min(work.count, max(0, sequence.position + work.count - turn.prompt_end))
+        pieces = tuple(turn.pieces(work.cursor, work.count, row, segment))
+    num_decoded = min(work.count, max(0, work.position + work.count - turn.prompt_end))
     return Chunk(
         row,
         row + work.count,
-        sequence.position,
+        work.position,
         sequence.table.runs(),
         pieces,
         banks,

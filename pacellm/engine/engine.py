@@ -20,13 +20,15 @@ from tokenizers import Tokenizer
 
 from pacellm.config import EngineConfig
 from pacellm.engine import setup
+from pacellm.engine.ahead import Flight, step_after
 from pacellm.engine.answers import Answers
+from pacellm.engine.checks import check
 from pacellm.engine.integrity import check_integrity
 from pacellm.engine.kv import BLOCK, BlockAllocator, KVTable
 from pacellm.engine.live import Live
 from pacellm.engine.mover import Mover
 from pacellm.engine.records import Records
-from pacellm.engine.runner import Output, StepFailed
+from pacellm.engine.runner import StepFailed
 from pacellm.engine.scheduler import Scheduler
 from pacellm.engine.sequence import Sequence
 from pacellm.engine.session import Key
@@ -136,6 +138,8 @@ class Engine:
         self.ops = SessionOps(self)
         self.snapshots = SnapshotOps(self, self.ops)
         self.live: dict[str, Live] = {}
+        self._ahead: Flight | None = None  # the next step, where it was launched before its tokens were known
+        self._ended = 0.0  # when the last step had
         self.late: list[tuple[str, Event]] = []  # of this step, from what the worker and operations brought
 
     @property
@@ -186,33 +190,7 @@ class Engine:
         Raises:
             RequestError: names the field.
         """
-        self.scheduler.check(len(request.prompt), request.sampling.max_tokens)
-        if not 1 <= request.n <= self.config.max_num_seqs:
-            raise RequestError(f"n must be 1 to {self.config.max_num_seqs} here, not {request.n}", param="n")
-        if request.sampling.prompt_logprobs is not None and request.session is not None:
-            raise RequestError("log-probabilities of a prompt are not available in a session", param="echo")
-        if request.constraint is not None and request.sampling.ignore_eos:
-            raise RequestError("ignore_eos contradicts a constrained answer", param="ignore_eos", code="invalid_value")
-        self._check_experts(request)
-        vocabulary = self.model.vocab_size
-        for token, _ in request.sampling.logit_bias:
-            if token >= vocabulary:
-                raise RequestError(
-                    f"logit_bias names token {token}; the vocabulary has {vocabulary} tokens", param="logit_bias"
-                )
-        if min(request.prompt) < 0 or max(request.prompt) >= vocabulary:
-            raise RequestError(f"the prompt has a token outside the vocabulary of {vocabulary}", param="messages")
-
-    def _check_experts(self, request: GenerationRequest) -> None:
-        try:
-            check_density(request.ce_density, self.model.module, self.model.layout, "pacellm.ce_density")
-        except ConfigError as error:
-            raise RequestError(str(error), param=error.param) from None
-        if request.experts and (self.pool is None or self.pool.experts is None):
-            raise RequestError(
-                "expert activity needs a layout for a model with gated FFNs; serve with --ce-layout FILE",
-                param="pacellm.experts",
-            )
+        check(request, self)
 
     def expert_activity(self) -> dict[int, list[float]]:
         """By layer, tokens of prompts by expert: each token counts 1, shared by squared activations. Of requests that
@@ -284,7 +262,8 @@ class Engine:
         for session in self.sessions.expired():
             self.ops.expire(session)
         self.ops.run()
-        step = self.scheduler.schedule()
+        flight, self._ahead = self._ahead, None
+        step = self.scheduler.schedule() if flight is None else flight.step
         events, self.late = self.late + self._refused() + self._admissions(), []
         if step is None:
             if self.worker.num_open:
@@ -292,41 +271,80 @@ class Engine:
                 return events
             return events + self._stuck()
         decodes = sum(work.sequence.is_decoding for work in step.work)
+        if flight is None:
+            started = time.monotonic()
+            try:
+                output = self.runner.run(step)
+            except StepFailed as error:
+                return events + self._recover(step, error)
+            flight = Flight(step, output, self.answers.choose(output), started)
+        broken = self._run_ahead(flight)
+        events += self._commit(flight)
+        if broken is not None:
+            self._start_again(broken)
+        # a device has done its work when tokens were sampled, not when the forward pass returned
+        ended, before = time.monotonic(), self._ended
+        self.scheduler.pace.observe(decodes, step.num_tokens - decodes, ended - max(flight.started, before))
+        self._ended = ended
+        return events
+
+    def _run_ahead(self, flight: Flight) -> Step | None:
+        """Launch the next step before this one's tokens are read, where nothing else is to be done; a step that failed
+        is given back."""
+        if not self.config.async_scheduling or self.runner.decoder is None:
+            return None
+        if self.scheduler.waiting or self.ops.is_waiting:
+            return None
+        step = step_after(flight.step, self.scheduler.running, self.model.eos_token_ids)
+        if step is None:
+            return None
         started = time.monotonic()
         try:
-            output = self.runner.run(step)
+            output = self.runner.run_ahead(step, flight.chosen.tokens)
         except StepFailed as error:
-            return events + self._recover(step, error)
-        events += self._commit(step, output)
-        # a device has done its work when tokens were sampled, not when the forward pass returned
-        self.scheduler.pace.observe(decodes, step.num_tokens - decodes, time.monotonic() - started)
-        return events
+            logger.warning("a step ahead failed: %s", error, exc_info=error.__cause__)
+            return step
+        if output is not None:
+            self._ahead = Flight(step, output, self.answers.choose(output), started)
+            self.stats.steps_ahead += 1
+        return None
+
+    def _start_again(self, step: Step) -> None:
+        """Those of a failed step that still run feed their tokens anew, from their sessions' states."""
+        for work in reversed(step.work):
+            if work.sequence in self.scheduler.running:
+                self.scheduler.preempt(work.sequence)
 
     def _admissions(self) -> list[tuple[str, Event]]:
         admitted, self.scheduler.admitted = self.scheduler.admitted, []
         return [(sequence.id, Admitted(sequence.session_status, sequence.cached)) for sequence in admitted]
 
-    def _commit(self, step: Step, output: Output) -> list[tuple[str, Event]]:
-        events, failed = self.answers.scores(output)
-        self.answers.choose(output)
-        logits, rows = output.logits, {sequence.id: row for row, sequence in enumerate(output.sampled)}
+    def _commit(self, flight: Flight) -> list[tuple[str, Event]]:
+        step, logits, chosen = flight.step, flight.output.logits, flight.chosen
+        events, failed = self.answers.scores(flight.output)
+        rows = {sequence.id: row for row, sequence in enumerate(flight.output.sampled)}
         self.stats.steps += 1
         for work in step.work:
             sequence = work.sequence
+            if not self._is_running(sequence):
+                continue  # it ended meanwhile; a failed choice takes the others along
             decoding = sequence.is_decoding
             self.stats.prompt_tokens += 0 if decoding else work.count
             sequence.advance(work.count)
             if not decoding:
                 self.scheduler.keep(sequence)
                 events.append((sequence.id, Progress(sequence.total_work, sequence.done_work)))
-            is_live = sequence.id in self.live  # a failed choice takes the others along
-            if sequence.id in failed and is_live:
+            if sequence.id in failed:
                 events.append(self.fail(sequence, failed[sequence.id]))
-            elif sequence.id in rows and is_live:
-                events += self.answers.sample(sequence, logits[rows[sequence.id]])
+            elif sequence.id in rows:
+                events += self.answers.sample(sequence, logits[rows[sequence.id]], chosen)
         if self.config.check_integrity:
             check_integrity(self)
         return events
+
+    def _is_running(self, sequence: Sequence) -> bool:
+        live = self.live.get(sequence.id)
+        return live is not None and live.sequence is sequence and sequence in self.scheduler.running
 
     # -- failures ------------------------------------------------------------------------------------------
 

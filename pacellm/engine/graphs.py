@@ -20,8 +20,7 @@ from torch import Tensor
 
 from pacellm.engine.batch import uses_set
 from pacellm.engine.kv import BLOCK
-from pacellm.engine.sequence import Sequence
-from pacellm.engine.step import Step
+from pacellm.engine.step import Step, Work
 from pacellm.memory.feed import Tokens
 from pacellm.model.context import DecodeRows, Shared
 
@@ -32,6 +31,7 @@ class CaptureFailed(Exception):
     """A decode step cannot be captured on this machine."""
 
 
+ENDS = 8  # ids that may end an answer, of a row whose token the host has not seen
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 MEMBERS = 16  # sequences of one shared beginning; more make further groups
 _LEAST_SHARED = 4 * BLOCK  # tokens; shorter beginnings are read by each sequence
@@ -101,7 +101,8 @@ class Buffers:
 
     def __init__(self, size: int, width: int, device: torch.device, *, dump: int, scratch_row: int) -> None:
         self.size, self._dump, self._scratch = size, dump, scratch_row
-        self._host = _Host.new(size, width, pin=device.type == "cuda")
+        # two, filled in turn: the device may still be reading the one of the step before
+        self._hosts = [_Host.new(size, width, pin=device.type == "cuda") for _ in range(2)]
         device_side = _Host.new(size, width, device=device)
         self._wide, self._narrow = device_side.wide, device_side.narrow
         ids, positions, slots, rows, live, writes, group, self._sets = self._wide
@@ -110,7 +111,7 @@ class Buffers:
         self._flags = torch.zeros(2, size, dtype=torch.bool, device=device)
         self._live, self._writes = live, writes
         members, tables = device_side.members, device_side.tables
-        self._members, self._tables = members, tables
+        self._members, self._tables, self._ends = members, tables, device_side.ends
         tokens = Tokens(rows, self._flags[0], self._flags[1])
         sharing = Shared(members, leader, shared, group)
         self.apart = DecodeRows(slots, lengths, tables, tokens)
@@ -123,40 +124,61 @@ class Buffers:
         rows = self.sharing if kind.is_shared else self.apart
         return replace(rows, tokens=rows.tokens._replace(sets=self._sets)) if kind.has_sets else rows
 
-    def fill(self, sequences: list[Sequence]) -> bool:
-        """Take what the step is made of; True where beginnings are shared. Nothing waits for the device."""
-        host = self._host
+    def fill(self, works: list[Work], tokens: Tensor | None = None) -> bool:
+        """Take what the step is made of; True where beginnings are shared. Nothing waits for the device.
+
+        Args:
+            works: one token of each sequence.
+            tokens: [B] what is fed, still on the device, where ``works`` have ``ends``; -1 ends a row as those do.
+        """
+        self._hosts.reverse()
+        host = self._hosts[0]
         wide, narrow, tables = host.wide.numpy(), host.narrow.numpy(), host.tables.numpy()
         wide[:], narrow[:] = 0, 0
         narrow[0], wide[2], wide[3], wide[7] = 1, self._dump, self._scratch, self._scratch
         tables[:, 0] = self._dump
         host.members.fill_(-1)
-        for row, sequence in enumerate(sequences):
-            position, blocks = sequence.position, sequence.table.blocks
-            wide[0, row], wide[1, row] = sequence.turn.ids[sequence.cursor], position
+        for row, work in enumerate(works):
+            sequence, position, blocks = work.sequence, work.position, work.sequence.table.blocks
+            wide[0, row], wide[1, row] = sequence.turn.ids[work.cursor] if work.ends is None else 0, position
             wide[2, row] = blocks[position // BLOCK] * BLOCK + position % BLOCK
             narrow[0, row] = position + 1
             tables[row, : len(blocks)] = np.asarray(blocks, dtype=np.int32) * BLOCK
             if sequence.row is not None and sequence.turn.pa != "off":
                 wide[3, row], wide[4, row], wide[5, row] = sequence.row, 1, sequence.turn.pa == "on"
             wide[7, row] = sequence.row if uses_set(sequence) else self._scratch + 1
-        is_shared = self._fill_groups(sequences)
+        is_shared = self._fill_groups(works, host)
         for target, source in (
             (self._wide, host.wide), (self._narrow, host.narrow), (self._tables, host.tables),
             (self._members, host.members),
         ):  # fmt: skip
             target.copy_(source, non_blocking=True)
+        if tokens is not None:
+            self._follow(works, tokens, host)
         self._flags[0].copy_(self._live)
         self._flags[1].copy_(self._writes)
         return is_shared
 
-    def _fill_groups(self, sequences: list[Sequence]) -> bool:
-        tables = [sequence.table.blocks for sequence in sequences]
-        groups = shared_groups(tables, [sequence.position + 1 for sequence in sequences])
-        wide, narrow = self._host.wide.numpy(), self._host.narrow.numpy()
+    def _follow(self, works: list[Work], tokens: Tensor, host: _Host) -> None:
+        """Feed tokens that only the device knows; rows whose answer they end do nothing, as padding does."""
+        host.ends.fill_(-1)
+        for row, work in enumerate(works):
+            ends = work.ends or ()
+            host.ends[row, : len(ends)] = torch.tensor(ends, dtype=torch.int64)
+        self._ends.copy_(host.ends, non_blocking=True)
+        count = len(works)
+        ended = (tokens[:, None] == self._ends[:count]).any(1)
+        # slots, rows, live, writes, sets
+        for number, value in ((2, self._dump), (3, self._scratch), (4, 0), (5, 0), (7, self._scratch)):
+            self._wide[number, :count].masked_fill_(ended, value)
+        self._wide[0, :count] = tokens.masked_fill(ended, 0)
+
+    def _fill_groups(self, works: list[Work], host: _Host) -> bool:
+        groups = _groups(works)
+        wide, narrow = host.wide.numpy(), host.narrow.numpy()
         for number, group in enumerate(groups, start=1):  # group 0 has no members and no length
             narrow[1, number], narrow[2, number] = group.rows[0], group.blocks * BLOCK
-            self._host.members.numpy()[number, : len(group.rows)] = group.rows
+            host.members.numpy()[number, : len(group.rows)] = group.rows
             wide[6, list(group.rows)] = number
         return bool(groups)
 
@@ -165,12 +187,13 @@ class Buffers:
 class _Host:
     """Numbers of a bucket. ``wide`` int64 [8, B]: ids, positions, slots, rows, live, writes, group, sets. ``narrow``
     int32 [3, B]: lengths, then leaders and lengths of groups, of which there are at most 1 + B // 2. ``members`` [B, N]
-    and ``tables`` [B, W] int32."""
+    and ``tables`` [B, W] int32, ``ends`` [B, ``ENDS``] int64."""
 
     wide: Tensor
     narrow: Tensor
     members: Tensor
     tables: Tensor
+    ends: Tensor
 
     @classmethod
     def new(cls, size: int, width: int, *, pin: bool = False, device: torch.device | None = None) -> _Host:
@@ -182,17 +205,18 @@ class _Host:
             narrow=zeros(3, size, dtype=torch.int32),
             members=zeros(max(1, size), MEMBERS, dtype=torch.int32),
             tables=zeros(size, width, dtype=torch.int32),
+            ends=zeros(size, ENDS, dtype=torch.int64),
         )
 
 
-Forward = Callable[[Buffers, DecodeRows, list[Sequence]], Tensor]
+Forward = Callable[[Buffers, DecodeRows, list[Work]], Tensor]
 
 
 class Decoder:
     """Runs decode steps on static buffers.
 
     Args:
-        forward: buffers, their rows and the step's sequences to logits [B, V]; what it does is captured.
+        forward: buffers, their rows and the step's work to logits [B, V]; what it does is captured.
         max_seqs: sequences of the largest step.
         width: blocks of the longest context.
         dump, scratch_row: KV slot and bank row that nobody owns.
@@ -213,14 +237,21 @@ class Decoder:
         self._graphs: dict[tuple[int, Kind], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool: Any = None
 
-    def run(self, sequences: list[Sequence]) -> Tensor:
-        """Logits [B, V] of one token for each sequence; on a GPU a buffer that the next step overwrites."""
-        size = next(size for size in self._buckets if size >= len(sequences))
+    def run(self, works: list[Work], tokens: Tensor | None = None) -> Tensor:
+        """Logits [B, V] of one token for each sequence; on a GPU a buffer that the next step overwrites.
+
+        Args:
+            works, tokens: as :meth:`Buffers.fill` takes them.
+
+        Raises:
+            CaptureFailed: nothing was run.
+        """
+        size = next(size for size in self._buckets if size >= len(works))
         buffers = self._buffers.get(size)
         if buffers is None:
             buffers = self._buffers[size] = Buffers(size, *self._settings, **self._places)  # type: ignore[arg-type]
         graph = None
-        kind = Kind(_shares(sequences), any(uses_set(sequence) for sequence in sequences))
+        kind = Kind(bool(_groups(works)), any(uses_set(work.sequence) for work in works))
         if self._capture:  # before the buffers are filled: a capture runs on padding alone
             try:
                 graph = self._graphs.get((size, kind)) or self._record(size, buffers, kind)
@@ -228,11 +259,11 @@ class Decoder:
                 raise
             except Exception as error:
                 raise CaptureFailed(f"{type(error).__name__}: {error}") from error
-        buffers.fill(sequences)
+        buffers.fill(works, tokens)
         if graph is not None:
             graph[0].replay()
-            return graph[1][: len(sequences)]
-        return self._forward(buffers, buffers.rows(kind), sequences)[: len(sequences)]
+            return graph[1][: len(works)]
+        return self._forward(buffers, buffers.rows(kind), works)[: len(works)]
 
     def _record(self, size: int, buffers: Buffers, kind: Kind) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """Warm up on a side stream and capture, with nothing but padding in the buffers."""
@@ -254,6 +285,6 @@ class Decoder:
         return graph, logits
 
 
-def _shares(sequences: list[Sequence]) -> bool:
-    tables = [sequence.table.blocks for sequence in sequences]
-    return bool(shared_groups(tables, [sequence.position + 1 for sequence in sequences]))
+def _groups(works: list[Work]) -> list[Group]:
+    tables = [work.sequence.table.blocks for work in works]
+    return shared_groups(tables, [work.position + 1 for work in works])

@@ -13,7 +13,7 @@ from pacellm.config import PAConfig
 from pacellm.engine import batch, graphs
 from pacellm.engine.kv import BLOCK, KVTable, blocks_for
 from pacellm.engine.sequence import Sequence
-from pacellm.engine.step import Copy, Step
+from pacellm.engine.step import Copy, Step, Work
 from pacellm.errors import EngineError
 from pacellm.memory.pool import BankPool
 from pacellm.model.attention import slab
@@ -40,11 +40,17 @@ class Output:
         logits: [S + P, V] in float32 or wider: a row for each sampled sequence, then those of scored prompt tokens.
         sampled: the S sequences that get a token.
         scored: sequences with the number of their rows, P together.
+        is_ahead: the step was fed tokens that the sequences do not know of yet.
     """
 
     logits: Tensor
     sampled: list[Sequence]
     scored: list[tuple[Sequence, int]]
+    is_ahead: bool = False
+
+    def num_generated(self, sequence: Sequence) -> int:
+        """Tokens that a sampled sequence was given before this one."""
+        return len(sequence.generated) + self.is_ahead
 
 
 class Runner:
@@ -105,6 +111,19 @@ class Runner:
         packed = batch.build(step, self.pool, self.pa.segment, self.model.device)
         return Output(self.forward(step, packed, packed.wanted), packed.sampled, packed.scored)
 
+    def run_ahead(self, step: Step, tokens: Tensor) -> Output | None:
+        """One decode pass on tokens [S] that are still being chosen on the device; None where it cannot be run so.
+
+        Raises:
+            StepFailed: names no sequence.
+        """
+        if self.decoder is None:
+            return None
+        try:
+            return self._run_decoder(self.decoder, step, tokens)
+        except graphs.CaptureFailed:
+            return None  # the step as an ordinary one says why
+
     @torch.inference_mode()
     def forward(self, step: Step, packed: batch.Batch, rows: list[int]) -> Tensor:
         """Logits [R, V], in float32 or wider, of R ``rows`` of a packed step.
@@ -144,25 +163,26 @@ class Runner:
         )
 
     @torch.inference_mode()
-    def _run_decoder(self, decoder: graphs.Decoder, step: Step) -> Output:
+    def _run_decoder(self, decoder: graphs.Decoder, step: Step, tokens: Tensor | None = None) -> Output:
         sequences = [work.sequence for work in step.work]
         try:
             self._copy(step.copies)
             step.copies = []
             if self.pool is not None:
                 batch.choose_sets(sequences, self.pool)
-            logits = decoder.run(sequences)
+            logits = decoder.run(step.work, tokens)
         except graphs.CaptureFailed:
             raise
         except Exception as error:
             blamed = sequences[0] if len(sequences) == 1 else None
             raise StepFailed(f"{type(error).__name__}: {error}", blamed) from error
-        return Output(logits.to(torch.promote_types(logits.dtype, torch.float32)), sequences, [])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return Output(logits, sequences, [], is_ahead=tokens is not None)
 
-    def _forward_decoded(self, buffers: graphs.Buffers, rows: DecodeRows, sequences: list[Sequence]) -> Tensor:
+    def _forward_decoded(self, buffers: graphs.Buffers, rows: DecodeRows, works: list[Work]) -> Tensor:
         """[B, V] of a bucket's buffers. A CPU's attention wants to be told of the sequences."""
         on_cpu = self.model.device.type == "cpu"
-        chunks = batch.build_chunks(sequences, self.pool, self.pa.segment) if on_cpu else []
+        chunks = batch.build_chunks(works, self.pool, self.pa.segment) if on_cpu else []
         ids, positions, kept = buffers.ids, buffers.positions, buffers.kept
         missing = missing_rows(buffers.size) if on_cpu else 0
         if missing:

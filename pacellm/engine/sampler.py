@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pacellm.types import SamplingParams, TokenLogprob
+
+NOT_FINITE = "the model produced logits that are not finite"
+_AT_ONCE = 16  # rows that are sorted together; each takes some 40 bytes of memory a token of the vocabulary
 
 
 def sample(
@@ -37,12 +41,37 @@ def sample(
         ValueError: logits that are not finite, or a logit_bias token outside the vocabulary.
     """
     if not torch.isfinite(logits).all():
-        raise ValueError("the model produced logits that are not finite")
+        raise ValueError(NOT_FINITE)
+    shaped = shape(logits, params, prompt, generated, allowed)
+    token = int(choose(shaped[None], [params], [uniform(seed, len(generated))]))
+    return token, None if params.logprobs is None else logprob(logits, token, params.logprobs)
+
+
+def shape(
+    logits: Tensor, params: SamplingParams, prompt: array[int], generated: list[int], allowed: np.ndarray | None
+) -> Tensor:
+    """[V] logits after penalties, bias and the constraint's mask; see :func:`sample`."""
     shaped = _bias(_penalise(logits, params, prompt, generated), params)
     if allowed is not None:
         shaped = shaped.masked_fill(~torch.from_numpy(allowed).to(shaped.device), -torch.inf)
-    token = int(shaped.argmax()) if params.temperature == 0 else _draw(shaped, params, seed, len(generated))
-    return token, None if params.logprobs is None else _logprob(logits, token, params.logprobs)
+    return shaped
+
+
+def choose(logits: Tensor, params: Sequence[SamplingParams], points: Sequence[float]) -> Tensor:
+    """[B] int64, a token of each row, without waiting for the device.
+
+    Args:
+        logits: [B, V] float32, shaped.
+        params: of each row: temperature, top_k, top_p and min_p.
+        points: of each row in [0, 1): where its distribution is cut.
+    """
+    tokens = logits.argmax(-1)
+    drawn = [row for row, one in enumerate(params) if one.temperature]
+    for start in range(0, len(drawn), _AT_ONCE):
+        rows = drawn[start : start + _AT_ONCE]
+        index = _upload(torch.tensor(rows), logits.device)
+        tokens[index] = _draw(logits[index], [params[row] for row in rows], [points[row] for row in rows])
+    return tokens
 
 
 def _penalise(logits: Tensor, params: SamplingParams, prompt: array[int], generated: list[int]) -> Tensor:
@@ -65,38 +94,40 @@ def _penalise(logits: Tensor, params: SamplingParams, prompt: array[int], genera
 def _bias(logits: Tensor, params: SamplingParams) -> Tensor:
     if not params.logit_bias:
         return logits
-    tokens = torch.tensor([token for token, _ in params.logit_bias], device=logits.device)
-    if int(tokens.max()) >= logits.shape[0]:
-        raise ValueError(f"logit_bias names token {int(tokens.max())}; the vocabulary has {logits.shape[0]}")
-    return logits.index_add(0, tokens, torch.tensor([bias for _, bias in params.logit_bias]).to(logits))
+    tokens, biases = zip(*params.logit_bias, strict=True)
+    if max(tokens) >= logits.shape[0]:
+        raise ValueError(f"logit_bias names token {max(tokens)}; the vocabulary has {logits.shape[0]}")
+    return logits.index_add(0, torch.tensor(tokens, device=logits.device), torch.tensor(biases).to(logits))
 
 
-def _draw(logits: Tensor, params: SamplingParams, seed: int, count: int) -> int:
-    """One token from the distribution that temperature, top_k, top_p and min_p leave."""
-    probabilities, order = (logits.double() / params.temperature).softmax(-1).sort(descending=True, stable=True)
-    keep = probabilities > 0
-    if params.top_k > 0:
-        keep[params.top_k :] = False
-    if params.top_p < 1.0:
-        keep &= probabilities.cumsum(0) - probabilities < params.top_p
-    if params.min_p > 0.0:
-        keep &= probabilities >= params.min_p * probabilities[0]
-    kept = probabilities * keep
-    cumulative = kept.cumsum(0)
-    target = _uniform(seed, count) * float(cumulative[-1])
-    place = int(
-        torch.searchsorted(cumulative, torch.tensor(target, dtype=torch.float64, device=logits.device), right=True)
-    )
-    return int(order[min(place, int(keep.nonzero()[-1]))])
+def _draw(logits: Tensor, params: Sequence[SamplingParams], points: Sequence[float]) -> Tensor:
+    """[B] tokens from the distributions that temperature, top_k, top_p and min_p leave of [B, V]."""
+    size = logits.shape[-1]
+    limits = [(one.temperature, one.top_k if one.top_k > 0 else size, one.top_p, one.min_p) for one in params]
+    numbers = torch.tensor([(*own, point) for own, point in zip(limits, points, strict=True)], dtype=torch.float64)
+    temperature, top_k, top_p, min_p, point = _upload(numbers, logits.device)[:, :, None].unbind(1)
+    probabilities, order = (logits.double() / temperature).softmax(-1).sort(descending=True, stable=True)
+    places = torch.arange(size, device=logits.device)
+    keep = (probabilities > 0) & (places < top_k) & (probabilities >= min_p * probabilities[:, :1])
+    if any(one.top_p < 1.0 for one in params):
+        keep &= (probabilities.cumsum(-1) - probabilities < top_p) | (top_p >= 1.0)
+    cumulative = (probabilities * keep).cumsum(-1)
+    place = torch.searchsorted(cumulative, point * cumulative[:, -1:], right=True)
+    last = (places * keep).amax(-1, keepdim=True)
+    return order.gather(-1, torch.minimum(place, last))[:, 0]
 
 
-def _uniform(seed: int, count: int) -> float:
+def _upload(numbers: Tensor, device: torch.device) -> Tensor:
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers
+
+
+def uniform(seed: int, count: int) -> float:
     """A number in [0, 1) for the count-th token of a seed."""
     digest = hashlib.blake2b(f"{seed} {count}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) / 2.0**53
 
 
-def _logprob(logits: Tensor, token: int, top: int) -> TokenLogprob:
+def logprob(logits: Tensor, token: int, top: int) -> TokenLogprob:
     """From the model's own distribution, before temperature and penalties."""
     logprobs = logits.log_softmax(-1)
     best = logprobs.topk(top) if top else None
@@ -115,7 +146,7 @@ def score(logits: Tensor, tokens: array[int], top: int) -> tuple[TokenLogprob, .
         ValueError: logits that are not finite.
     """
     if not torch.isfinite(logits).all():
-        raise ValueError("the model produced logits that are not finite")
+        raise ValueError(NOT_FINITE)
     logprobs = logits.log_softmax(-1)
     ids = torch.tensor(list(tokens), device=logits.device)
     values = logprobs.gather(1, ids[:, None])[:, 0].tolist()

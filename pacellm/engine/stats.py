@@ -47,7 +47,7 @@ class EngineStats:
     """Totals since the start.
 
     Attributes:
-        steps: forward passes.
+        steps: forward passes; steps_ahead: of them launched before the tokens of the last one were read.
         prompt_tokens, generation_tokens, cached_tokens: fed from prompts (replays included), sampled, not computed
             again.
         aborted, failed: requests that did not finish. finished: the others, by reason.
@@ -57,6 +57,7 @@ class EngineStats:
     """
 
     steps: int = 0
+    steps_ahead: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
     cached_tokens: int = 0

@@ -9,10 +9,26 @@ from pacellm.engine.sequence import Sequence
 
 @dataclass(frozen=True)
 class Work:
-    """``count`` tokens of a sequence's current turn, from its cursor."""
+    """``count`` tokens of a sequence's current turn, from its cursor.
+
+    Attributes:
+        ends: None for tokens that are known. Else the one token is still being chosen on the device, by the step
+            before, and nothing is fed where it is one of these.
+    """
 
     sequence: Sequence
     count: int
+    ends: tuple[int, ...] | None = None
+
+    @property
+    def cursor(self) -> int:
+        """Tokens of the turn that are fed before."""
+        return self.sequence.cursor + (self.ends is not None)
+
+    @property
+    def position(self) -> int:
+        """Absolute position of the first token."""
+        return self.sequence.turn.start + self.cursor
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from pacellm import EngineConfig, PAConfig
 from pacellm.engine.engine import Engine, run_until_idle
 from pacellm.engine.integrity import check_integrity
+from pacellm.rows import ROWS
 from pacellm.types import Delta, Finished, GenerationRequest, SamplingParams
 
 BANK = PAConfig(bank_size=12, segment=64, theta_high=0.9, theta_low=0.5)
@@ -24,6 +25,14 @@ def new_engine(model, **changes):
     settings = {"kv_cache_memory": 64 * 2**20, "check_integrity": True, "bank": BANK, **changes}
     settings.setdefault("max_num_mixed_tokens", settings.get("max_num_batched_tokens", 2048))
     return Engine(model, EngineConfig(**settings))
+
+
+def use_static_decode(engine):
+    """Run decode steps as a GPU does, without capture: on static buffers, and before the last one's tokens are read."""
+    most = engine.config.max_num_seqs
+    engine.runner.use_static_decode(max_seqs=most, max_tokens=engine.config.max_model_len, capture=False)
+    engine.runner.decoder._buckets = [-(-most // ROWS) * ROWS]
+    return engine
 
 
 def prompt(length, seed=0, vocabulary=97):

@@ -87,14 +87,14 @@ def test_abort_takes_all_choices(model, steps):
 def test_a_failed_choice_fails_the_request(model, monkeypatch):
     from pacellm.engine import answers as module
 
-    original = module.sample
+    original = module.Answers._token
 
-    def explode(logits, params, prompt_ids, generated, seed, allowed):
-        if seed == SAMPLED.seed + 2 and len(generated) == 4:
+    def explode(self, sequence, logits, chosen):
+        if sequence.seed == SAMPLED.seed + 2 and len(sequence.generated) == 4:
             raise RuntimeError("broken on purpose")
-        return original(logits, params, prompt_ids, generated, seed, allowed)
+        return original(self, sequence, logits, chosen)
 
-    monkeypatch.setattr(module, "sample", explode)
+    monkeypatch.setattr(module.Answers, "_token", explode)
     engine = new_engine(model)
     engine.add(request("x", LONG, SAMPLED, session="s", n=3))
     events = run_until_idle(engine)

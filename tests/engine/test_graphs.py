@@ -18,6 +18,7 @@ from tests.engine.helpers import (
     request,
     run,
     tokens,
+    use_static_decode,
 )
 from tests.experts.test_layout import random_layout
 from tests.models import tiny
@@ -25,15 +26,8 @@ from tests.models import tiny
 LONG = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
 
 
-@pytest.fixture(autouse=True)
-def _buckets_of_a_cpu(monkeypatch):
-    monkeypatch.setattr(graphs, "BUCKETS", (16, 32))
-
-
 def static_engine(model, **changes):
-    engine = new_engine(model, max_num_seqs=20, **changes)
-    engine.runner.use_static_decode(max_seqs=20, max_tokens=engine.config.max_model_len, capture=False)
-    return engine
+    return use_static_decode(new_engine(model, max_num_seqs=20, **changes))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "smollm3"])
@@ -121,13 +115,14 @@ def test_groups_reach_the_buffers():
         blocks = (3, 4, 9)
 
     class Fake:
-        table, position, cursor, row = Table, 1400, 0, None
+        table, position, cursor, row, ends = Table, 1400, 0, None, None
 
         class turn:
             ids, pa = (7,), "on"
 
     import torch
 
+    Fake.sequence = Fake
     buffers = graphs.Buffers(16, 5, torch.device("cpu"), dump=99, scratch_row=5)
     assert not buffers.fill([Fake])
     monkey = graphs._LEAST_SHARED

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from pacellm.engine.sampler import sample
+from pacellm.engine.sampler import choose, sample, uniform
 from pacellm.errors import RequestError
 from pacellm.types import SamplingParams
 
@@ -67,6 +67,18 @@ def test_logits_are_not_changed_and_must_be_finite():
     assert torch.equal(before, LOGITS)
     with pytest.raises(ValueError, match="not finite"):
         sample(torch.tensor([0.0, torch.nan]), SamplingParams(), array("i"), [], 0)
+
+
+def test_rows_are_drawn_together_as_they_are_alone():
+    logits = torch.randn(40, 977, generator=torch.Generator().manual_seed(1)) * 3
+    kinds = [{}, {"temperature": 0}, {"temperature": 0.3, "top_k": 5}, {"top_p": 0.4}, {"min_p": 0.2, "top_k": -1},
+             {"temperature": 1.7, "top_p": 0.9, "min_p": 0.01}]  # fmt: skip
+    params = [SamplingParams(**kinds[row % len(kinds)]) for row in range(40)]
+    points = [uniform(row, 3) for row in range(40)]
+    together = choose(logits, params, points).tolist()
+    alone = [sample(logits[row], params[row], array("i"), [0] * 3, row)[0] for row in range(40)]
+    assert together == alone
+    assert len(set(together)) > 20
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,16 @@ from pacellm.engine.engine import run_until_idle
 from pacellm.engine.integrity import check_integrity
 from pacellm.model.load import prepare
 from pacellm.types import Finished, SamplingParams
-from tests.engine.helpers import assert_nothing_held, assert_same_banks, banks, new_engine, prompt, request, tokens
+from tests.engine.helpers import (
+    assert_nothing_held,
+    assert_same_banks,
+    banks,
+    new_engine,
+    prompt,
+    request,
+    tokens,
+    use_static_decode,
+)
 from tests.models import tiny
 
 NAMES = "abcd"
@@ -54,8 +63,8 @@ class Sessions(RuleBasedStateMachine):
         self.engine = None
 
     @initialize(host=st.sampled_from([0, 300_000]), sync=st.booleans(), has_disk=st.booleans(), log=st.booleans(),
-                size=st.sampled_from([None, 400_000]))  # fmt: skip
-    def begin(self, host, sync, has_disk, log, size):
+                ahead=st.booleans(), size=st.sampled_from([None, 400_000]))  # fmt: skip
+    def begin(self, host, sync, has_disk, log, ahead, size):
         self.has_disk, self.sync = has_disk, sync and has_disk
         disk = {"session_dir": self.path, "session_sync": self.sync, "session_disk_size": size} if has_disk else {}
         if log and has_disk:
@@ -64,7 +73,13 @@ class Sessions(RuleBasedStateMachine):
             "kv_cache_memory": 8 * 512 * MODEL.bytes_per_token, "session_memory": 4 * 512 * MODEL.bytes_per_token,
             "session_host_memory": host, "max_num_batched_tokens": 150, "max_num_seqs": 3, **disk,
         }  # fmt: skip
+        self.ahead = ahead
+        self._begin()
+
+    def _begin(self):
         self.engine = new_engine(MODEL, **self.settings)
+        if self.ahead:
+            use_static_decode(self.engine)
 
     def _prompt(self, name, length, keep):
         self.number += 1
@@ -148,7 +163,7 @@ class Sessions(RuleBasedStateMachine):
         else:
             self.engine.worker.finish()
             os.close(self.engine.mover.disk._life)
-        self.engine = new_engine(MODEL, **self.settings)
+        self._begin()
 
     @invariant()
     def adds_up(self):

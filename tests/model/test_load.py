@@ -6,8 +6,9 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCau
 
 from pacellm.errors import ModelError
 from pacellm.model.context import StepContext, current_step, step_context
-from pacellm.model.load import load, prepare
+from pacellm.model.load import _check_cuda, _probe, load, prepare
 from pacellm.model.patch import patch
+from tests.model import family_models
 from tests.models import COMMON, FAMILIES, tiny
 
 
@@ -68,3 +69,23 @@ def test_steps_do_not_nest():
         with pytest.raises(RuntimeError, match="cannot nest"), step_context(step):
             pass
     assert current_step() is None
+
+
+@pytest.mark.parametrize(
+    ("family", "named"), [("gemma2", "soft-capping"), ("gpt_oss", "sinks"), ("llama4_text", "chunked attention")]
+)
+def test_what_cuda_kernels_do_not_compute_is_refused_there(family, named):
+    module = family_models.tiny(family)
+    prepare(module)
+    probed, _ = _probe(module, torch.device("cpu"))
+    with pytest.raises(ModelError, match=f"^{named} is served on a CPU only; use --device cpu$"):
+        _check_cuda(torch.bfloat16, probed)
+
+
+def test_types_that_cuda_kernels_do_not_take_are_refused_there():
+    module = tiny("llama")
+    prepare(module)
+    probed, _ = _probe(module, torch.device("cpu"))
+    _check_cuda(torch.bfloat16, probed)
+    with pytest.raises(ModelError, match="use --dtype bfloat16 or --device cpu"):
+        _check_cuda(torch.float32, probed)

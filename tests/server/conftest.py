@@ -114,13 +114,14 @@ def scripted(monkeypatch):
         tokens = server.service.grammars._tokens
         script = b" " + text.encode()  # this tokenizer's decoder takes the space off
 
-        def sample(logits, params, prompt, generated, seed, allowed):
-            left = script.removeprefix(b"".join(tokens[token] for token in generated))
+        def choose(answers, sequence, logits, chosen):
+            allowed = sequence.allowed(len(logits))
+            left = script.removeprefix(b"".join(tokens[token] for token in sequence.generated))
             fitting = [2] if not left else [t for t, b in enumerate(tokens) if t > 5 and left.startswith(b)]
             may = [token for token in fitting if allowed is None or allowed[token]]
             assert may, f"stopped before {left!r}"
             return max(may, key=lambda token: len(tokens[token])), None
 
-        monkeypatch.setattr(module, "sample", sample)
+        monkeypatch.setattr(module.Answers, "_token", choose)
 
     return say

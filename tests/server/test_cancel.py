@@ -93,7 +93,7 @@ def test_a_failure_after_the_stream_began_is_an_event(live, monkeypatch):
     def explode(*_):
         raise RuntimeError("broken on purpose")
 
-    monkeypatch.setattr(answers, "sample", explode)
+    monkeypatch.setattr(answers.Answers, "_token", explode)
     body = {"model": NAME, "messages": SHORT, "max_tokens": 3, "stream": True}
     with live.http.stream("POST", "/v1/chat/completions", json=body) as response:
         assert response.status_code == 200
