@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from load_tests.gpu import looks
 from load_tests.gpu import rig as rigs
+from load_tests.gpu.kernels import kernels
 from load_tests.gpu.rig import Rig, request, run
 from pacellm.engine import pace
 from pacellm.types import Delta, Finished
@@ -45,6 +46,7 @@ def prefill(rig: Rig, limits: Cells) -> Cells:
         with rig.engine(length, pa=pa) as engine:
             run(engine, request("warm", rig.ids(min(length, 20_000), 1), 1))
             cells[name] = rig.seconds(lambda e=engine: run(e, request("x", rig.ids(length, 2), 1)))
+            cells["attention_kernel"] = "cpu" if engine.kernel is None else engine.kernel.name
     with rig.peer() as module:
         cells["generate"] = _or_error(lambda: rigs.generate_seconds(rig, module, rig.ids(length, 2), 1))
     return cells | _shares(cells, floor, ("engine", "engine_pa", "generate"))
@@ -235,6 +237,7 @@ PARTS: dict[str, Callable[[Rig, Cells], Cells]] = {
     "forks": forks,
     "pa": cost_of_pa,
     "growth": growth,
+    "kernels": kernels,
     "deterministic": looks.deterministic,
     "profiles": looks.profiles,
 }

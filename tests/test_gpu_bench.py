@@ -7,6 +7,8 @@ import torch
 
 from load_tests import gpu_bench
 from load_tests.gpu import rig as rigs
+from pacellm.model import prefill_kernels
+from tests.model import stand_ins
 
 
 def bench(path, parts, *more):
@@ -22,6 +24,21 @@ def test_parts_are_added_to_the_file(tmp_path):
     assert found["second"]["host"]["session"] == found["second"]["disk"]["session"] == "restored"
     assert found["forks"]["100"]["bytes_added_each"] < 100 * 512 * 512
     assert found["limits"].keys() >= {"matrix_flops", "copy_bytes", "host_to_device_bytes", "disk_read_bytes"}
+
+
+def test_kernels_that_are_not_there_say_so(tmp_path):
+    found = bench(tmp_path / "out.json", "kernels")["kernels"]
+    assert all("why_not" in found[name] for name in ("flash", "cudnn", "flash-attn-2", "flash-attn-3"))
+
+
+def test_kernels(tmp_path, monkeypatch):
+    stand_ins.everything(monkeypatch)
+    monkeypatch.setattr(prefill_kernels, "CUDNN_STEP", 128)
+    found = bench(tmp_path / "out.json", "kernels")["kernels"]
+    for name in ("flash", "cudnn", "flash-attn-2", "flash-attn-3"):
+        assert found[name]["error"] < 1e-4
+        assert found[name]["128"]["of_limit"] > 0
+        assert found[name]["200"]["floor_seconds"] > found[name]["128"]["floor_seconds"]
 
 
 @pytest.mark.slow
