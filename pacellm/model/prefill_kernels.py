@@ -14,6 +14,7 @@ the lower right of each part. Every kernel reads keys and values where they lie.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -123,9 +124,8 @@ def load(name: str) -> Kernel:
     Raises:
         Exception: of any kind; it is not installed here, or not in a form that fits.
     """
-    return {"flash": lambda: FLASH, "cudnn": _cudnn, "flash-attn-2": _flash_attn_2, "flash-attn-3": _flash_attn_3}[
-        name
-    ]()
+    others = {"cudnn": _cudnn, "flash-attn-2": _flash_attn_2, "flash-attn-3": _flash_attn_3}
+    return FLASH if name == FLASH.name else others[name]()
 
 
 def _call_flash(
@@ -261,16 +261,18 @@ def _block(
 ) -> tuple[Tensor, Tensor]:
     """Attention of a block of queries, merged by log-sum-exp: keys before its own are seen by all of them, so they are
     cut into powers of two; its own are a square, the one shape whose causal mask is the same from both corners."""
-    before = len(keys) - len(queries) if causal else len(keys)
-    found = [square(queries, keys[at], values[at], False, scale) for at in _powers(before)]
-    if rest := before % CUDNN_STEP:
-        at = slice(before - rest, before)
-        found.append(_flash_dense(queries, keys[at], values[at], False, scale))
-    if causal:
-        found.append(square(queries, keys[before:], values[before:], True, scale))
-    output, lse = found[0]
-    for part in found[1:]:
-        output, lse = merge(output, lse, *part)
+
+    def parts() -> Iterator[tuple[Tensor, Tensor]]:
+        before = len(keys) - len(queries) if causal else len(keys)
+        for at in _powers(before):
+            yield square(queries, keys[at], values[at], False, scale)
+        if rest := before % CUDNN_STEP:
+            at = slice(before - rest, before)
+            yield _flash_dense(queries, keys[at], values[at], False, scale)
+        if causal:
+            yield square(queries, keys[before:], values[before:], True, scale)
+
+    output, lse = functools.reduce(lambda total, part: merge(*total, *part), parts())
     return output.to(queries.dtype), lse
 
 

@@ -233,3 +233,14 @@ def test_the_engine_asks_for_its_own_layers_and_says_what_it_uses(monkeypatch, c
     if not deterministic:
         assert "not by flash-attn-3: it is off by 0.5" in caplog.text
         assert "2,048 tokens behind 32,768: flash 250.0, cudnn 125.0" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["flash", "cudnn"])
+def test_torch_takes_these_arguments_and_gives_these_shapes(name):
+    meta, kernel = torch.device("meta"), prefill_kernels.load(name)
+    query = torch.empty(2100, 8, 64, device=meta, dtype=torch.bfloat16)
+    keys = torch.empty(2, 9000, 64, device=meta, dtype=torch.bfloat16).transpose(0, 1)
+    plan = new_plan([(Chunk(0, 2100, 4000, ()), Run(0, 512, 6100))], True, meta)
+    output, lse = kernel.call(query, keys, keys, plan, 0.125, None)
+    assert (output.shape, output.dtype) == (query.shape, torch.bfloat16)
+    assert (lse.shape, lse.dtype) == (query.shape[:2], torch.float32)
