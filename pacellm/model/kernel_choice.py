@@ -81,7 +81,7 @@ def choose(wanted: str, shapes: list[Shape], dtype: torch.dtype, device: torch.d
 def reason(problem: Exception) -> str:
     """An exception in one line."""
     text = str(problem).strip().splitlines()
-    return f"{type(problem).__name__}: {text[0]}" if text else type(problem).__name__
+    return f"{type(problem).__name__}: {text[0][:200]}" if text else type(problem).__name__
 
 
 def error(kernel: Kernel, shape: Shape, dtype: torch.dtype, device: torch.device) -> float:
