@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from load_tests.gpu import looks
 from load_tests.gpu import rig as rigs
+from load_tests.gpu.kernels import kernels
 from load_tests.gpu.rig import Rig, request, run
 from load_tests.gpu.sets import sets
 from pacellm.engine import pace
@@ -47,6 +48,7 @@ def prefill(rig: Rig, limits: Cells) -> Cells:
             run(engine, request("warm", rig.ids(min(length, 20_000), 1), 1))
             cells[name] = rig.seconds(lambda e=engine: run(e, request("x", rig.ids(length, 2), 1)))
             layers = engine.config.pa_layers or ()
+            cells["attention_kernel"] = "cpu" if engine.kernel is None else engine.kernel.name
     if rig.released is not None:
         with rig.authors(layers) as module:
             cells["generate_authors"] = _or_error(lambda: rigs.generate_seconds(rig, module, rig.ids(length, 2), 1))
@@ -242,6 +244,7 @@ PARTS: dict[str, Callable[[Rig, Cells], Cells]] = {
     "growth": growth,
     "sets": sets,
     "ahead": looks.ahead,
+    "kernels": kernels,
     "deterministic": looks.deterministic,
     "profiles": looks.profiles,
 }

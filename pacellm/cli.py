@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pacellm.config import EngineConfig, PAConfig
+from pacellm.config import ATTENTION_KERNELS, EngineConfig, PAConfig
 from pacellm.errors import ConfigError, PaceError
 from pacellm.layout_cli import add_cluster, add_experts
 
@@ -192,6 +192,7 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         cuda_graphs=options.cuda_graphs,
         async_scheduling=options.async_scheduling,
         deterministic=options.deterministic,
+        attention_kernel=options.attention_kernel,
         pa_memory=options.pa_memory,
         pa=options.pa,
         pa_layers=options.pa_layers,
@@ -237,6 +238,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         help="with CUDA graphs, launch a decode step before the last one's tokens are read")  # fmt: skip
     add("--deterministic", action="store_true", help="answers independent of batch mates on a GPU too, at a cost; "
         "on a CPU they always are")  # fmt: skip
+    add("--attention-kernel", default=defaults.attention_kernel, choices=ATTENTION_KERNELS, help="of prompts on a GPU "
+        "(default: the fastest that is right there, found by a short measurement)")  # fmt: skip
     add("--session-memory", type=_size, help="bytes of idle sessions' KV kept on the device (default: KV memory)")
     add("--session-host-memory", type=_size, help="bytes of sessions in host memory, below the device (default: as "
         "--session-memory beside a GPU, else 0)")  # fmt: skip

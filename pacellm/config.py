@@ -10,6 +10,7 @@ from pacellm.errors import ConfigError
 
 Preset = Literal["reference", "paper"]
 Ties = Literal["index", "age"]
+ATTENTION_KERNELS = ("auto", "flash", "cudnn", "flash-attn-2", "flash-attn-3")
 
 _PRESETS: dict[str, dict[str, float]] = {
     "reference": {"theta_high": 0.75, "theta_low": 0.25, "alpha": 0.2},
@@ -118,6 +119,8 @@ class EngineConfig:
         async_scheduling: with CUDA graphs, launch a decode step before the tokens of the last one are read.
         deterministic: on a GPU products run in tiles of a fixed number of rows and attention splits by length alone, so
             that answers and banks do not depend on batch mates and budgets; on a CPU that always holds.
+        attention_kernel: of prompts' chunks on a GPU, one of ``ATTENTION_KERNELS``; auto is the fastest that is right
+            there, or flash where ``deterministic`` is set.
         pa_layers: patched layers, counted from 0.
         ce_density: part of the experts that decoded tokens use; below 1 the model needs a layout.
     """
@@ -141,6 +144,7 @@ class EngineConfig:
     cuda_graphs: bool = True
     async_scheduling: bool = True
     deterministic: bool = False
+    attention_kernel: str = "auto"
     pa: bool = True
     pa_layers: tuple[int, ...] | None = None
     ce_density: float = 1.0
@@ -156,6 +160,12 @@ class EngineConfig:
         _check(self, "gpu_memory_utilization", 0.0 < self.gpu_memory_utilization <= 1.0, "above 0 and at most 1")
         _check(self, "ce_density", 1e-6 <= self.ce_density <= 1.0, "above 0 and at most 1")
         _check(self, "session_ttl", self.session_ttl is None or self.session_ttl > 0, "above 0")
+        _check(
+            self,
+            "attention_kernel",
+            self.attention_kernel in (ATTENTION_KERNELS[:2] if self.deterministic else ATTENTION_KERNELS),
+            "auto or flash with deterministic" if self.deterministic else f"one of {', '.join(ATTENTION_KERNELS)}",
+        )
         for name in ("session_sync", "session_disk_size"):
             _check(self, name, not getattr(self, name) or self.session_dir is not None, "used with session_dir")
         for name in ("session_memory", "session_log_memory", "session_host_memory", "pa_memory"):

@@ -66,6 +66,8 @@ def test_serve_answers_and_ends_on_sigterm():
         (["--device", "cuda:99"], "'cuda:99' is not here; use one of cpu"),
         (["--otlp-endpoint", "collector:4318"], "write it as http://host:4318"),
         (["--device", "typewriter"], "'typewriter' is not here"),
+        (["--device", "cpu", "--attention-kernel", "cudnn"], "cudnn is for a GPU"),
+        (["--deterministic", "--attention-kernel", "flash-attn-3"], "auto or flash with deterministic"),
     ],
 )
 def test_what_cannot_work_is_said_in_one_line(arguments, says, capsys, monkeypatch):

@@ -8,6 +8,8 @@ import torch
 from load_tests import gpu_bench
 from load_tests.gpu import rig as rigs
 from load_tests.gpu import sets
+from pacellm.model import prefill_kernels
+from tests.model import stand_ins
 
 
 def bench(path, parts, *more):
@@ -35,6 +37,21 @@ def test_working_sets(tmp_path):
 def test_steps_ahead_give_the_same_tokens(tmp_path):
     found = bench(tmp_path / "out.json", "ahead")
     assert all(found["ahead"][batch]["same_tokens"] for batch in ("1", "3"))
+
+
+def test_kernels_that_are_not_there_say_so(tmp_path):
+    found = bench(tmp_path / "out.json", "kernels")["kernels"]
+    assert all("why_not" in found[name] for name in ("flash", "cudnn", "flash-attn-2", "flash-attn-3"))
+
+
+def test_kernels(tmp_path, monkeypatch):
+    stand_ins.everything(monkeypatch)
+    monkeypatch.setattr(prefill_kernels, "CUDNN_STEP", 128)
+    found = bench(tmp_path / "out.json", "kernels")["kernels"]
+    for name in ("flash", "cudnn", "flash-attn-2", "flash-attn-3"):
+        assert found[name]["error"] < 1e-4
+        assert found[name]["128"]["of_limit"] > 0
+        assert found[name]["200"]["floor_seconds"] > found[name]["128"]["floor_seconds"]
 
 
 @pytest.mark.slow

@@ -79,6 +79,7 @@ class Engine:
             setup.check_parallel(config or EngineConfig())
         check_density((config or EngineConfig()).ce_density, model.module, model.layout, "ce_density")
         self.model, self.tokenizer = model, tokenizer
+        self.kernel = setup.attention_kernel(model, config or EngineConfig())
         self.config = (config or EngineConfig()).resolve(
             context_length=model.context_length,
             num_layers=model.num_layers,
@@ -113,7 +114,7 @@ class Engine:
             fold_after=4 * (self.config.max_model_len or 0) if model.ranks is None else sys.maxsize,
         )
         self.scheduler = Scheduler(self.config, self.allocator, self.sessions, self.pool)
-        self.runner = setup.new_runner(model, self.pool, self.num_blocks, self.config)
+        self.runner = setup.new_runner(model, self.pool, self.num_blocks, self.config, self.kernel)
         self.scheduler.room.copy_now = self.runner.copy
         self.stats = EngineStats()
         self.worker = Worker()

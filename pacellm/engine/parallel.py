@@ -22,6 +22,7 @@ from pacellm.engine.step import Copy, Step
 from pacellm.errors import EngineDead
 from pacellm.memory.bank import rank_of_gram
 from pacellm.memory.pool import BankPool, BankShape
+from pacellm.model import prefill_kernels
 from pacellm.model.context import Banks, Chunk
 from pacellm.model.load import LoadedModel
 from pacellm.model.neurons import ffns
@@ -39,13 +40,14 @@ class Patch:
 
 @dataclass(frozen=True)
 class Begin:
-    """Sizes of everything, after the layers were patched."""
+    """Sizes of everything, after the layers were patched; ``kernel`` is the attention kernel's name, None on a CPU."""
 
     bank: PAConfig
     num_rows: int
     num_stages: int
     num_blocks: int
     deterministic: bool
+    kernel: str | None
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,10 @@ def follow(model: LoadedModel) -> None:
             shapes = None if layers is None else patch(model.module, layers, model.ranks)
         elif isinstance(message, Begin):
             pool = None if shapes is None else new_pool(model, shapes, message, leads=False)
-            runner = Runner(model, pool, message.num_blocks, message.bank, deterministic=message.deterministic)
+            kernel = None if message.kernel is None else prefill_kernels.load(message.kernel)
+            runner = Runner(
+                model, pool, message.num_blocks, message.bank, deterministic=message.deterministic, kernel=kernel
+            )
         elif isinstance(message, Prepare) and pool is not None:
             pool.prepare(message.row, message.stage, message.source)
         elif isinstance(message, Grams) and pool is not None:

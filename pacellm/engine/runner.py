@@ -19,6 +19,7 @@ from pacellm.memory.pool import BankPool
 from pacellm.model.attention import slab
 from pacellm.model.context import Chunk, DecodeRows, StepContext, step_context
 from pacellm.model.load import LoadedModel
+from pacellm.model.prefill_kernels import Kernel
 from pacellm.rows import ROWS, missing_rows
 
 logger = logging.getLogger("pacellm.engine")
@@ -62,6 +63,7 @@ class Runner:
         num_blocks: KV blocks of the slab.
         pa: the banks' config.
         deterministic: sums are split the same whatever else is in a step.
+        kernel: of prompts' chunks on CUDA; None is flash.
     """
 
     def __init__(
@@ -72,8 +74,9 @@ class Runner:
         pa: PAConfig,
         *,
         deterministic: bool = False,
+        kernel: Kernel | None = None,
     ) -> None:
-        self.model, self.pool, self.pa, self.deterministic = model, pool, pa, deterministic
+        self.model, self.pool, self.pa, self.deterministic, self.kernel = model, pool, pa, deterministic, kernel
         self.decoder: graphs.Decoder | None = None
         slots = num_blocks * BLOCK + ROWS  # the last ones are nobody's: what pads a step is written there
         self._keys = slab([shape[0] for shape in model.kv_shapes], slots, model.dtype, model.device)
@@ -159,6 +162,7 @@ class Runner:
             sets=self.pool.sets if self.pool is not None else None,
             deterministic=self.deterministic,
             total=total,
+            kernel=self.kernel,
             **more,
         )
 

@@ -19,11 +19,12 @@ from pacellm.engine.runner import Runner
 from pacellm.errors import ConfigError
 from pacellm.memory.pool import BankPool, bytes_per_row
 from pacellm.memory.snapshot import fingerprint
-from pacellm.model import attention_cuda
+from pacellm.model import attention_cuda, kernel_choice
 from pacellm.model.experts import attach, why_no_kernel, why_no_sets
 from pacellm.model.fixed_rows import fix_rows
 from pacellm.model.load import LoadedModel, probe_step
 from pacellm.model.patch import patch
+from pacellm.model.prefill_kernels import Kernel
 
 logger = logging.getLogger("pacellm.engine")
 _MAX_SESSION_ROWS = 256
@@ -92,7 +93,7 @@ def new_pool(model: LoadedModel, config: EngineConfig) -> BankPool:
         )
     num_rows = config.max_num_seqs + session_rows
     if model.ranks is not None:
-        return parallel.new_pool(model, shapes, _begin(config, num_rows, 0), leads=True)
+        return parallel.new_pool(model, shapes, _begin(config, num_rows), leads=True)
     return BankPool(
         config.bank,
         shapes,
@@ -104,8 +105,9 @@ def new_pool(model: LoadedModel, config: EngineConfig) -> BankPool:
     )
 
 
-def _begin(config: EngineConfig, num_rows: int, num_blocks: int) -> parallel.Begin:
-    return parallel.Begin(config.bank, num_rows, config.max_num_seqs, num_blocks, config.deterministic)
+def _begin(config: EngineConfig, num_rows: int, num_blocks: int = 0, kernel: Kernel | None = None) -> parallel.Begin:
+    name = None if kernel is None else kernel.name
+    return parallel.Begin(config.bank, num_rows, config.max_num_seqs, num_blocks, config.deterministic, name)
 
 
 def check_parallel(config: EngineConfig) -> None:
@@ -133,15 +135,46 @@ def check_disk_size(config: EngineConfig) -> None:
         )
 
 
-def new_runner(model: LoadedModel, pool: BankPool | None, num_blocks: int, config: EngineConfig) -> Runner:
+def attention_kernel(model: LoadedModel, config: EngineConfig) -> Kernel | None:
+    """What attends prompts' chunks on a GPU; None on a CPU, which has one way.
+
+    Raises:
+        ConfigError: the one that is asked for cannot be used, or none can.
+    """
+    if model.device.type != "cuda":
+        if config.attention_kernel != "auto":
+            raise ConfigError(
+                f"attention_kernel {config.attention_kernel} is for a GPU, and this model is on a {model.device.type}; "
+                "leave it at auto",
+                param="attention_kernel",
+            )
+        return None
+    wanted = "flash" if config.deterministic else config.attention_kernel
+    shapes = list(zip(model.query_heads, model.kv_shapes, strict=True))
+    trial = kernel_choice.choose(wanted, shapes, model.dtype, model.device)
+    torch.cuda.empty_cache()
+    for name, problem in trial.refused.items():
+        logger.info("prompt attention not by %s: %s", name, problem)
+    times = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in trial.seconds.items())
+    logger.info(
+        "prompt attention by %s%s",
+        trial.kernel.name,
+        f"; ms for {kernel_choice.QUERIES:,} tokens behind {kernel_choice.BEHIND:,}: {times}" if times else "",
+    )
+    return trial.kernel
+
+
+def new_runner(
+    model: LoadedModel, pool: BankPool | None, num_blocks: int, config: EngineConfig, kernel: Kernel | None
+) -> Runner:
     """The engine's runner; with a tensor-parallel model the other ranks get theirs."""
     kind: type[Runner] = Runner
     if model.ranks is not None:
         if pool is None:
             parallel.tell(model.ranks, parallel.Patch(None))
-        parallel.tell(model.ranks, _begin(config, pool.num_rows if pool is not None else 0, num_blocks))
+        parallel.tell(model.ranks, _begin(config, pool.num_rows if pool is not None else 0, num_blocks, kernel))
         kind = parallel.LeadingRunner
-    runner = kind(model, pool, num_blocks, config.bank, deterministic=config.deterministic)
+    runner = kind(model, pool, num_blocks, config.bank, deterministic=config.deterministic, kernel=kernel)
     start_decoder(runner, config)
     return runner
 

@@ -67,7 +67,8 @@ def attend(
     if step.probe is not None:
         if layer in step.probe:
             raise RuntimeError(f"attention runs more than once in layer {layer}")
-        step.probe[layer] = LayerProbe(((key.shape[1], size), (value.shape[1], size)), form.special)
+        shapes = (key.shape[1], size), (value.shape[1], size)
+        step.probe[layer] = LayerProbe(shapes, form.special, query.shape[1])
         return query.new_zeros(1, query.shape[2], query.shape[1], value_size), None
     query = tempered(module, step, query)
     query, key, value = (_widen(part, size) for part in (query, key, value))

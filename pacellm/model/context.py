@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -23,16 +23,21 @@ from pacellm.memory.feed import Tokens
 from pacellm.memory.state import BankState, Stage
 from pacellm.types import PAMode
 
+if TYPE_CHECKING:
+    from pacellm.model.prefill_kernels import Kernel
+
 KVShape = tuple[tuple[int, int], tuple[int, int]]
 """(kv heads, key size), (kv heads, value size) of a layer."""
 
 
 @dataclass(frozen=True)
 class LayerProbe:
-    """What a layer's attention was seen to work on: its KV shapes, and names of what it asks beyond a window."""
+    """What a layer's attention was seen to work on: its KV shapes, names of what it asks beyond a window, and the
+    number of its query heads."""
 
     shapes: KVShape
     special: list[str]
+    query_heads: int
 
 
 @dataclass(frozen=True)
@@ -167,7 +172,8 @@ class StepContext:
     attention only records each layer's KV shapes in it. ``wanted`` are the rows that the model's head reads, in order;
     None is all of them. ``arenas`` are all sessions' banks by layer, ``sets`` their working sets. With ``decode`` the
     step is one token of each sequence; a CPU's attention still goes by the chunks. ``deterministic`` fixes how sums are
-    split, whatever else is in the step. ``total`` sums over the ranks of a tensor-parallel model.
+    split, whatever else is in the step. ``total`` sums over the ranks of a tensor-parallel model. ``kernel`` attends
+    prompts' chunks on CUDA; None is flash.
     """
 
     chunks: list[Chunk]
@@ -183,6 +189,7 @@ class StepContext:
     decode: DecodeRows | None = None
     deterministic: bool = False
     total: Total | None = None
+    kernel: Kernel | None = None
 
     def first_row(self, chunk: Chunk, layer: int) -> int:
         """The first of a chunk's rows whose attention in ``layer`` anybody reads; ``chunk.stop`` where nobody does.

@@ -39,10 +39,12 @@ class LoadedModel:
         vocab_size: rows of its logits.
         eos_token_ids: tokens that end an answer.
         kv_shapes: per layer ((kv heads, key size), (kv heads, value size)), as the model really produces them.
+        query_heads: per layer, likewise.
         dtype: of activations, KV and banks.
         device: where all of it lies.
         patchable_layers: those whose FFN can have banks: all but layers of routed experts alone.
-        ranks: the tensor-parallel group that each layer is split over; ``kv_shapes`` are this rank's then.
+        ranks: the tensor-parallel group that each layer is split over; ``kv_shapes`` and ``query_heads`` are this
+            rank's then.
         layout: the order that its FFN neurons were put into, None where they are as they came.
     """
 
@@ -51,6 +53,7 @@ class LoadedModel:
     vocab_size: int
     eos_token_ids: frozenset[int]
     kv_shapes: list[KVShape]
+    query_heads: list[int]
     dtype: torch.dtype
     device: torch.device
     patchable_layers: tuple[int, ...] | None = None
@@ -168,6 +171,7 @@ def prepare(module: nn.Module) -> LoadedModel:
         vocab_size=vocab_size,
         eos_token_ids=eos_token_ids(module),
         kv_shapes=kv_shapes,
+        query_heads=[layer.query_heads for layer in probed],
         dtype=weight.dtype,
         device=weight.device,
         patchable_layers=patchable_layers(module),

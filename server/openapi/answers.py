@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pacellm.config import ATTENTION_KERNELS
+
 Schema = dict[str, Any]
 TEXT: Schema = {"type": "string"}
 COUNT: Schema = {"type": "integer", "minimum": 0}
@@ -145,5 +147,5 @@ SCHEMAS: dict[str, Schema] = {
     "Cancelled": fields(id=TEXT, object=one_of("request.cancelled"), cancelled=COUNT),
     "Health": fields(status=one_of("ok", "dead"), heartbeat_age_seconds=NUMBER),
     "Ready": fields(status=one_of("ready", "not ready")),
-    "Version": fields(version=TEXT),
+    "Version": fields(version=TEXT, attention_kernel=one_of("cpu", *ATTENTION_KERNELS[1:])),
 }

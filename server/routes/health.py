@@ -35,9 +35,11 @@ async def ready(request: Request) -> Response:
 
 
 @router.get("/version")
-async def version() -> dict[str, str]:
-    """The server's version."""
-    return {"version": pacellm.__version__}
+async def version(request: Request) -> dict[str, str]:
+    """The server's version, and what attends prompts on its device."""
+    service: Service = request.app.state.service
+    kernel = service.engine.kernel
+    return {"version": pacellm.__version__, "attention_kernel": "cpu" if kernel is None else kernel.name}
 
 
 @admin.get("/metrics")

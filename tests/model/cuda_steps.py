@@ -2,6 +2,7 @@
 
 import torch
 
+from pacellm.model import attention_cuda
 from pacellm.model.context import Chunk, Run, StepContext
 from tests.model.attention_reference import plain, scatter
 
@@ -12,14 +13,13 @@ SEQUENCES = (
     (500, 40, (Run(0, 3072, 512), Run(512, 4096, 512))),  # new tokens in two runs: gathered
     (1300, 20, (Run(0, 5120, 1024), Run(1024, 0, 512))),  # the second run lies before the first
     (30, 1, (Run(0, 1536, 512),)),  # decode, one run
+    (1100, 300, (Run(0, 6656, 1024), Run(1024, 7680, 512))),  # a long chunk, some of its keys before it in its run
 )
-SLAB = 6200
+SLAB = 8200
 
 
-def check(kernel_dtype, device, windows, tolerance, size=16, heads=(6, 2)):
+def check(kernel_dtype, device, windows, tolerance, size=16, heads=(6, 2), kernel=None):
     """Run one step for each window in turn, as layers of one model do, and compare every sequence."""
-    from pacellm.model import attention_cuda
-
     generator = torch.Generator().manual_seed(0)
 
     def random(count, length):
@@ -41,7 +41,7 @@ def check(kernel_dtype, device, windows, tolerance, size=16, heads=(6, 2)):
                 slab[:, slots] = scatter(item[which], item[2], SLAB)[:, slots]
         slabs.append(slab)
     query = random(heads[0], row)
-    step = StepContext(chunks, [slabs[0]], [slabs[1]])
+    step = StepContext(chunks, [slabs[0]], [slabs[1]], kernel=kernel)
     for window in windows:
         found = attention_cuda.attend(step, 0, query, 0.3, window)
         for chunk, (_, _, _, key, value) in zip(chunks, sequences, strict=True):

@@ -3,44 +3,15 @@
 import pytest
 import torch
 
-from pacellm.model import attention_cuda
+from pacellm.model import attention_cuda, prefill_kernels
+from tests.model import stand_ins
 from tests.model.cuda_steps import check
-
-
-def kernel(
-    query, key, value, cu_queries, starts, max_queries, max_keys, dropout, causal, debug,
-    *, scale, window_size_left, window_size_right, seqused_k,
-):  # fmt: skip
-    """What ``aten::_flash_attention_forward`` computes for packed sequences: ([n, H, D], lse [H, n])."""
-    assert not dropout
-    assert not debug
-    assert window_size_right == (0 if causal else -1)
-    outputs, totals = [], []
-    group = query.shape[1] // key.shape[1]
-    for number, (start, used) in enumerate(zip(starts[:-1].tolist(), seqused_k.tolist(), strict=True)):
-        rows = slice(int(cu_queries[number]), int(cu_queries[number + 1]))
-        count = rows.stop - rows.start
-        assert count <= max_queries
-        assert used <= max_keys
-        mine = query[rows].transpose(0, 1).double()
-        keys, values = (
-            slab[start : start + used].transpose(0, 1).double().repeat_interleave(group, 0) for slab in (key, value)
-        )
-        scores = mine @ keys.transpose(1, 2) * scale
-        distance = torch.arange(used - count, used)[:, None] - torch.arange(used)
-        if causal:
-            scores = scores.masked_fill(distance < 0, -torch.inf)
-        if window_size_left >= 0:
-            scores = scores.masked_fill(distance > window_size_left, -torch.inf)
-        outputs.append((scores.softmax(-1) @ values).transpose(0, 1).to(query.dtype))
-        totals.append(scores.logsumexp(-1).float())
-    return torch.cat(outputs), torch.cat(totals, dim=1)
 
 
 # the kernel aligns windows to the end of the keys that it sees, so the order of the layers must not matter
 @pytest.mark.parametrize("windows", [(None, 100), (100, None), (4, 700, None)])
 def test_every_sequence_gets_its_own_attention(monkeypatch, windows):
-    monkeypatch.setattr(attention_cuda, "_kernel", kernel)
+    monkeypatch.setattr(prefill_kernels, "_flash", stand_ins.flash)
     check(torch.float32, "cpu", windows, 1e-4)
 
 
@@ -79,14 +50,14 @@ def test_decoded_tokens_go_to_their_own_kernel(monkeypatch, windows):
         calls.append(arguments[0].shape[1])
         return decode_kernel(*arguments)
 
-    monkeypatch.setattr(attention_cuda, "_kernel", kernel)
+    monkeypatch.setattr(prefill_kernels, "_flash", stand_ins.flash)
     monkeypatch.setattr(attention_cuda, "_use_decode_kernel", True)
     monkeypatch.setattr(attention_cuda, "_decode_kernel", lambda: counted)
     check(torch.float32, "cpu", windows, 1e-4)
     assert calls == [2] * len(windows)
 
 
-@pytest.mark.parametrize(("wrong", "says"), [(0.0, None), (0.5, "off by 0.5")])
+@pytest.mark.parametrize(("wrong", "says"), [(0.0, None), (0.5, "off by 0.5"), (torch.nan, "off by nan")])
 def test_a_kernel_is_tried_out_before_it_is_used(monkeypatch, wrong, says):
     monkeypatch.setattr(attention_cuda, "_use_decode_kernel", False)
     monkeypatch.setattr(attention_cuda, "_decode_kernel", lambda: lambda *args: decode_kernel(*args) + wrong)

@@ -3,6 +3,7 @@
 import openai
 import pytest
 
+import pacellm
 from pacellm.demo import MODEL_PATH
 from pacellm.demo.generator import make_document
 from pacellm.tokenizer import ChatTokenizer
@@ -121,7 +122,7 @@ def test_models(live):
 def test_health_ready_version_metrics(live):
     assert live.http.get("/health").json()["status"] == "ok"
     assert live.http.get("/ready").status_code == 200
-    assert live.http.get("/version").json()["version"]
+    assert live.http.get("/version").json() == {"version": pacellm.__version__, "attention_kernel": "cpu"}
     live.client.chat.completions.create(model=NAME, messages=user("hello"), max_tokens=2)
     text = live.http.get("/metrics").text
     for name in (
