@@ -21,7 +21,7 @@ serve: venv  ## a server on the bundled model
 	$(BIN)/pacellm serve --port $(PORT)
 
 test: venv lint  ## everything that runs in minutes on a CPU
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 test-slow: venv  ## recall at length and other checks of minutes
 	$(BIN)/python -m pytest -m slow

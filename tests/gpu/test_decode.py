@@ -1,11 +1,14 @@
 """On a CUDA device: decode steps as graphs, banks in Triton, deterministic products. ``make test-gpu``."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from pacellm.memory import feed
 from pacellm.model import attention_cuda
 from pacellm.model.load import prepare
+from pacellm.types import SamplingParams
 from tests.engine.helpers import assert_nothing_held, assert_same_banks, banks, new_engine, prompt, request, run, tokens
 from tests.memory.test_feed import assert_same_rows, config, new_pool, turns
 from tests.models import tiny
@@ -42,6 +45,25 @@ def test_graphs_give_the_tokens_of_ordinary_steps():
     same = [tokens(found[item.request_id]) == tokens(expected[item.request_id]) for item in asked]
     assert sum(same) >= 4, "bits may differ between batches, not more"
     assert_nothing_held(captured)
+
+
+def test_steps_ahead_give_the_tokens_of_steps_that_wait():
+    model = dataclasses.replace(
+        prepare(tiny("qwen3", dtype=torch.bfloat16).cuda()), eos_token_ids=frozenset({5, 17, 40})
+    )
+    sampling = SamplingParams(max_tokens=40, temperature=1.0, seed=1)  # each ends by itself, sooner or later
+    ahead, waits = new_engine(model), new_engine(model, async_scheduling=False)
+    for number in range(8):
+        item = request(str(number), prompt(200 + number, number), sampling, session=str(number))
+        assert tokens(run(ahead, item)[item.request_id]) == tokens(run(waits, item)[item.request_id])
+        assert_same_banks(banks(ahead, str(number)), banks(waits, str(number)))
+    together = [request(f"t{number}", prompt(90 + number, number), sampling) for number in range(6)]
+    found, expected = run(ahead, *together), run(waits, *together)
+    same = [tokens(found[item.request_id]) == tokens(expected[item.request_id]) for item in together]
+    assert sum(same) >= 4, "bits may differ between batches, not more"
+    assert ahead.stats.steps_ahead > 20
+    assert waits.stats.steps_ahead == 0
+    assert_nothing_held(ahead)
 
 
 def test_deterministic():
