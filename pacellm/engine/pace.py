@@ -10,6 +10,7 @@ from pacellm.rows import ROWS
 
 SHARE = 1.75  # prompt parts of a step may take this many times what its decoding takes
 LONGEST = 2.0  # seconds of a step that decodes nothing: who arrives meanwhile waits for its end
+SEVERAL = 0.5  # seconds of such a step with several prompts: the shortest waits for its first token
 _KEPT = 0.6  # of an estimate, at each observation
 _FRESH = 64  # steps after which the next one only decodes, to see what that takes by now
 
@@ -36,13 +37,15 @@ class Pace:
             if self.decode is not None:
                 self.token = _mixed(self.token, max(0.0, seconds - self.decode) / num_prompt_tokens)
 
-    def budget(self, limit: int, *, decodes: bool) -> int:
+    def budget(self, limit: int, *, decodes: bool, several: bool = False) -> int:
         """Prompt tokens of the next step, asked once a step: at most ``limit``, as many as there is time for, in whole
-        ``ROWS``. Where even ``ROWS`` take longer than that, as deep in a prompt, steps that only decode go before until
-        the time they leave to prompts is enough. None either where it is time to see what decoding takes."""
+        ``ROWS``; ``several`` prompts may be in work. Where even ``ROWS`` take longer than that, as deep in a prompt,
+        steps that only decode go before until the time they leave to prompts is enough. None either where it is time
+        to see what decoding takes."""
         if decodes and (self._age >= _FRESH or (self.decode is None and self.token is not None)):
             return 0
-        seconds = LONGEST if not decodes else None if self.decode is None else SHARE * self.decode
+        undecoded = SEVERAL if several else LONGEST
+        seconds = undecoded if not decodes else None if self.decode is None else SHARE * self.decode
         if not self.token or seconds is None:
             return limit
         if decodes:

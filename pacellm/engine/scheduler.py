@@ -154,7 +154,8 @@ class Scheduler:
         decodes = bool(step.work)
         if decodes:
             budget = min(budget, self.config.max_num_mixed_tokens)
-        self._add_prompts(step, self.pace.budget(budget, decodes=decodes))
+        several = sum(not sequence.is_decoding for sequence in self.running) > 1
+        self._add_prompts(step, self.pace.budget(budget, decodes=decodes, several=several))
         step.copies = self.room.take_copies()
         return step if step.work else None
 

@@ -1,6 +1,6 @@
 """How many prompt tokens fit into a step."""
 
-from pacellm.engine.pace import LONGEST, SHARE, Pace
+from pacellm.engine.pace import LONGEST, SEVERAL, SHARE, Pace
 from pacellm.rows import ROWS
 
 
@@ -16,7 +16,7 @@ def test_prompt_parts_take_a_multiple_of_the_decoding_beside_them():
     pace = Pace()
     pace.observe(8, 0, 0.010)
     pace.observe(8, 100, 0.110)  # a millisecond a token
-    assert pace.budget(256, decodes=True) == ROWS  # 20 tokens of time, whole rows
+    assert pace.budget(256, decodes=True) == ROWS  # 17 tokens of time, whole rows
     for _ in range(50):
         pace.observe(8, 100, 0.020)
     assert pace.budget(256, decodes=True) == int(SHARE * 0.010 / 1e-4) // ROWS * ROWS
@@ -30,6 +30,7 @@ def test_a_step_that_decodes_nothing_is_bounded_too():
     pace = Pace()
     pace.observe(0, 2048, 8.192)
     assert pace.budget(2048, decodes=False) == int(LONGEST / 0.004) // ROWS * ROWS
+    assert pace.budget(2048, decodes=False, several=True) == int(SEVERAL / 0.004) // ROWS * ROWS
     pace.observe(0, 16, 1000.0)
     assert pace.budget(2048, decodes=False) == ROWS
 
