@@ -271,7 +271,7 @@ class Engine:
                 self.worker.wait(_WAIT)
                 return events
             return events + self._stuck()
-        decodes = sum(work.sequence.is_decoding for work in step.work)
+        parts = [(work.position, work.count) for work in step.work if not work.sequence.is_decoding]
         if flight is None:
             started = time.monotonic()
             try:
@@ -285,7 +285,7 @@ class Engine:
             self._start_again(broken)
         # a device has done its work when tokens were sampled, not when the forward pass returned
         ended, before = time.monotonic(), self._ended
-        self.scheduler.pace.observe(decodes, step.num_tokens - decodes, ended - max(flight.started, before))
+        self.scheduler.pace.observe(len(step.work) - len(parts), parts, ended - max(flight.started, before))
         self._ended = ended
         return events
 

@@ -29,6 +29,7 @@ from pacellm.engine.step import Step, Work
 from pacellm.engine.turn import Turn
 from pacellm.errors import ContextLengthExceeded, RequestError
 from pacellm.memory.pool import BankPool
+from pacellm.rows import ROWS
 
 _MAX_SCORED = 256  # rows of logits that one request may ask of a step
 
@@ -155,7 +156,7 @@ class Scheduler:
         if decodes:
             budget = min(budget, self.config.max_num_mixed_tokens)
         several = sum(not sequence.is_decoding for sequence in self.running) > 1
-        self._add_prompts(step, self.pace.budget(budget, decodes=decodes, several=several))
+        self._add_prompts(step, budget, self.pace.seconds(decodes=decodes, several=several))
         step.copies = self.room.take_copies()
         return step if step.work else None
 
@@ -166,18 +167,31 @@ class Scheduler:
                 budget -= 1
         return budget
 
-    def _add_prompts(self, step: Step, budget: int) -> None:
+    def _add_prompts(self, step: Step, budget: int, seconds: float | None) -> None:
+        """Parts of prompts, the shortest first, within ``budget`` tokens and ``seconds`` where those are known."""
         prefilling = sorted(
             (sequence for sequence in self.running if not sequence.is_decoding), key=lambda sequence: sequence.pending
         )
+        left, waits = seconds, False
         for number, sequence in enumerate(prefilling):
-            share = -(-budget // (len(prefilling) - number))
+            others = len(prefilling) - number
+            share = -(-budget // others)
             if sequence.request.sampling.prompt_logprobs is not None:
                 share = min(share, _MAX_SCORED)
             count = min(share, len(sequence.turn.ids) - sequence.cursor)
+            if left is not None:
+                fitting = self.pace.fitting(sequence.position, left / others)
+                count = count if fitting is None else min(count, max(fitting, ROWS))
+                price = self.pace.cost(sequence.position, count)
+                if price > left and step.work and not self.pace.afford(price, left):
+                    waits = True
+                    continue
+                left = max(0.0, left - price)
             if count:
                 step.work.append(Work(sequence, count))
                 budget -= count
+        if waits and seconds and left is not None:
+            self.pace.save(max(left, seconds / len(prefilling)))
 
     # -- memory --------------------------------------------------------------------------------------------
 

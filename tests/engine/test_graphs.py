@@ -4,6 +4,7 @@ import pytest
 
 from pacellm.engine import graphs
 from pacellm.engine.graphs import Group, shared_groups
+from pacellm.engine.pace import Pace
 from pacellm.model.layout import apply_layout
 from pacellm.model.load import prepare
 from pacellm.types import SamplingParams
@@ -94,7 +95,7 @@ def test_only_decode_steps_fit():
     engine.add(request("a", prompt(30, 1), LONG))
     engine.step()
     engine.add(request("b", prompt(300, 2), LONG))
-    engine.scheduler.pace.token = None  # as if no prompt had been timed: the prompt need not wait
+    engine.scheduler.pace = Pace()  # as if no prompt had been timed: the prompt need not wait
     step = engine.scheduler.schedule()
     assert len(step.work) == 2
     assert not graphs.fits(step)
