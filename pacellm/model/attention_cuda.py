@@ -12,6 +12,7 @@ so at load).
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -23,6 +24,8 @@ from pacellm.model.prefill_kernels import FLASH, Kernel, Plan, merge, new_plan, 
 
 DETERMINISTIC_SPLITS = 32  # of a sequence's keys in decode, whatever the batch
 _TOLERANCE = 0.03
+_DECODE_KERNELS = {"Triton": "decode_triton", "flash_attn_with_kvcache": "decode_flash"}
+_decode_module = "decode_triton"
 _use_decode_kernel = False
 
 
@@ -71,20 +74,32 @@ def attend_decoded(step: StepContext, layer: int, query: Tensor, scale: float, w
 
 
 def no_decode_kernel(shapes: list[KVShape], dtype: torch.dtype, device: torch.device) -> str | None:
-    """Try the Triton kernel out on every size of the model's heads, and use it from here on if it was right.
+    """Try decode kernels out on every size of the model's heads, and use the first right one from here on.
 
     Returns:
-        Why it is not used, or None.
+        Why none is used, or None.
     """
-    global _use_decode_kernel
-    try:
-        errors = [_error(shape, dtype, device) for shape in set(shapes)]
-    except Exception as error:
-        problem: str | None = f"{type(error).__name__}: {error}"
-    else:
-        problem = next((f"it is off by {found:.2g}" for found in errors if not found <= _TOLERANCE), None)
-    _use_decode_kernel = problem is None
-    return problem
+    global _use_decode_kernel, _decode_module
+    problems = []
+    for name, module in _DECODE_KERNELS.items():
+        _decode_module = module
+        try:
+            errors = [_error(shape, dtype, device) for shape in set(shapes)]
+        except Exception as error:
+            problems.append(f"{name}: {type(error).__name__}: {error}")
+            continue
+        wrong = next((found for found in errors if not found <= _TOLERANCE), None)
+        if wrong is None:
+            _use_decode_kernel = True
+            return None
+        problems.append(f"{name}: it is off by {wrong:.2g}")
+    _use_decode_kernel, _decode_module = False, "decode_triton"
+    return "; ".join(problems)
+
+
+def decode_kernel_name() -> str:
+    """The kernel in use."""
+    return next(name for name, module in _DECODE_KERNELS.items() if module == _decode_module)
 
 
 def _error(shape: KVShape, dtype: torch.dtype, device: torch.device) -> float:
@@ -113,9 +128,8 @@ def _error(shape: KVShape, dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _decode_kernel() -> Callable[..., Tensor]:
-    from pacellm.model import decode_triton  # Triton comes with torch's CUDA builds only
-
-    return decode_triton.attend
+    found: Callable[..., Tensor] = importlib.import_module(f"pacellm.model.{_decode_module}").attend
+    return found
 
 
 def _decoded(step: StepContext, device: torch.device) -> tuple[Tensor, DecodeRows] | None:
