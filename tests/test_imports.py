@@ -1,4 +1,4 @@
-"""Imports run one way: errors, config, types, rows <- memory, experts <- model <- engine <- server; only
+"""Imports run one way: errors, config, types, rows, transfer <- memory, experts <- model <- engine <- server; only
 ``pacellm/model`` and ``pacellm/tokenizer.py`` import transformers."""
 
 import ast
@@ -12,6 +12,7 @@ LEVELS = {
     "pacellm.config": 0,
     "pacellm.types": 0,
     "pacellm.rows": 0,
+    "pacellm.transfer": 0,
     "pacellm.pieces": 0,
     "pacellm.grammar": 0,
     "pacellm.dialect": 0,

@@ -25,14 +25,14 @@ class Chosen:
     """A step's tokens; a GPU is not waited for until they are asked for.
 
     Args:
-        sequences: S that get one.
+        sequences: S that get one; with choices to come, it and they draw their own from its row.
         tokens: [S] int64, -1 where the logits were not finite.
         failed: what went wrong for some of them.
     """
 
     def __init__(self, sequences: list[Sequence], tokens: Tensor, failed: dict[str, Exception]) -> None:
         self.tokens, self._failed = tokens, failed
-        self._places = {sequence.id: place for place, sequence in enumerate(sequences)}
+        self._places = {one.id: place for place, one in enumerate(sequences) if not one.num_branches}
         self._known: list[int] | None = None
         self._host, self._arrived = tokens, None
         if tokens.device.type == "cuda":
@@ -63,12 +63,6 @@ class Chosen:
             raise ValueError(NOT_FINITE)
         return token
 
-    def without(self, sequence: Sequence) -> Chosen:
-        """The same for the others."""
-        others = Chosen([], self.tokens, self._failed)
-        others._places = {name: place for name, place in self._places.items() if name != sequence.id}
-        return others
-
 
 @dataclass(frozen=True)
 class Flight:
@@ -80,16 +74,16 @@ class Flight:
     started: float
 
 
-def step_after(step: Step, running: list[Sequence], eos: Collection[int]) -> Step | None:
+def step_after(step: Step, num_running: int, eos: Collection[int]) -> Step | None:
     """The decode step after ``step``, whose tokens are not known yet; None where it depends on them.
 
     Args:
         step: launched, not committed.
-        running: all sequences that run now.
+        num_running: all sequences that run now.
         eos: the model's end tokens.
     """
-    members = {id(sequence) for sequence in running}
-    if {id(work.sequence) for work in step.work} != members or not graphs.fits(step):
+    are_all = len(step.work) == num_running and all(work.sequence.is_running for work in step.work)
+    if not are_all or not graphs.fits(step):
         return None
     work = []
     for before in step.work:

@@ -115,7 +115,6 @@ class Answers:
 
     def _branch(self, live: Live, logits: Tensor, chosen: Chosen) -> list[tuple[str, Event]]:
         """The prompt of a request with several choices is in place: each goes on from a copy of it."""
-        chosen = chosen.without(live.sequence)
         going = [live]
         for choice in live.choices[1:]:
             self._engine.live[choice.sequence.id] = choice

@@ -16,6 +16,7 @@ from pacellm.memory.activity import EXPERTS
 from pacellm.memory.pool import BankPool
 from pacellm.model.context import Banks, Chunk, Experts, Piece
 from pacellm.rows import ROWS, missing_rows
+from pacellm.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ def build(step: Step, pool: BankPool | None, segment: int, device: torch.device)
     ids.extend([0] * missing)
     positions.append(np.zeros(missing, dtype=np.int64))
     return Batch(
-        ids=_upload(np.frombuffer(ids, dtype=np.int32).astype(np.int64), device)[None],
-        positions=_upload(np.concatenate(positions), device)[None],
+        ids=to_device(torch.from_numpy(np.frombuffer(ids, dtype=np.int32).astype(np.int64)), device)[None],
+        positions=to_device(torch.from_numpy(np.concatenate(positions)), device)[None],
         wanted=wanted,
         chunks=chunks,
         sampled=sampled,
@@ -88,7 +89,7 @@ def choose_sets(sequences: list[Sequence], pool: BankPool) -> None:
 def padded(rows: list[int], device: torch.device) -> Tensor:
     """[R] int64 on the device, at least ``ROWS`` of them and a multiple: what is missing is row 0."""
     missing = missing_rows(len(rows)) if rows else ROWS
-    return _upload(np.array([*rows, *[0] * missing], dtype=np.int64), device)
+    return to_device(torch.tensor([*rows, *[0] * missing]), device)
 
 
 def _add_scored(step: Step, wanted: list[int]) -> list[tuple[Sequence, int]]:
@@ -130,8 +131,3 @@ def _chunk(work: Work, row: int, pool: BankPool | None, segment: int) -> Chunk:
         num_decoded=num_decoded,
         experts=experts,
     )
-
-
-def _upload(numbers: np.ndarray, device: torch.device) -> Tensor:
-    host = torch.from_numpy(numbers)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

@@ -38,7 +38,7 @@ from pacellm.engine.snapshot_ops import SnapshotOps
 from pacellm.engine.stats import EngineStats, per_layer
 from pacellm.engine.step import Copy, Step
 from pacellm.engine.text import TextStream
-from pacellm.errors import ConfigError, EngineError, PaceError, RequestError, SessionDeleted
+from pacellm.errors import EngineError, PaceError, RequestError, SessionDeleted
 from pacellm.memory.disk import Disk
 from pacellm.memory.tiers import Worker
 from pacellm.model.experts import check_density, detach
@@ -54,7 +54,6 @@ from pacellm.types import (
 
 logger = logging.getLogger("pacellm.engine")
 _WAIT = 0.002  # seconds that a step waits for the worker where nothing else can run
-_MIN_BLOCKS = 2  # one for the prompt and one to go on
 
 
 class Engine:
@@ -80,26 +79,9 @@ class Engine:
         check_density((config or EngineConfig()).ce_density, model.module, model.layout, "ce_density")
         self.model, self.tokenizer = model, tokenizer
         self.kernel = setup.attention_kernel(model, config or EngineConfig())
-        self.config = (config or EngineConfig()).resolve(
-            context_length=model.context_length,
-            num_layers=model.num_layers,
-            bytes_per_token=model.bytes_per_token,
-            available_memory=setup.available_memory(model, config or EngineConfig()),
-            patchable_layers=model.patchable_layers,
-            is_host=model.device.type == "cpu",
-        )
+        self.config = setup.resolve(model, config or EngineConfig())
         self.block_bytes = BLOCK * model.bytes_per_token
         self.num_blocks = (self.config.kv_cache_memory or 0) // self.block_bytes
-        if self.num_blocks < _MIN_BLOCKS:
-            raise ConfigError(
-                f"kv_cache_memory of {self.config.kv_cache_memory:,} bytes holds no request; this model needs at least "
-                f"{_MIN_BLOCKS * self.block_bytes:,}",
-                param="kv_cache_memory",
-            )
-        # a context that KV memory cannot hold would fail in the middle of an answer
-        context = min(self.config.max_model_len or 0, self.num_blocks * BLOCK)
-        self.config = dataclasses.replace(self.config, max_model_len=context)
-        setup.check_disk_size(self.config)
         self.allocator = BlockAllocator(self.num_blocks)
         self.pool = setup.new_pool(model, self.config) if self.config.pa or model.layout is not None else None
         self.sessions = SessionStore(
@@ -296,7 +278,7 @@ class Engine:
             return None
         if self.scheduler.waiting or self.ops.is_waiting:
             return None
-        step = step_after(flight.step, self.scheduler.running, self.model.eos_token_ids)
+        step = step_after(flight.step, len(self.scheduler.running), self.model.eos_token_ids)
         if step is None:
             return None
         started = time.monotonic()
@@ -313,7 +295,7 @@ class Engine:
     def _start_again(self, step: Step) -> None:
         """Those of a failed step that still run feed their tokens anew, from their sessions' states."""
         for work in reversed(step.work):
-            if work.sequence in self.scheduler.running:
+            if work.sequence.is_running:
                 self.scheduler.preempt(work.sequence)
 
     def _admissions(self) -> list[tuple[str, Event]]:
@@ -327,7 +309,7 @@ class Engine:
         self.stats.steps += 1
         for work in step.work:
             sequence = work.sequence
-            if not self._is_running(sequence):
+            if not sequence.is_running:
                 continue  # it ended meanwhile; a failed choice takes the others along
             decoding = sequence.is_decoding
             self.stats.prompt_tokens += 0 if decoding else work.count
@@ -342,10 +324,6 @@ class Engine:
         if self.config.check_integrity:
             check_integrity(self)
         return events
-
-    def _is_running(self, sequence: Sequence) -> bool:
-        live = self.live.get(sequence.id)
-        return live is not None and live.sequence is sequence and sequence in self.scheduler.running
 
     # -- failures ------------------------------------------------------------------------------------------
 

@@ -124,11 +124,12 @@ class Buffers:
         rows = self.sharing if kind.is_shared else self.apart
         return replace(rows, tokens=rows.tokens._replace(sets=self._sets)) if kind.has_sets else rows
 
-    def fill(self, works: list[Work], tokens: Tensor | None = None) -> bool:
-        """Take what the step is made of; True where beginnings are shared. Nothing waits for the device.
+    def fill(self, works: list[Work], groups: Items[Group] = (), tokens: Tensor | None = None) -> None:
+        """Take what the step is made of. Nothing waits for the device.
 
         Args:
             works: one token of each sequence.
+            groups: of their rows, those with shared beginnings.
             tokens: [B] what is fed, still on the device, where ``works`` have ``ends``; -1 ends a row as those do.
         """
         self._hosts.reverse()
@@ -147,7 +148,10 @@ class Buffers:
             if sequence.row is not None and sequence.turn.pa != "off":
                 wide[3, row], wide[4, row], wide[5, row] = sequence.row, 1, sequence.turn.pa == "on"
             wide[7, row] = sequence.row if uses_set(sequence) else self._scratch + 1
-        is_shared = self._fill_groups(works, host)
+        for number, group in enumerate(groups, start=1):  # group 0 has no members and no length
+            narrow[1, number], narrow[2, number] = group.rows[0], group.blocks * BLOCK
+            host.members.numpy()[number, : len(group.rows)] = group.rows
+            wide[6, list(group.rows)] = number
         for target, source in (
             (self._wide, host.wide), (self._narrow, host.narrow), (self._tables, host.tables),
             (self._members, host.members),
@@ -157,14 +161,13 @@ class Buffers:
             self._follow(works, tokens, host)
         self._flags[0].copy_(self._live)
         self._flags[1].copy_(self._writes)
-        return is_shared
 
     def _follow(self, works: list[Work], tokens: Tensor, host: _Host) -> None:
         """Feed tokens that only the device knows; rows whose answer they end do nothing, as padding does."""
         host.ends.fill_(-1)
         for row, work in enumerate(works):
             ends = work.ends or ()
-            host.ends[row, : len(ends)] = torch.tensor(ends, dtype=torch.int64)
+            host.ends.numpy()[row, : len(ends)] = ends
         self._ends.copy_(host.ends, non_blocking=True)
         count = len(works)
         ended = (tokens[:, None] == self._ends[:count]).any(1)
@@ -172,15 +175,6 @@ class Buffers:
         for number, value in ((2, self._dump), (3, self._scratch), (4, 0), (5, 0), (7, self._scratch)):
             self._wide[number, :count].masked_fill_(ended, value)
         self._wide[0, :count] = tokens.masked_fill(ended, 0)
-
-    def _fill_groups(self, works: list[Work], host: _Host) -> bool:
-        groups = _groups(works)
-        wide, narrow = host.wide.numpy(), host.narrow.numpy()
-        for number, group in enumerate(groups, start=1):  # group 0 has no members and no length
-            narrow[1, number], narrow[2, number] = group.rows[0], group.blocks * BLOCK
-            host.members.numpy()[number, : len(group.rows)] = group.rows
-            wide[6, list(group.rows)] = number
-        return bool(groups)
 
 
 @dataclass(frozen=True)
@@ -251,7 +245,8 @@ class Decoder:
         if buffers is None:
             buffers = self._buffers[size] = Buffers(size, *self._settings, **self._places)  # type: ignore[arg-type]
         graph = None
-        kind = Kind(bool(_groups(works)), any(uses_set(work.sequence) for work in works))
+        groups = _groups(works)
+        kind = Kind(bool(groups), any(uses_set(work.sequence) for work in works))
         if self._capture:  # before the buffers are filled: a capture runs on padding alone
             try:
                 graph = self._graphs.get((size, kind)) or self._record(size, buffers, kind)
@@ -259,7 +254,7 @@ class Decoder:
                 raise
             except Exception as error:
                 raise CaptureFailed(f"{type(error).__name__}: {error}") from error
-        buffers.fill(works, tokens)
+        buffers.fill(works, groups, tokens)
         if graph is not None:
             graph[0].replay()
             return graph[1][: len(works)]

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pacellm.transfer import to_device
 from pacellm.types import SamplingParams, TokenLogprob
 
 NOT_FINITE = "the model produced logits that are not finite"
@@ -53,7 +54,7 @@ def shape(
     """[V] logits after penalties, bias and the constraint's mask; see :func:`sample`."""
     shaped = _bias(_penalise(logits, params, prompt, generated), params)
     if allowed is not None:
-        shaped = shaped.masked_fill(~torch.from_numpy(allowed).to(shaped.device), -torch.inf)
+        shaped = shaped.masked_fill(to_device(~torch.from_numpy(allowed), shaped.device), -torch.inf)
     return shaped
 
 
@@ -69,7 +70,7 @@ def choose(logits: Tensor, params: Sequence[SamplingParams], points: Sequence[fl
     drawn = [row for row, one in enumerate(params) if one.temperature]
     for start in range(0, len(drawn), _AT_ONCE):
         rows = drawn[start : start + _AT_ONCE]
-        index = _upload(torch.tensor(rows), logits.device)
+        index = to_device(torch.tensor(rows), logits.device)
         tokens[index] = _draw(logits[index], [params[row] for row in rows], [points[row] for row in rows])
     return tokens
 
@@ -78,16 +79,16 @@ def _penalise(logits: Tensor, params: SamplingParams, prompt: array[int], genera
     """OpenAI's presence and frequency penalties on what was generated; repetition (CTRL, arXiv 1909.05858) also on
     the prompt."""
     if params.repetition_penalty != 1.0:
-        seen = torch.from_numpy(np.unique(np.concatenate([np.asarray(prompt), np.array(generated, dtype=np.int32)])))
-        seen = seen.long().to(logits.device)
+        ids = np.unique(np.concatenate([np.asarray(prompt), np.array(generated, dtype=np.int32)]))
+        seen = to_device(torch.from_numpy(ids).long(), logits.device)
         values = logits[seen]
         penalty = params.repetition_penalty
         logits = logits.index_copy(0, seen, torch.where(values > 0, values / penalty, values * penalty))
     if generated and (params.presence_penalty or params.frequency_penalty):
         ids, counts = np.unique(np.array(generated), return_counts=True)
-        counts_on_device = torch.from_numpy(counts).to(logits)
-        penalties = params.presence_penalty + params.frequency_penalty * counts_on_device
-        logits = logits.index_add(0, torch.from_numpy(ids).to(logits.device), -penalties)
+        penalties = params.presence_penalty + params.frequency_penalty * torch.from_numpy(counts).to(logits.dtype)
+        places, added = (to_device(one, logits.device) for one in (torch.from_numpy(ids), -penalties))
+        logits = logits.index_add(0, places, added)
     return logits
 
 
@@ -97,7 +98,9 @@ def _bias(logits: Tensor, params: SamplingParams) -> Tensor:
     tokens, biases = zip(*params.logit_bias, strict=True)
     if max(tokens) >= logits.shape[0]:
         raise ValueError(f"logit_bias names token {max(tokens)}; the vocabulary has {logits.shape[0]}")
-    return logits.index_add(0, torch.tensor(tokens, device=logits.device), torch.tensor(biases).to(logits))
+    numbers = (torch.tensor(tokens), torch.tensor(biases, dtype=logits.dtype))
+    places, added = (to_device(one, logits.device) for one in numbers)
+    return logits.index_add(0, places, added)
 
 
 def _draw(logits: Tensor, params: Sequence[SamplingParams], points: Sequence[float]) -> Tensor:
@@ -105,7 +108,7 @@ def _draw(logits: Tensor, params: Sequence[SamplingParams], points: Sequence[flo
     size = logits.shape[-1]
     limits = [(one.temperature, one.top_k if one.top_k > 0 else size, one.top_p, one.min_p) for one in params]
     numbers = torch.tensor([(*own, point) for own, point in zip(limits, points, strict=True)], dtype=torch.float64)
-    temperature, top_k, top_p, min_p, point = _upload(numbers, logits.device)[:, :, None].unbind(1)
+    temperature, top_k, top_p, min_p, point = to_device(numbers, logits.device)[:, :, None].unbind(1)
     probabilities, order = (logits.double() / temperature).softmax(-1).sort(descending=True, stable=True)
     places = torch.arange(size, device=logits.device)
     keep = (probabilities > 0) & (places < top_k) & (probabilities >= min_p * probabilities[:, :1])
@@ -115,10 +118,6 @@ def _draw(logits: Tensor, params: Sequence[SamplingParams], points: Sequence[flo
     place = torch.searchsorted(cumulative, point * cumulative[:, -1:], right=True)
     last = (places * keep).amax(-1, keepdim=True)
     return order.gather(-1, torch.minimum(place, last))[:, 0]
-
-
-def _upload(numbers: Tensor, device: torch.device) -> Tensor:
-    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers
 
 
 def uniform(seed: int, count: int) -> float:

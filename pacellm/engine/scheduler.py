@@ -155,8 +155,9 @@ class Scheduler:
         decodes = bool(step.work)
         if decodes:
             budget = min(budget, self.config.max_num_mixed_tokens)
-        several = sum(not sequence.is_decoding for sequence in self.running) > 1
-        self._add_prompts(step, budget, self.pace.seconds(decodes=decodes, several=several))
+        prompts = [sequence for sequence in self.running if not sequence.is_decoding]
+        seconds = self.pace.seconds(decodes=decodes, several=len(prompts) > 1)
+        self._add_prompts(step, sorted(prompts, key=lambda sequence: sequence.pending), budget, seconds)
         step.copies = self.room.take_copies()
         return step if step.work else None
 
@@ -167,14 +168,13 @@ class Scheduler:
                 budget -= 1
         return budget
 
-    def _add_prompts(self, step: Step, budget: int, seconds: float | None) -> None:
-        """Parts of prompts, the shortest first, within ``budget`` tokens and ``seconds`` where those are known."""
-        prefilling = sorted(
-            (sequence for sequence in self.running if not sequence.is_decoding), key=lambda sequence: sequence.pending
-        )
+    def _add_prompts(self, step: Step, prompts: list[Sequence], budget: int, seconds: float | None) -> None:
+        """Parts of ``prompts`` in their order, within ``budget`` tokens and ``seconds``; None is no limit, 0 none."""
+        if seconds == 0.0:
+            return
         left, waits = seconds, False
-        for number, sequence in enumerate(prefilling):
-            others = len(prefilling) - number
+        for number, sequence in enumerate(prompts):
+            others = len(prompts) - number
             share = -(-budget // others)
             if sequence.request.sampling.prompt_logprobs is not None:
                 share = min(share, _MAX_SCORED)
@@ -190,8 +190,8 @@ class Scheduler:
             if count:
                 step.work.append(Work(sequence, count))
                 budget -= count
-        if waits and seconds and left is not None:
-            self.pace.save(max(left, seconds / len(prefilling)))
+        if waits and seconds is not None and left is not None:
+            self.pace.save(max(left, seconds / len(prompts)))
 
     # -- memory --------------------------------------------------------------------------------------------
 

@@ -105,6 +105,11 @@ class Sequence:
         return self.total_work - self.done_work
 
     @property
+    def is_running(self) -> bool:
+        """It has a working copy and is not complete."""
+        return self.status is Status.RUNNING and self.finish_reason is None
+
+    @property
     def is_decoding(self) -> bool:
         """One known token is left, and it was sampled."""
         return self.pending == 1 and bool(self.generated)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pacellm.config import EngineConfig
 from pacellm.engine import parallel
+from pacellm.engine.kv import BLOCK
 from pacellm.engine.runner import Runner
 from pacellm.errors import ConfigError
 from pacellm.memory.pool import BankPool, bytes_per_row
@@ -28,6 +29,7 @@ from pacellm.model.prefill_kernels import Kernel
 
 logger = logging.getLogger("pacellm.engine")
 _MAX_SESSION_ROWS = 256
+_MIN_BLOCKS = 2  # one for the prompt and one to go on
 
 
 def memory_left(free: int, total: int, step: int, utilization: float) -> int:
@@ -121,7 +123,34 @@ def check_parallel(config: EngineConfig) -> None:
             raise ConfigError(f"{name} is not there with tensor_parallel_size; leave it out", param=name)
 
 
-def check_disk_size(config: EngineConfig) -> None:
+def resolve(model: LoadedModel, config: EngineConfig) -> EngineConfig:
+    """The config with everything filled in, fitting the model and the machine.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    config = config.resolve(
+        context_length=model.context_length,
+        num_layers=model.num_layers,
+        bytes_per_token=model.bytes_per_token,
+        available_memory=available_memory(model, config),
+        patchable_layers=model.patchable_layers,
+        is_host=model.device.type == "cpu",
+    )
+    memory, block_bytes = config.kv_cache_memory or 0, BLOCK * model.bytes_per_token
+    if memory < _MIN_BLOCKS * block_bytes:
+        raise ConfigError(
+            f"kv_cache_memory of {memory:,} bytes holds no request; this model needs at least "
+            f"{_MIN_BLOCKS * block_bytes:,}",
+            param="kv_cache_memory",
+        )
+    # a context that KV memory cannot hold would fail in the middle of an answer
+    config = dataclasses.replace(config, max_model_len=min(config.max_model_len or 0, memory // block_bytes * BLOCK))
+    _check_disk_size(config)
+    return config
+
+
+def _check_disk_size(config: EngineConfig) -> None:
     """Refuse a session directory that holds no session.
 
     Raises:

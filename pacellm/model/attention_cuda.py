@@ -20,13 +20,14 @@ from torch import Tensor
 
 from pacellm.memory.feed import Tokens
 from pacellm.model.context import Chunk, DecodeRows, KVShape, Run, StepContext
-from pacellm.model.prefill_kernels import FLASH, Kernel, Plan, merge, new_plan, uploader
+from pacellm.model.prefill_kernels import FLASH, Kernel, Plan, merge, new_plan
+from pacellm.transfer import to_device
 
 DETERMINISTIC_SPLITS = 32  # of a sequence's keys in decode, whatever the batch
 _TOLERANCE = 0.03
+DecodeKernel = Callable[..., Tensor]
 _DECODE_KERNELS = {"Triton": "decode_triton", "flash_attn_with_kvcache": "decode_flash"}
-_decode_module = "decode_triton"
-_use_decode_kernel = False
+_decode_kernel: tuple[str, DecodeKernel] | None = None  # its name, once one was found right
 
 
 def why_not(dtype: torch.dtype, key_size: int, value_size: int) -> str | None:
@@ -51,7 +52,7 @@ def attend(step: StepContext, layer: int, query: Tensor, scale: float, window: i
     if decoded is not None:
         rows, told = decoded
         splits = DETERMINISTIC_SPLITS if step.deterministic else None
-        found = _decode_kernel()(query[:, rows], step.keys[layer], step.values[layer], told, scale, window, splits)
+        found = _attend_rows(query[:, rows], step.keys[layer], step.values[layer], told, scale, window, splits)
         output.index_copy_(0, rows, found)
     if simple:
         total, lse = None, None
@@ -70,7 +71,12 @@ def attend_decoded(step: StepContext, layer: int, query: Tensor, scale: float, w
     """[H, B, D] queries of a step that only decodes, told by ``step.decode`` -> [B, H, D]."""
     assert step.decode is not None
     splits = DETERMINISTIC_SPLITS if step.deterministic else None
-    return _decode_kernel()(query, step.keys[layer], step.values[layer], step.decode, scale, window, splits)
+    return _attend_rows(query, step.keys[layer], step.values[layer], step.decode, scale, window, splits)
+
+
+def _attend_rows(query: Tensor, *arguments: object) -> Tensor:
+    assert _decode_kernel is not None
+    return _decode_kernel[1](query, *arguments)
 
 
 def no_decode_kernel(shapes: list[KVShape], dtype: torch.dtype, device: torch.device) -> str | None:
@@ -79,30 +85,29 @@ def no_decode_kernel(shapes: list[KVShape], dtype: torch.dtype, device: torch.de
     Returns:
         Why none is used, or None.
     """
-    global _use_decode_kernel, _decode_module
-    problems = []
-    for name, module in _DECODE_KERNELS.items():
-        _decode_module = module
+    global _decode_kernel
+    _decode_kernel, problems = None, []
+    for name in _DECODE_KERNELS:
         try:
-            errors = [_error(shape, dtype, device) for shape in set(shapes)]
+            kernel = _load_decode_kernel(name)
+            errors = [_error(kernel, shape, dtype, device) for shape in set(shapes)]
         except Exception as error:
             problems.append(f"{name}: {type(error).__name__}: {error}")
             continue
         wrong = next((found for found in errors if not found <= _TOLERANCE), None)
         if wrong is None:
-            _use_decode_kernel = True
+            _decode_kernel = name, kernel
             return None
         problems.append(f"{name}: it is off by {wrong:.2g}")
-    _use_decode_kernel, _decode_module = False, "decode_triton"
     return "; ".join(problems)
 
 
-def decode_kernel_name() -> str:
+def decode_kernel_name() -> str | None:
     """The kernel in use."""
-    return next(name for name, module in _DECODE_KERNELS.items() if module == _decode_module)
+    return None if _decode_kernel is None else _decode_kernel[0]
 
 
-def _error(shape: KVShape, dtype: torch.dtype, device: torch.device) -> float:
+def _error(kernel: DecodeKernel, shape: KVShape, dtype: torch.dtype, device: torch.device) -> float:
     """The kernel's largest error on random keys, two sequences of 1,100 and 70 tokens in scattered blocks."""
     (heads, size), (_, width) = shape
     generator = torch.Generator(device).manual_seed(0)
@@ -118,7 +123,7 @@ def _error(shape: KVShape, dtype: torch.dtype, device: torch.device) -> float:
     rows = DecodeRows(
         index, torch.tensor(lengths, dtype=torch.int32, device=device), tables, Tokens(index, index > 1, index > 1)
     )
-    found = _decode_kernel()(query, keys, values, rows, size**-0.5, None, None)
+    found = kernel(query, keys, values, rows, size**-0.5, None, None)
     for row, length in enumerate(lengths):
         slots = (tables[row].long()[:, None] + torch.arange(block, device=device)).flatten()[:length]
         own_keys, own_values = (slab[:, slots].float().repeat_interleave(4, 0) for slab in (keys, values))
@@ -127,15 +132,15 @@ def _error(shape: KVShape, dtype: torch.dtype, device: torch.device) -> float:
     return float(torch.stack(worst).max())  # which keeps what is not a number, as Python's max would not
 
 
-def _decode_kernel() -> Callable[..., Tensor]:
-    found: Callable[..., Tensor] = importlib.import_module(f"pacellm.model.{_decode_module}").attend
-    return found
+def _load_decode_kernel(name: str) -> DecodeKernel:
+    kernel: DecodeKernel = importlib.import_module(f"pacellm.model.{_DECODE_KERNELS[name]}").attend
+    return kernel
 
 
 def _decoded(step: StepContext, device: torch.device) -> tuple[Tensor, DecodeRows] | None:
     """The packed rows of sequences that decode, and where their keys lie: built once a step. None where there are none,
     or no kernel for them: then they go with the prompts' chunks."""
-    if not _use_decode_kernel:
+    if _decode_kernel is None:
         return None
     if "decoded" not in step.scratch:
         step.scratch["decoded"] = _build_decoded(step.chunks, device)
@@ -155,11 +160,13 @@ def _build_decoded(chunks: list[Chunk], device: torch.device) -> tuple[Tensor, D
             tables.append(blocks)
     width = max(len(table) for table in tables)
     numbers = torch.tensor([[*table, *[0] * (width - len(table))] for table in tables], dtype=torch.int32)
-    upload = uploader(device)
-    nothing = upload(torch.zeros(len(rows), dtype=torch.bool))
-    index = upload(torch.tensor(rows))
+    nothing = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    index = to_device(torch.tensor(rows), device)
     told = DecodeRows(
-        index, upload(torch.tensor(lengths, dtype=torch.int32)), upload(numbers), Tokens(index, nothing, nothing)
+        index,
+        to_device(torch.tensor(lengths, dtype=torch.int32), device),
+        to_device(numbers, device),
+        Tokens(index, nothing, nothing),
     )
     return index, told
 

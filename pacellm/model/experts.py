@@ -25,6 +25,7 @@ from pacellm.model.context import Chunk, Experts, StepContext, current_step
 from pacellm.model.ffn import PersistentDown
 from pacellm.model.neurons import FFN, ffns, original
 from pacellm.rows import pad_rows
+from pacellm.transfer import to_device
 
 _TOLERANCE = 0.03  # of the kernel on CUDA, as a part of the largest output
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -316,9 +317,7 @@ def _rows_of(step: StepContext, chunks: list[Chunk], device: torch.device) -> tu
     if "set rows" not in step.scratch:
         places = [row for chunk in chunks for row in range(chunk.stop - chunk.num_decoded, chunk.stop)]
         owners = [_experts(chunk).row for chunk in chunks for _ in range(chunk.num_decoded)]
-        host = torch.tensor([places, owners])
-        host = host.pin_memory() if device.type == "cuda" else host
-        step.scratch["set rows"] = tuple(host.to(device, non_blocking=True))
+        step.scratch["set rows"] = tuple(to_device(torch.tensor([places, owners]), device))
     return step.scratch["set rows"]  # type: ignore[return-value]
 
 

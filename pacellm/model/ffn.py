@@ -18,6 +18,7 @@ from pacellm.memory import bank, decoded
 from pacellm.memory.bank import Total
 from pacellm.memory.feed import Feed, Tokens, best_feed, feed
 from pacellm.model.context import Chunk, Piece, StepContext, current_step
+from pacellm.transfer import to_device
 
 
 class PersistentDown(nn.Module):
@@ -168,8 +169,7 @@ def _decoded_rows(step: StepContext, device: torch.device) -> list[tuple[Tensor,
             [banks.mode == "on" for _, banks in left],
             [everything if chunk.set_row is None else chunk.set_row for chunk, _ in left],
         ]
-        host = torch.tensor(numbers, dtype=torch.int64)
-        rows, owned, writes, sets = (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+        rows, owned, writes, sets = to_device(torch.tensor(numbers, dtype=torch.int64), device)
         live = torch.ones_like(owned, dtype=torch.bool)
         turns.append((rows, Tokens(owned, live, writes.bool(), sets if has_sets else None)))
         turn += 1

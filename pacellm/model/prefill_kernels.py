@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from pacellm.model.context import Chunk, Run
+from pacellm.transfer import to_device
 
 #: queries and keys of a cuDNN call are this many times a power of two
 CUDNN_STEP = 1024
@@ -82,10 +83,9 @@ class Kernel:
 
 def new_plan(members: list[tuple[Chunk, Run]], causal: bool, device: torch.device) -> Plan:
     """The plan of chunks over one run each; causal where a run ends with its chunk's own tokens."""
-    send = uploader(device)
 
     def upload(numbers: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
-        return send(torch.tensor(numbers, dtype=dtype))
+        return to_device(torch.tensor(numbers, dtype=dtype), device)
 
     cumulative, parts = [0], []
     for chunk, run in members:
@@ -103,13 +103,6 @@ def new_plan(members: list[tuple[Chunk, Run]], causal: bool, device: torch.devic
         causal=causal,
         parts=tuple(parts),
     )
-
-
-def uploader(device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A copy to the device that the host does not wait for."""
-    if device.type == "cuda":
-        return lambda host: host.pin_memory().to(device, non_blocking=True)
-    return lambda host: host.to(device)
 
 
 def merge(total: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -125,13 +125,13 @@ def test_groups_reach_the_buffers():
 
     Fake.sequence = Fake
     buffers = graphs.Buffers(16, 5, torch.device("cpu"), dump=99, scratch_row=5)
-    assert not buffers.fill([Fake])
+    assert not graphs._groups([Fake])
     monkey = graphs._LEAST_SHARED
     assert monkey == 2048
     tables = [Fake] * 3
     Table.blocks = (3, 4, 5, 6, 9)
     Fake.position = 2300
-    assert buffers.fill(tables)
+    buffers.fill(tables, graphs._groups(tables))
     rows = buffers.sharing
     assert rows.shared.lengths.tolist()[:3] == [0, 2048, 0]
     assert rows.shared.members[1].tolist()[:4] == [0, 1, 2, -1]

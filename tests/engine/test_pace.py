@@ -98,7 +98,8 @@ class Streams:
     def step(self):
         step = Step([None] * self.num_decodes)
         several = len(self.scheduler.running) > 1
-        self.scheduler._add_prompts(step, 256, self.pace.seconds(decodes=True, several=several))
+        prompts = sorted(self.scheduler.running, key=lambda sequence: sequence.pending)
+        self.scheduler._add_prompts(step, prompts, 256, self.pace.seconds(decodes=True, several=several))
         work = step.work[self.num_decodes :]
         parts = [(item.position, item.count) for item in work]
         self.step_seconds.append(DECODE + sum(true_cost(*part) for part in parts))
@@ -108,6 +109,16 @@ class Streams:
             item.sequence.done_work += item.count
             if not item.sequence.pending:
                 self.scheduler.running.remove(item.sequence)
+
+
+def test_a_step_that_is_to_show_what_decoding_takes_has_no_prompts():
+    streams = Streams()
+    streams.prompt("short", 0, 4000)
+    streams.prompt("long", 190_000, 10_000)
+    streams.pace.save(10.0)
+    for _ in range(65):
+        streams.step()
+    assert DECODE in streams.step_seconds[-2:]
 
 
 def test_streams_keep_their_pace_deep_in_a_prompt():

@@ -33,8 +33,7 @@ def installed(monkeypatch):
     module = types.ModuleType("flash_attn")
     module.flash_attn_with_kvcache = flash_attn_with_kvcache
     monkeypatch.setitem(sys.modules, "flash_attn", module)
-    monkeypatch.setattr(attention_cuda, "_use_decode_kernel", False)
-    monkeypatch.setattr(attention_cuda, "_decode_module", "decode_triton")
+    monkeypatch.setattr(attention_cuda, "_decode_kernel", None)
 
 
 def random(*sizes):
