@@ -17,6 +17,7 @@ parts=${*:-card tests attention decode bundled prefill beside}
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 export RESULTS=$folder/results.jsonl PYTHONUNBUFFERED=1 PYTHONPATH=${PYTHONPATH:-}:$PWD PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1  # a machine's own plugins warn, and warnings are errors
 if [ -z "$small" ] && [ -d .gpu-wheels ]; then
   site=$(mktemp -d)
   python3 -m pip install -q --no-index --no-deps --no-compile --target "$site" .gpu-wheels/*.whl || exit 1
@@ -37,9 +38,9 @@ limit_of() {
 
 command_of() {
   if [ "$1" = tests ] && [ -n "$small" ]; then
-    echo python3 -m pytest -p no:cacheprovider -p load_tests.gpu.recorder tests/memory/test_feed.py
+    echo python3 -m pytest -p load_tests.gpu.recorder tests/memory/test_feed.py
   elif [ "$1" = tests ]; then
-    echo python3 -m pytest -m gpu -n 8 -p no:cacheprovider -p load_tests.gpu.recorder --tb=short tests/gpu
+    echo python3 -m pytest -m gpu -p xdist -n 8 -p load_tests.gpu.recorder --tb=short tests/gpu
   else
     echo python3 -m load_tests.gpu.first_light "$1" $small
   fi
@@ -47,10 +48,10 @@ command_of() {
 
 status=0
 for part in $parts; do
-  started=$(date +%s.%N)
+  started=$(date +%s%3N)
   timeout --kill-after=5 "$(limit_of "$part")" $(command_of "$part") >>"$folder/log.txt" 2>&1
   code=$?
   [ $code -eq 0 ] || status=1
-  echo "{\"part\": \"$part\", \"name\": \"end\", \"status\": $code, \"seconds\": $(echo "$(date +%s.%N) - $started" | bc 2>/dev/null || echo 0)}" | tee -a "$RESULTS"
+  echo "{\"part\": \"$part\", \"name\": \"end\", \"status\": $code, \"milliseconds\": $(($(date +%s%3N) - started))}" | tee -a "$RESULTS"
 done
 exit $status

@@ -24,6 +24,7 @@ from pacellm.engine import pace
 from pacellm.engine.engine import Engine
 from pacellm.engine.kv import BLOCK
 from pacellm.model import attention
+from pacellm.model.fused import unfuse
 from pacellm.model.load import LoadedModel, prepare
 from pacellm.model.patch import unpatch
 from pacellm.types import Event, Failed, GenerationRequest, SamplingParams
@@ -123,6 +124,7 @@ class Rig:
     def peer(self) -> Iterator[nn.Module]:
         """The same weights under transformers' own attention."""
         unpatch(self.model.module)
+        unfuse(self.model.module)
         module = self.model.module
         module.set_attn_implementation("sdpa")  # type: ignore[operator]
         try:

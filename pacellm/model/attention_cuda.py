@@ -218,9 +218,11 @@ def _call(
 
 
 def _merge(
-    total: Tensor | None, lse: Tensor | None, part: Tensor, part_lse: Tensor, rows: Tensor, queries: Tensor
+    total: Tensor | None, lse: Tensor | None, part: Tensor, part_lse: Tensor, rows: Tensor | slice, queries: Tensor
 ) -> tuple[Tensor, Tensor]:
     if total is None or lse is None:
+        if len(part) == len(queries):
+            return part, part_lse
         total = queries.new_zeros(queries.shape)
         lse = torch.full(queries.shape[:2], -torch.inf, dtype=torch.float32, device=queries.device)
         total[rows], lse[rows] = part, part_lse
