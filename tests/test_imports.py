@@ -1,4 +1,4 @@
-"""Imports run one way: errors, config, modes, types, rows, transfer <- memory, experts <- model <- engine <- server;
+"""Imports run one way: errors, config, modes, types, rows, transfer, kernels <- memory, experts <- model <- engine <- server;
 only ``pacellm/model`` and ``pacellm/tokenizer.py`` import transformers."""
 
 import ast
@@ -14,6 +14,7 @@ LEVELS = {
     "pacellm.modes": 0,
     "pacellm.rows": 0,
     "pacellm.transfer": 0,
+    "pacellm.kernels": 0,
     "pacellm.pieces": 0,
     "pacellm.grammar": 0,
     "pacellm.dialect": 0,

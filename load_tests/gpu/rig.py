@@ -41,6 +41,7 @@ _SHAPE_SMALL = {
 
 MODES: dict[str, dict[str, Any]] = {
     "off": {"pa": False},
+    "observed": {},
     "acting": {"bank": PAConfig(preset="reference")},
 }
 """Settings of an engine by what the banks do."""
