@@ -154,6 +154,37 @@ def _store(
     tl.store(values_at + head * values_head + slot * values_slot + column, value, mask=column < width)
 
 
+def merge_copies(parts: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`pacellm.model.prefill_kernels.merge_copies`, in one pass."""
+    copies, count, heads, size = parts.shape
+    merged = torch.empty(count, heads, size, dtype=torch.float32, device=parts.device)
+    total = torch.empty(count, heads, dtype=torch.float32, device=parts.device)
+    _merge_copies[(count, heads)](
+        parts, lse, merged, total, copies, parts.stride(0), parts.stride(1), parts.stride(2), *lse.stride(), size,
+        COPIES=triton.next_power_of_2(copies), BLOCK=triton.next_power_of_2(size),
+    )  # fmt: skip
+    return merged, total
+
+
+@triton.jit
+def _merge_copies(
+    parts_at, lse_at, merged_at, total_at, copies, part_copy, part_row, part_head, lse_copy, lse_row, lse_head, size,
+    COPIES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    copy, column = tl.arange(0, COPIES).to(tl.int64), tl.arange(0, BLOCK)
+    inside = (copy < copies)[:, None] & (column < size)[None, :]
+    lse = tl.load(lse_at + copy * lse_copy + row * lse_row + head * lse_head, mask=copy < copies, other=float("-inf"))
+    highest = tl.max(lse, 0)
+    weights = tl.exp(lse - highest)
+    total = tl.sum(weights, 0)
+    place = parts_at + copy[:, None] * part_copy + row * part_row + head * part_head + column[None, :]
+    parts = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    target = row * tl.num_programs(1) + head
+    tl.store(merged_at + target * size + column, tl.sum(parts * weights[:, None], 0) / total, mask=column < size)
+    tl.store(total_at + target, highest + tl.log(total))
+
+
 def merge(total: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`pacellm.model.prefill_kernels.merge`: [n, H, D] as float32 and [n, H], in one pass."""
     count, heads, size = total.shape

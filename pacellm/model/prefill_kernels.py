@@ -47,7 +47,8 @@ class Part:
 @dataclass(frozen=True)
 class Plan:
     """Where one call reads: the packed rows of its sequences [n], a slice where they are neighbours, and where each
-    one's keys lie. Told twice, as tensors on the device and as numbers."""
+    one's keys lie. Told twice, as tensors on the device and as numbers. With ``copies`` the parts are of one chunk,
+    whose queries are asked so many times, each time of other keys."""
 
     rows: Tensor | slice
     cu_queries: Tensor
@@ -57,6 +58,12 @@ class Plan:
     max_keys: int
     causal: bool
     parts: tuple[Part, ...]
+    copies: int = 1
+
+    @property
+    def target(self) -> Tensor | slice:
+        """The rows that the answers are of: each once."""
+        return self.rows if isinstance(self.rows, slice) else self.rows[: len(self.rows) // self.copies]
 
 
 Call = Callable[[Tensor, Tensor, Tensor, Plan, float, int | None], tuple[Tensor, Tensor]]
@@ -83,7 +90,7 @@ class Kernel:
         return (window is None or self.windows) and min(part.count for part in plan.parts) >= self.least
 
 
-def new_plan(members: list[tuple[Chunk, Run]], causal: bool, device: torch.device) -> Plan:
+def new_plan(members: list[tuple[Chunk, Run]], causal: bool, device: torch.device, copies: int = 1) -> Plan:
     """The plan of chunks over one run each; causal where a run ends with its chunk's own tokens."""
 
     def upload(numbers: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
@@ -108,6 +115,7 @@ def new_plan(members: list[tuple[Chunk, Run]], causal: bool, device: torch.devic
         max_keys=max(part.length for part in parts),
         causal=causal,
         parts=tuple(parts),
+        copies=copies,
     )
 
 
@@ -119,6 +127,15 @@ def merge(total: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[T
         return fused_triton.merge(total, lse, part, part_lse)
     both = torch.logaddexp(lse, part_lse)
     return total * (lse - both).exp()[..., None] + part * (part_lse - both).exp()[..., None], both
+
+
+def merge_copies(parts: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention [n, H, D] over S sets of keys, from [S, n, H, D] and [S, n, H]; as float32, and its log-sum-exp."""
+    if has_triton(parts.device):
+        from pacellm.model import fused_triton
+
+        return fused_triton.merge_copies(parts, lse)
+    return (parts * lse.softmax(0)[..., None]).sum(0), lse.logsumexp(0)
 
 
 def load(name: str) -> Kernel:
