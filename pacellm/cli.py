@@ -250,11 +250,18 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--max-snapshot-bytes", type=_size, default=2**30, help="largest session snapshot made or taken")
     add("--allow-unsigned-snapshots", action="store_true", help="take session snapshots that others made: their "
         "banks and logs are then whatever the client says")  # fmt: skip
-    add("--pa", action=argparse.BooleanOptionalAction, default=True, help="Persistent Activity")
+    add(
+        "--pa",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Persistent Activity: memory banks of sessions",
+    )
     add("--pa-memory", type=_size, help="bytes of banks, those of running requests included (default: for 256 "
         "sessions at most)")  # fmt: skip
     add("--pa-layers", type=_layers, help="patched layers from 0, as 1,3 (default: the paper's, scaled)")
-    add("--pa-preset", default=bank.preset, choices=PRESETS)
+    add("--pa-preset", default=bank.preset, choices=PRESETS, help="observe: banks are fed and counted, answers are the "
+        "plain model's; reference (the authors' code) and paper (Algorithm 1) change answers; requests may choose "
+        "another (default: observe)")  # fmt: skip
     add("--pa-bank-size", type=int, default=bank.bank_size, help="slots of a bank")
     add("--pa-segment", type=int, default=bank.segment, help="prompt tokens that read the bank as one")
     add("--ce-layout", type=Path, help="the model's Cortical Experts, from `pacellm cluster`")

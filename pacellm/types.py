@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from pacellm.errors import PaceError, RequestError
-from pacellm.modes import PAChoice
+from pacellm.modes import PAChoice, PAMode
 
 if TYPE_CHECKING:
     import numpy as np
@@ -250,12 +250,13 @@ class ChoiceEnded:
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event of a request that went well. ``note`` names what was refused on the way to its session;
-    ``experts`` are prompt tokens by layer and expert, where asked for."""
+    """The last event of a request that went well. ``pa`` is how its banks took part; ``note`` names what was refused on
+    the way to its session; ``experts`` are prompt tokens by layer and expert, where asked for."""
 
     reason: FinishReason
     usage: Usage
     session: SessionStatus
+    pa: PAMode
     bank: BankReads | None
     queue_seconds: float
     prefill_seconds: float
