@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor
 
 from pacellm.config import PAConfig, Preset
@@ -192,7 +193,7 @@ class StepContext:
     None is all of them. ``arenas`` are all sessions' banks by layer, ``sets`` their working sets. With ``decode`` the
     step is one token of each sequence; a CPU's attention still goes by the chunks. ``deterministic`` fixes how sums are
     split, whatever else is in the step. ``total`` sums over the ranks of a tensor-parallel model. ``kernel`` attends
-    prompts' chunks on CUDA; None is flash.
+    prompts' chunks on CUDA; None is flash. ``beside`` is a stream for what the step's result does not need.
     """
 
     chunks: list[Chunk]
@@ -209,6 +210,7 @@ class StepContext:
     deterministic: bool = False
     total: Total | None = None
     kernel: Kernel | None = None
+    beside: torch.cuda.Stream | None = None
 
     def first_row(self, chunk: Chunk, layer: int) -> int:
         """The first of a chunk's rows whose attention in ``layer`` anybody reads; ``chunk.stop`` where nobody does.
