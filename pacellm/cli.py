@@ -171,6 +171,16 @@ def chat(options: argparse.Namespace) -> int:
     return talk(options.url, key, options.session, options.model, options.file)
 
 
+def fetch(options: argparse.Namespace) -> int:
+    """Put real models into the user's cache."""
+    from pacellm import real_models
+
+    for name in options.names or real_models.MODELS:
+        directory = real_models.fetch(name, lambda line: print(line, file=sys.stderr, flush=True))
+        print(f"{name}: {directory}")
+    return 0
+
+
 def engine_config(options: argparse.Namespace) -> EngineConfig:
     """The engine's config from the flags.
 
@@ -207,6 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands.add_parser("serve", help="serve a model over OpenAI's API"))
     _add_chat(commands.add_parser("chat", help="talk to a server in the terminal"))
     _add_demo(commands.add_parser("demo", help="ask the bundled model about a long document, over HTTP"))
+    _add_fetch(commands.add_parser("fetch", help="put a small real model into the user's cache"))
     add_cluster(commands.add_parser("cluster", help="put a model's FFN neurons into experts: a layout file"))
     add_experts(commands.add_parser("experts", help="draw which experts fire over a document"))
     return parser
@@ -300,6 +311,11 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the document")
     parser.add_argument("serve_arguments", nargs="*", help="flags for the server, after --")
     parser.set_defaults(run=demo)
+
+
+def _add_fetch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", metavar="NAME", help="smollm2 or gemma3-270m (default: both)")
+    parser.set_defaults(run=fetch)
 
 
 def _size(text: str) -> int:

@@ -20,6 +20,7 @@ LEVELS = {
     "pacellm.experts": 1,
     "pacellm.model": 2,
     "pacellm.tokenizer": 2,
+    "pacellm.real_models": 2,
     "pacellm.engine": 3,
     "server": 4,
 }
