@@ -23,7 +23,7 @@ from pathlib import Path
 
 from pacellm.errors import ConfigError, ModelError
 
-_CONVERSION = 1  # raised when a conversion comes out otherwise: what is in a cache is then made anew
+_CONVERSION = 2  # raised when a conversion comes out otherwise: what is in a cache is then made anew
 _PIECE = 2**20
 _MARK = "pacellm-source.json"
 
@@ -137,6 +137,14 @@ def fetch(name: str, tell: Callable[[str], None] = lambda line: None) -> Path:
     return checkpoint(name)
 
 
+def resolve(name: str) -> str:
+    """What a model's name means: the cached checkpoint for a short name of ``MODELS`` (fetched if need be, which is
+    told on stderr), unless something of that name lies in the working directory; others are left as they are."""
+    if name not in MODELS or Path(name).exists():
+        return name
+    return str(fetch(name, lambda line: print(line, file=sys.stderr, flush=True)))
+
+
 @contextmanager
 def _lock(name: str) -> Iterator[None]:
     with (cache() / f".{name}.lock").open("w") as handle:
@@ -194,9 +202,14 @@ def _join(name: str, place: Path, target: Path, tell: Callable[[str], None]) -> 
 
 
 def _convert(file: Path, directory: Path) -> None:
-    from pacellm.model.gguf import convert
+    from pacellm.model.gguf_check import check_gguf
 
-    convert(file, directory)
+    header = check_gguf(file)
+    assert header is not None
+
+    from pacellm.model import gguf
+
+    gguf.convert(header, directory)
 
 
 def _put(made: Path, place: Path) -> None:

@@ -16,6 +16,7 @@ LEVELS = {
     "pacellm.pieces": 0,
     "pacellm.grammar": 0,
     "pacellm.dialect": 0,
+    "pacellm.gguf_header": 0,
     "pacellm.memory": 1,
     "pacellm.experts": 1,
     "pacellm.model": 2,
