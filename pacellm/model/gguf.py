@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from pacellm.errors import ModelError
+from pacellm.errors import ModelError, PaceError
 from pacellm.gguf_header import Header
 from pacellm.model.checkpoint import check_loaded
 from pacellm.model.gguf_check import ARCHITECTURES, FIELDS, SPLITS
@@ -63,6 +63,8 @@ def read_config(header: Header) -> PreTrainedConfig:
         largest = {"gemma2": 46, "gemma3_text": 62}[kind]  # layers of the 27B models, which scale by another size
         is_largest = fields["num_hidden_layers"] == largest
         fields["query_pre_attn_scalar"] = fields["hidden_size"] // fields["num_attention_heads"] if is_largest else head
+    if kind == "qwen3_moe":
+        fields["norm_topk_prob"] = True  # as llama.cpp always has it
     if kind == "stablelm":
         fields["use_qkv_bias"] = "blk.0.attn_q.bias" in shapes
         fields["use_parallel_residual"] = "blk.0.ffn_norm.weight" not in shapes
@@ -248,5 +250,9 @@ def convert(header: Header, directory: Path, dtype: torch.dtype = torch.float32)
             for written in made.iterdir():
                 written.chmod(0o644)
             made.rename(directory)
+    except PaceError:
+        raise
     except OSError as error:
         raise ModelError(f"{directory} cannot be written: {error}") from error
+    except (ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{header.file} cannot be converted: {error}") from error

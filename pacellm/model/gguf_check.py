@@ -50,7 +50,8 @@ FIELDS = {
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
-NEEDED = ("context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count")
+_INTEGERS = FIELDS.keys() - {"attn_logit_softcapping", "final_logit_softcapping"}
+_NEEDED = ("context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count")
 _NORMS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
 _HEADS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 _ROPE = ("rope.freq_base", "rope.freq_base_swa", "rope.scaling.type", "rope.scaling.factor",
@@ -150,14 +151,17 @@ def _check_keys(header: Header) -> None:
     begin = f"{header.architecture}."
     known = {*FIELDS, *_NORMS, *_HEADS, *_ROPE, *_IDLE}
     given = {key.removeprefix(begin): value for key, value in header.metadata.items() if key.startswith(begin)}
-    if missing := [key for key in NEEDED if key not in given]:
+    if missing := [key for key in _NEEDED if key not in given]:
         raise ModelError(f"{header.file} lacks {begin}{missing[0]}")
     for key, value in given.items():
+        values = value if isinstance(value, list) else [value]
         if key not in known:
             raise ModelError(
                 f"{header.file} sets {begin}{key} to {value!r}, which is not known here, so it is not served"
             )
-        if isinstance(value, list) and len(set(value)) > 1:
+        if not values or (key in _INTEGERS and not all(isinstance(one, int) and one >= 0 for one in values)):
+            raise ModelError(f"{header.file} is damaged: {begin}{key} is {value!r}")
+        if len(set(values)) > 1:
             raise ModelError(f"{header.file} sets {begin}{key} by layer, which is not served")
     if header.architecture in ("llama", "phi3") and given.get("expert_count"):
         raise ModelError(f"{header.file} has routed experts in an architecture ({header.architecture}) that is served "
@@ -175,6 +179,13 @@ def _check_vocabulary(header: Header) -> None:
                          f"are read")  # fmt: skip
     if types is not None and len(types) != len(tokens):
         raise ModelError(f"{header.file} is damaged: {len(tokens):,} tokens have {len(types):,} types")
+    rows = next(tensor.shape for tensor in header.tensors if tensor.name == "token_embd.weight")
+    if rows[0] != header.metadata[f"{header.architecture}.embedding_length"] or len(tokens) > rows[-1]:
+        raise ModelError(f"{header.file} is damaged: {len(tokens):,} tokens have embeddings of the shape {rows}")
+    for name in ("bos", "eos", "eot", "eom", "padding", "unknown"):
+        token = data.get(f"tokenizer.ggml.{name}_token_id", 0)
+        if not isinstance(token, int) or not 0 <= token < len(tokens):
+            raise ModelError(f"{header.file} is damaged: tokenizer.ggml.{name}_token_id is {token!r}")
     split = data.get("tokenizer.ggml.pre")
     if kind == "gpt2" and split not in SPLITS:
         raise ModelError(
