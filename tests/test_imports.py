@@ -18,10 +18,12 @@ LEVELS = {
     "pacellm.pieces": 0,
     "pacellm.grammar": 0,
     "pacellm.dialect": 0,
+    "pacellm.gguf_header": 0,
     "pacellm.memory": 1,
     "pacellm.experts": 1,
     "pacellm.model": 2,
     "pacellm.tokenizer": 2,
+    "pacellm.real_models": 2,
     "pacellm.engine": 3,
     "server": 4,
 }
