@@ -103,10 +103,74 @@ def bundled(bench: Bench) -> None:
     bench.add("demo", status=demo.returncode, printed=(demo.stdout + demo.stderr)[-3000:])
 
 
-def _answers(rig: Rig, asked: list[list[int]], settings: Cells) -> list[list[int]]:
-    """Sixteen tokens, greedy, for each prompt: all at once, as a server would have them."""
-    sampling = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
-    with rig.engine(sum(map(len, asked)) + 2048 * len(asked), max_num_seqs=len(asked), **settings) as engine:
+_QUESTIONS = (
+    "What is the capital of France?", "Name three fruits.", "Write one sentence about the sea.", "What is 7 times 8?",
+    "Who wrote Hamlet?", "Translate 'good morning' into French.", "Why is the sky blue?", "List the days of the week.",
+    "Say hello 👋 in two languages.",
+)  # fmt: skip
+
+
+def real(bench: Bench) -> None:
+    """A real model, the one that the environment variable ``MODEL`` names: greedy tokens with default settings beside
+    ``generate`` on the same device and beside a CPU's, and with every way to decode."""
+    if bench.small:
+        path, limit = MODEL_PATH, 8
+    else:
+        path, limit = Path(os.environ["MODEL"]), 48
+    tokenizer = ChatTokenizer(path)
+    longer = "".join(
+        f"Note {n}: the {word} is kept in room {n * 7 % 90}. " for n, word in enumerate(["lamp", "map"] * 60)
+    )
+    questions = [*_QUESTIONS, f"{longer}\n\nWhich room is the first lamp in?"][: bench.pick(2, None)]
+    asked = [tokenizer.encode(tokenizer.render([{"role": "user", "content": text}])) for text in questions]
+    model = load(path, device=bench.device)
+    ways: dict[str, tuple[Any, Cells]] = {
+        "cpu": (load(path, dtype=torch.float32), {}),
+        "default": (model, {}),
+        "no_banks": (model, {"pa": False}),
+        "no_graphs": (model, {"cuda_graphs": False}),
+        "alone": (model, {"max_num_seqs": 1}),
+        "deterministic": (model, {"deterministic": True}),
+    }
+    found = {}
+    for name, (loaded, settings) in ways.items():
+        rig = Rig(loaded, bench.small, Path())
+        found[name] = _answers(rig, asked, {"max_num_seqs": len(asked), **settings}, limit)
+        bench.add(
+            name,
+            asked=len(asked),
+            as_on_cpu=_same(found[name], found["cpu"]),
+            text=tokenizer.backend.decode(found[name][0]),
+        )
+    bench.add("observed beside none", same=_same(found["default"], found["no_banks"]))
+    with Rig(model, bench.small, Path()).peer() as module:
+        generated = []
+        for ids in asked:
+            prompt = torch.tensor([ids], device=bench.device)
+            output = module.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=limit,
+                min_new_tokens=limit,
+                do_sample=False,
+                pad_token_id=0,
+            )
+            generated.append(output[0, len(ids) :].tolist())
+    bench.add("generate", default_same=_same(found["default"], generated), cpu_same=_same(found["cpu"], generated))
+
+
+def _same(mine: list[list[int]], other: list[list[int]]) -> list[int]:
+    """For each answer how many of its first tokens are the same."""
+    return [
+        next((n for n, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), len(one))
+        for one, two in zip(mine, other, strict=True)
+    ]
+
+
+def _answers(rig: Rig, asked: list[list[int]], settings: Cells, new: int = 16) -> list[list[int]]:
+    """``new`` tokens, greedy, for each prompt: all at once, as a server would have them."""
+    sampling = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
+    with rig.engine(sum(map(len, asked)) + 2048 * len(asked), **{"max_num_seqs": len(asked), **settings}) as engine:
         events = run(engine, *(rigs.sampled(str(n), ids, sampling) for n, ids in enumerate(asked)))
     return [[token for event in events[str(n)] if isinstance(event, Delta) for token in event.token_ids]
             for n in range(len(asked))]  # fmt: skip
@@ -130,7 +194,7 @@ def decode(bench: Bench) -> None:
                     f"{mode}, batch {batch}", seconds=seconds, floor_seconds=floor, of_limit=floor / seconds,
                     costs=seconds / plain[batch] - 1.0, steps_ahead=engine.stats.steps_ahead,
                 )  # fmt: skip
-                if mode == "off" or batch == batches[-1]:
+                if mode == "off":
                     bench.add(f"{mode}, batch {batch}: where a step's time goes", **looks.profiled(rig, engine, 4))
     with rig.peer() as module:
         prompt = rig.ids(context, 0)
@@ -234,6 +298,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "bundled": bundled,
     "decode": decode,
     "attention": attention,
+    "real": real,
     "prefill": prefill,
     "beside": beside,
 }

@@ -28,7 +28,7 @@ limit_of() {
   case $1 in
     card) echo 40 ;;
     tests) echo 100 ;;
-    attention) echo 60 ;;
+    attention | real) echo 60 ;;
     bundled) echo 90 ;;
     decode) echo 120 ;;
     prefill) echo 130 ;;
