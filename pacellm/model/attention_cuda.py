@@ -261,9 +261,9 @@ def _merge(
     if total is None or lse is None:
         if len(part) == len(queries):
             return part, part_lse
-        total = queries.new_zeros(queries.shape)
+        total = torch.zeros(queries.shape, dtype=torch.float32, device=queries.device)
         lse = torch.full(queries.shape[:2], -torch.inf, dtype=torch.float32, device=queries.device)
-        total[rows], lse[rows] = part, part_lse
+        total[rows], lse[rows] = part.to(total.dtype), part_lse
         return total, lse
     mixed, both = merge(total[rows], lse[rows], part, part_lse)
     total[rows] = mixed.to(total.dtype)
@@ -274,7 +274,7 @@ def _merge(
 def _scatter(output: Tensor, total: Tensor | None, chunks: list[Chunk], everything: bool) -> Tensor:
     assert total is not None
     if everything:
-        return total
+        return total.to(output.dtype)
     for chunk in chunks:
         output[chunk.start : chunk.stop] = total[chunk.start : chunk.stop]
     return output

@@ -4,15 +4,30 @@ import pytest
 import torch
 
 from pacellm.model import attention_cuda, prefill_kernels
+from pacellm.model.context import Chunk, Run
 from tests.model import stand_ins
 from tests.model.cuda_steps import check
 
 
 # the kernel aligns windows to the end of the keys that it sees, so the order of the layers must not matter
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("windows", [(None, 100), (100, None), (4, 700, None)])
-def test_every_sequence_gets_its_own_attention(monkeypatch, windows):
+def test_every_sequence_gets_its_own_attention(monkeypatch, windows, dtype, tolerance):
     monkeypatch.setattr(prefill_kernels, "_flash", stand_ins.flash)
-    check(torch.float32, "cpu", windows, 1e-4)
+    check(dtype, "cpu", windows, tolerance)
+
+
+def test_short_chunks_behind_many_keys_are_cut(monkeypatch):
+    """As many pieces as fill the device, over runs; not where each must be as alone."""
+    monkeypatch.setattr(prefill_kernels, "_flash", stand_ins.flash)
+    chunk = Chunk(0, 200, 200_000, (Run(0, 0, 131_072), Run(131_072, 140_000, 70_000)))
+    pieces = attention_cuda._cut(chunk, heads=28)
+    assert sum(piece.length for piece in pieces) == 200_000
+    assert [piece.start for piece in pieces] == [0, *torch.tensor([p.length for p in pieces]).cumsum(0)[:-1].tolist()]
+    assert 4 <= len(pieces) <= 6
+    assert attention_cuda._own(chunk) == Run(200_000, 140_000 + 200_000 - 131_072, 200)
+    assert attention_cuda._cut(Chunk(0, 2048, 200_000, chunk.runs), heads=28) == []
+    assert attention_cuda._cut(Chunk(0, 200, 900, chunk.runs), heads=28) == []
 
 
 @pytest.mark.parametrize(
