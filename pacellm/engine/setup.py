@@ -223,7 +223,7 @@ def start_decoder(runner: Runner, config: EngineConfig) -> None:
     elif config.cuda_graphs:
         tokens = config.max_model_len or 0
         runner.use_static_decode(max_seqs=config.max_num_seqs, max_tokens=tokens, capture=True)
-        logger.info("decode attention by %s, decode steps as CUDA graphs", attention_cuda.decode_kernel_name())
+        logger.info("decode steps as CUDA graphs")
 
 
 def fingerprint_of(model: LoadedModel, config: EngineConfig, tokenizer: Tokenizer | None) -> str:

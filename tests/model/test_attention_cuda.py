@@ -66,7 +66,7 @@ def test_decoded_tokens_go_to_their_own_kernel(monkeypatch, windows):
         return decode_kernel(*arguments)
 
     monkeypatch.setattr(prefill_kernels, "_flash", stand_ins.flash)
-    monkeypatch.setattr(attention_cuda, "_decode_kernel", ("counted", counted))
+    monkeypatch.setattr(attention_cuda, "_decode_kernel", counted)
     check(torch.float32, "cpu", windows, 1e-4)
     assert calls == [2] * len(windows)
 
@@ -74,14 +74,14 @@ def test_decoded_tokens_go_to_their_own_kernel(monkeypatch, windows):
 @pytest.mark.parametrize(("wrong", "says"), [(0.0, None), (0.5, "off by 0.5"), (torch.nan, "off by nan")])
 def test_a_kernel_is_tried_out_before_it_is_used(monkeypatch, wrong, says):
     monkeypatch.setattr(attention_cuda, "_decode_kernel", None)
-    monkeypatch.setattr(attention_cuda, "_load_decode_kernel", lambda name: lambda *args: decode_kernel(*args) + wrong)
+    monkeypatch.setattr(attention_cuda, "_load_decode_kernel", lambda: lambda *args: decode_kernel(*args) + wrong)
     found = attention_cuda.no_decode_kernel([((2, 16), (2, 16))], torch.float32, torch.device("cpu"))
     assert found is None if says is None else says in found
-    assert attention_cuda.decode_kernel_name() == ("Triton" if says is None else None)
+    assert (attention_cuda._decode_kernel is None) == (says is not None)
 
 
 def test_where_there_is_no_triton_it_says_so(monkeypatch):
-    def missing(name):
+    def missing():
         raise ModuleNotFoundError("No module named 'triton'")
 
     monkeypatch.setattr(attention_cuda, "_load_decode_kernel", missing)
