@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pacellm.calibrate_cli import add_calibrate
 from pacellm.config import ATTENTION_KERNELS, EngineConfig, PAConfig
 from pacellm.errors import ConfigError, PaceError
 from pacellm.layout_cli import add_cluster, add_experts
@@ -207,6 +208,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands.add_parser("serve", help="serve a model over OpenAI's API"))
     _add_chat(commands.add_parser("chat", help="talk to a server in the terminal"))
     _add_demo(commands.add_parser("demo", help="ask the bundled model about a long document, over HTTP"))
+    add_calibrate(
+        commands.add_parser("calibrate", help="measure what acting banks and fewer experts do to a model's answers"),
+        {"layers": _layers, "object": _object, "device": _device},
+    )
     add_cluster(commands.add_parser("cluster", help="put a model's FFN neurons into experts: a layout file"))
     add_experts(commands.add_parser("experts", help="draw which experts fire over a document"))
     return parser

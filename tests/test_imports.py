@@ -1,4 +1,4 @@
-"""Imports run one way: errors, config, types, rows, transfer <- memory, experts <- model <- engine <- server; only
+"""Imports run one way: errors, config, types, rows, transfer <- memory, experts, calibration <- model <- engine <- server; only
 ``pacellm/model`` and ``pacellm/tokenizer.py`` import transformers."""
 
 import ast
@@ -18,13 +18,21 @@ LEVELS = {
     "pacellm.dialect": 0,
     "pacellm.memory": 1,
     "pacellm.experts": 1,
+    "pacellm.calibration": 1,
     "pacellm.model": 2,
     "pacellm.tokenizer": 2,
     "pacellm.engine": 3,
     "server": 4,
 }
 # the command line puts everything together; the demo trains and shows its own model; the chat client speaks HTTP
-FREE = ("pacellm/cli.py", "pacellm/layout_cli.py", "pacellm/chat.py", "pacellm/__init__.py", "pacellm/demo/")
+FREE = (
+    "pacellm/cli.py",
+    "pacellm/layout_cli.py",
+    "pacellm/calibrate_cli.py",
+    "pacellm/chat.py",
+    "pacellm/__init__.py",
+    "pacellm/demo/",
+)
 FILES = sorted(
     path.relative_to(ROOT).as_posix() for top in ("pacellm", "server") for path in (ROOT / top).rglob("*.py")
 )
