@@ -158,6 +158,7 @@ def _answered(event: Finished, reasons: list[str]) -> dict[str, Any]:
         "gen_ai.response.time_to_first_chunk": event.queue_seconds + event.prefill_seconds,
         "pacellm.replayed_tokens": usage.replayed_tokens,
         "pacellm.session.status": event.session,
+        "pacellm.pa": event.pa,
         "pacellm.queue_seconds": event.queue_seconds,
         "pacellm.prefill_seconds": event.prefill_seconds,
         "pacellm.decode_seconds": event.decode_seconds,

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
+from pacellm.config import PRESETS
 from pacellm.memory import feed, feed_triton
 from pacellm.model import decode_triton, experts_triton
 from pacellm.model.context import DecodeRows, Shared
@@ -11,23 +12,24 @@ from pacellm.model.experts import _ACTIVATIONS, ExpertForward, Weights, activati
 from pacellm.model.neurons import ffns
 from tests.experts.test_layout import random_layout
 from tests.experts.test_set_table import logprobs_by_kernel
-from tests.memory.test_feed import ROWS, assert_same_rows, config, new_pool, new_sets, turns
+from tests.memory.test_feed import ROWS, assert_same_rows, config, new_pool, new_sets, told, turns
 from tests.models import tiny
 
 
-@pytest.mark.parametrize(("preset", "ties"), [("reference", "index"), ("paper", "age")])
+@pytest.mark.parametrize(("preset", "ties"), [("reference", "index"), ("paper", "age"), ("observe", "index")])
 def test_feed(preset, ties):
     """Some steps in torch fill the banks; then steps of all rows, side by side."""
     settings = config(preset=preset, ties=ties, bank_size=10, top_k=3)
     mine, theirs = new_pool(settings).arena[0], new_pool(settings).arena[0]
     for number, (rows, writes, x, y) in enumerate(turns(30)):
-        tokens = feed.Tokens(rows, torch.ones_like(writes), writes)
+        tokens = told(rows, writes, preset)
         if number in (17, 29):
             tokens.live[0] = False
             before = mine.counters[:ROWS].sum(0)
             expected = feed.feed(theirs, tokens, x, y, settings)
             found = feed_triton.feed(mine, tokens, x, y, settings)
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            if settings.acts:
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
             assert (mine.counters[:ROWS].sum(0) > before).any()
         else:
             for arena in (mine, theirs):
@@ -41,7 +43,7 @@ def test_feed_with_working_sets():
     settings = config(bank_size=10, top_k=3)
     mine, theirs, table = new_pool(settings).arena[0], new_pool(settings).arena[0], new_sets()
     for number, (rows, writes, x, y) in enumerate(turns(30)):
-        tokens = feed.Tokens(rows, torch.ones_like(writes), writes, rows)
+        tokens = told(rows, writes, "reference", rows)
         if number < 27:
             for arena in (mine, theirs):
                 feed.feed(arena, tokens, x, y, settings)
@@ -54,10 +56,25 @@ def test_feed_with_working_sets():
     assert mine.counters[:ROWS].sum(0).gt(0).sum() >= 4
 
 
+def test_tokens_of_all_presets_side_by_side():
+    settings = config(bank_size=10, top_k=3)
+    mine, theirs = new_pool(settings).arena[0], new_pool(settings).arena[0]
+    for number, (rows, writes, x, y) in enumerate(turns(36)):
+        presets = rows % len(PRESETS)
+        tokens = feed.Tokens(rows, torch.ones_like(writes), writes, presets)
+        expected = feed.feed(theirs, tokens, x, y, settings)
+        if number in (29, 35):
+            found = feed_triton.feed(mine, tokens, x, y, settings)
+            torch.testing.assert_close(found[tokens.acts], expected[tokens.acts], rtol=1e-4, atol=1e-4)
+        else:
+            feed.feed(mine, tokens, x, y, settings)
+    assert_same_rows(mine, theirs, close={"rtol": 1e-4, "atol": 1e-4})
+
+
 def decode_rows(lengths, tables, shared=None):
     """A decode step's rows, without banks."""
-    nothing = torch.zeros(len(lengths), dtype=torch.bool)
-    tokens = feed.Tokens(torch.zeros(len(lengths), dtype=torch.int64), nothing, nothing)
+    nobody = torch.zeros(len(lengths), dtype=torch.int64)
+    tokens = feed.Tokens(nobody, nobody > 0, nobody > 0, nobody)
     slots = torch.zeros(len(lengths), dtype=torch.int64)
     return DecodeRows(slots, torch.tensor(lengths, dtype=torch.int32), tables, tokens, shared)
 

@@ -37,7 +37,7 @@ class Gate:
     layout: str | None = None
     accepts: bool = False
 
-    def bank_problem(self, preset: str) -> str | None:
+    def bank_problem(self, preset: str | None) -> str | None:
         """What is wrong with banks of ``preset``; None where they do not act, or do no harm."""
         if preset not in ACTING:
             return None
@@ -72,8 +72,12 @@ class Gate:
         measured = "" if found.density == density else f" (measured at {found.density:g})"
         return _harm(f"{what}{measured}", found.effects.worst)
 
-    def check_start(self, preset: str, density: float) -> None:
+    def check_start(self, preset: str | None, density: float) -> None:
         """Refuse what would make every answer worse; where that is accepted, say it.
+
+        Args:
+            preset: of requests that name none; None where there are no banks.
+            density: likewise.
 
         Raises:
             ConfigError: gives the figure and the flag.
@@ -85,11 +89,11 @@ class Gate:
                 raise ConfigError(f"{problem}; to serve it all the same, start with {FLAG}", param=param)
             logger.warning("%s; accepted (%s)", problem, FLAG)
 
-    def check_request(self, preset: str, density: float | None) -> None:
+    def check_request(self, preset: str | None, density: float | None) -> None:
         """Refuse what one request asks for.
 
         Args:
-            preset: of its banks. density: its own, None for the server's, which was checked.
+            preset, density: as it names them; None for the server's own, which were checked when it started.
 
         Raises:
             RequestError: gives the figure and the flag.

@@ -32,6 +32,8 @@ PART = 900
 STRIDE = 2
 """Every so many of those are scored."""
 MAX_TOKENS = 4096
+MOST = 8
+"""Layers that ``--pa-layers auto`` takes at most: each costs a session memory and a decoded token time."""
 DENSITIES = (0.75, 0.5)
 _BLOCK = 32  # neighbouring tokens' scores are not independent: intervals are those of means over so many
 Begin = Callable[[str], None]
@@ -69,7 +71,7 @@ class BankMeasurement:
 
     Args:
         meter: has read the plain text.
-        bank: size and segment; its preset does not matter.
+        bank: their size and segment; its preset does not matter.
         layers: those that can have banks.
         known: what was measured before, which is not measured again.
         begin: told what comes next.
@@ -87,20 +89,18 @@ class BankMeasurement:
         keep: Keep = lambda section: None,
     ) -> None:
         self._meter, self._layers, self._begin, self._keep = meter, layers, begin, keep
-        self._configs = {
-            preset: PAConfig(preset=preset, bank_size=bank.bank_size, segment=bank.segment) for preset in ACTING
-        }
+        self._configs: dict[Acting, PAConfig] = {preset: bank.of(preset) for preset in ACTING}
         self._part = min(PART, meter.plan().length)
         self.section = known or BankSection(bank_size=bank.bank_size, segment=bank.segment, layers={}, sets=[], auto={})
 
     def cost(self, sets: Iterable[Sequence[int]]) -> float:
-        """Work to come, in the meter's unit, as far as it is known: ``auto`` is taken for all layers."""
+        """Work to come, in the meter's unit, as far as it is known: ``auto`` is taken for the first layers."""
         work = 0.0
         for preset in ACTING:
             missing = [layer for layer in self._layers if str(layer) not in self.section.alone(preset)]
             work += sum(self._meter.banks_cost([layer], self._part, STRIDE) for layer in missing)
             wanted = [layers for layers in sets if self.section.of(preset, layers) is None]
-            wanted += [] if preset in self.section.auto else [self._layers]
+            wanted += [] if preset in self.section.auto else [self._layers[:MOST]]
             work += sum(self._meter.banks_cost(layers) for layers in wanted)
         return work
 
@@ -125,12 +125,12 @@ class BankMeasurement:
                 self._update(layers={**self.section.layers, preset: known})
 
     def _choose(self, preset: Acting) -> None:
-        """The harmless layers, halved until together they do no harm either."""
+        """Harmless layers, evenly spread over those there are, halved until together they do no harm either."""
         alone = self.section.alone(preset)
-        chosen = sorted(
-            (layer for layer in self._layers if alone[str(layer)].worst <= HARMLESS),
-            key=lambda layer: (alone[str(layer)].worst, layer),
-        )
+        found = [layer for layer in self._layers if alone[str(layer)].worst <= HARMLESS]
+        count = min(len(found), MOST)
+        spread = [found[(2 * number + 1) * len(found) // (2 * count)] for number in range(count)]
+        chosen = sorted(spread, key=lambda layer: (alone[str(layer)].worst, layer))
         while chosen and self._together(preset, sorted(chosen)).worst > LIMIT:
             chosen = chosen[: len(chosen) // 2]
         self._update(auto={**self.section.auto, preset: sorted(chosen)})

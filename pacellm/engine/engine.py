@@ -135,6 +135,7 @@ class Engine:
                 slabs=self.runner.slabs,
                 like=self.pool.banks(0) if self.pool is not None else {},
                 max_tokens=self.config.max_model_len or 0,
+                former=lambda: setup.former_fingerprints(self.model, self.config, self.tokenizer),
             )
         return self._records
 

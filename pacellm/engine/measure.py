@@ -155,7 +155,7 @@ class Meter:
             shapes = patch(model.module, layers)
             pool = BankPool(config, shapes, num_rows=1, num_stages=1, dtype=model.dtype, device=model.device)
             row = pool.check_out()
-            owned = Banks(pool.banks(row), pool.stages(row), "on", row)
+            owned = Banks(pool.banks(row), pool.stages(row, config.preset), config.preset, row)
             for slabs, kept in zip((*self._keys, *self._values), self._start, strict=True):
                 slabs[:, : kept.shape[1]] = kept
             for start, stop in found.parts(self._size):

@@ -121,7 +121,10 @@ def _error(kernel: DecodeKernel, shape: KVShape, dtype: torch.dtype, device: tor
     lengths, worst = (1100, 70), [torch.zeros((), device=device)]
     index = torch.arange(2, device=device)
     rows = DecodeRows(
-        index, torch.tensor(lengths, dtype=torch.int32, device=device), tables, Tokens(index, index > 1, index > 1)
+        index,
+        torch.tensor(lengths, dtype=torch.int32, device=device),
+        tables,
+        Tokens(index, index > 1, index > 1, index),
     )
     found = kernel(query, keys, values, rows, size**-0.5, None, None)
     for row, length in enumerate(lengths):
@@ -166,7 +169,7 @@ def _build_decoded(chunks: list[Chunk], device: torch.device) -> tuple[Tensor, D
         index,
         to_device(torch.tensor(lengths, dtype=torch.int32), device),
         to_device(numbers, device),
-        Tokens(index, nothing, nothing),
+        Tokens(index, nothing, nothing, index),
     )
     return index, told
 
