@@ -23,6 +23,7 @@ from pacellm.calibration.file import (
     Perplexity,
     TextSection,
     beside,
+    check_writable,
     text,
 )
 from pacellm.calibration.gate import FLAG, LIMIT
@@ -68,6 +69,7 @@ def calibrate(options: argparse.Namespace) -> int:
     output = options.output or beside(path)
     if output is None:
         raise ConfigError(f"{path} is a name on a hub; say where the calibration goes: -o FILE", param="output")
+    check_writable(output)
     if options.plot is not None:
         from pacellm.calibration.draw import check_drawing
 
@@ -251,10 +253,10 @@ def table(found: Calibration) -> Iterator[str]:
     if found.banks is not None:
         banks = found.banks
         yield f"banks of {banks.bank_size} slots, segments of {banks.segment}"
-        yield f"{'layer':>7}" + "".join(f"  {preset + ' ' + form:>18}" for preset in ACTING for form in _FORMS)
+        yield f"{'layer':>7}" + "".join(f"  {preset + ' ' + form:>22}" for preset in ACTING for form in _FORMS)
         for layer in banks.alone(ACTING[0]):
             cells = (_cell(banks.alone(preset)[layer], form) for preset in ACTING for form in _FORMS)
-            yield f"{layer:>7}" + "".join(f"  {cell:>18}" for cell in cells)
+            yield f"{layer:>7}" + "".join(f"  {cell:>22}" for cell in cells)
         for one in banks.sets:
             taken = " (auto)" if banks.auto.get(one.preset) == one.layers else ""
             yield f"{one.preset} in layers {','.join(map(str, one.layers))}{taken}: {_said(one.effects)}"
@@ -273,7 +275,7 @@ _FORMS = ("prompt", "decoded")
 
 def _cell(effects: Effects, form: str) -> str:
     effect: Effect | None = getattr(effects, form)
-    return "-" if effect is None else f"{effect.ratio:.4g} ±{max(0.0, effect.high - effect.ratio):.2g}"
+    return "-" if effect is None else f"{effect.ratio:.4g} [{effect.low:.4g}, {effect.high:.4g}]"
 
 
 def _said(effects: Effects) -> str:

@@ -181,10 +181,7 @@ class Calibration(BaseModel):
             temporary.write_text(text + "\n", encoding="utf-8")
             temporary.replace(path)
         except OSError as error:
-            raise ConfigError(
-                f"the calibration cannot be written to {path} ({error}); name another place with -o FILE",
-                param="output",
-            ) from None
+            raise _unwritable(path, error) from None
 
     def is_for(self, bank: PAConfig) -> bool:
         """Its banks are such."""
@@ -199,9 +196,25 @@ def beside(model: str | Path) -> Path | None:
     return path.with_name(f"{path.name}.{NAME}") if path.is_file() else None
 
 
+def check_writable(path: Path) -> None:
+    """Refuse a place where no file can be made, before anything is measured.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if not os.access(path.parent, os.W_OK):
+        raise _unwritable(path, "no such directory, or it is not writable")
+
+
 def text() -> str:
     """What models are measured on; written for this, so no model has learned it."""
     return (files("pacellm.calibration") / "text.txt").read_text(encoding="utf-8")
+
+
+def _unwritable(path: Path, problem: object) -> ConfigError:
+    return ConfigError(
+        f"the calibration cannot be written to {path} ({problem}); name another place with -o FILE", param="output"
+    )
 
 
 def _bad(path: Path, problem: str) -> ConfigError:

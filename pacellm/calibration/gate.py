@@ -114,7 +114,7 @@ class Gate:
             ConfigError: nothing was measured, or every layer does harm.
         """
         if self.calibration is None or self.calibration.banks is None or not self.calibration.is_for(self.bank):
-            why = self.missing or "its calibration has no such banks"
+            why = self.missing if self.calibration is None else "its calibration has no such banks"
             raise ConfigError(
                 f"pa_layers auto needs to know this model's harmless layers, and {why}; run `pacellm calibrate MODEL`",
                 param="pa_layers",
