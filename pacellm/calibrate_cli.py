@@ -113,7 +113,7 @@ def _measure(options: argparse.Namespace, path: Any, output: Path, layout: Any) 
     told = TextSection(name=source, digest=digest, tokens=len(ids), part=min(PART, len(ids)))
     bank = PAConfig(bank_size=options.pa_bank_size, segment=options.pa_segment)
     before = _before(output, about, again=options.again)
-    same = [] if options.again else [one for one in before if one.text == told]
+    same = [one for one in before if (one.model.dtype, one.text) == (about.dtype, told) and not options.again]
     able = tuple(range(model.num_layers)) if model.patchable_layers is None else model.patchable_layers
     sets = [default_pa_layers(model.num_layers, able)] if able else []
     sets += [_checked(layers, able) for layers in options.pa_layers]
@@ -189,7 +189,7 @@ def _before(output: Path, about: ModelSection, *, again: bool) -> list[Calibrati
             if not again:
                 raise
             one = None
-        if one is not None and one.model == about:
+        if one is not None and one.model.fingerprint == about.fingerprint:
             found.append(one)
     return found
 

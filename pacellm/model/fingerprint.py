@@ -31,7 +31,7 @@ def model_sample(module: nn.Module) -> str:
 
 def _sample(weight: Tensor) -> Tensor:
     """[n] numbers in the order of their indices, wherever they lie in memory."""
-    if hasattr(weight, "dequantize") and type(weight) is not Tensor:  # quantised ones are classes of their own
+    if type(weight) is not Tensor and weight.is_floating_point():  # quantised, by a class of its own
         weight = weight.dequantize()
     count = min(_SAMPLES, weight.numel())
     flat = torch.arange(count, device=weight.device) * weight.numel() // max(1, count)
