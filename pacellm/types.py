@@ -250,8 +250,8 @@ class ChoiceEnded:
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event of a request that went well. ``pa`` is how its banks took part; ``note`` names what was refused on the way to its session;
-    ``experts`` are prompt tokens by layer and expert, where asked for."""
+    """The last event of a request that went well. ``pa`` is how its banks took part; ``note`` names what was refused on
+    the way to its session; ``experts`` are prompt tokens by layer and expert, where asked for."""
 
     reason: FinishReason
     usage: Usage
