@@ -27,7 +27,7 @@ from pacellm.config import PAConfig
 from pacellm.engine.measure import Meter, Scores
 from pacellm.model.load import LoadedModel
 
-PART = 900
+PART = 720
 """Tokens of the text that single layers are measured on."""
 STRIDE = 2
 """Every so many of those are scored."""
