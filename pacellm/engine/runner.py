@@ -20,6 +20,7 @@ from pacellm.model.attention import slab
 from pacellm.model.context import Chunk, DecodeRows, StepContext, step_context
 from pacellm.model.load import LoadedModel
 from pacellm.model.prefill_kernels import Kernel
+from pacellm.modes import preset_of
 from pacellm.rows import ROWS, missing_rows
 
 logger = logging.getLogger("pacellm.engine")
@@ -111,7 +112,11 @@ class Runner:
             except graphs.CaptureFailed as error:
                 logger.warning("CUDA graphs are off, decoding is slower: %s", error)
                 self.decoder = None
-        packed = batch.build(step, self.pool, self.pa.segment, self.model.device)
+        try:
+            packed = batch.build(step, self.pool, self.pa.segment, self.model.device)
+        except torch.OutOfMemoryError as error:  # for the stage of a first request by `paper`
+            by_paper = (work.sequence for work in step.work if preset_of(work.sequence.turn.pa) == "paper")
+            raise StepFailed(f"no memory for its stage: {error}", next(by_paper, None)) from error
         return Output(self.forward(step, packed, packed.wanted), packed.sampled, packed.scored)
 
     def run_ahead(self, step: Step, tokens: Tensor) -> Output | None:
