@@ -230,7 +230,7 @@ class EngineConfig:
                 f"serve at most {context_length}",
                 param="max_model_len",
             )
-        layers = self._resolve_layers(num_layers, patchable_layers)
+        layers = self.layers_of(num_layers, patchable_layers)
         kv = self.kv_cache_memory
         if kv is None:
             kv = min(available_memory // 2, 4 * length * bytes_per_token) if is_host else available_memory * 7 // 8
@@ -243,8 +243,8 @@ class EngineConfig:
             session_memory=kv if self.session_memory is None else self.session_memory,
         )
 
-    def _resolve_layers(self, num_layers: int, patchable: tuple[int, ...] | None) -> tuple[int, ...]:
-        """The layers with banks.
+    def layers_of(self, num_layers: int, patchable: tuple[int, ...] | None) -> tuple[int, ...]:
+        """The layers with banks in a model of ``num_layers``, of which ``patchable`` can have one (None: all).
 
         Raises:
             ConfigError: one is not there, or cannot have a bank.
