@@ -156,7 +156,8 @@ class Service:
         scope = None if session_id is None else f"{caller.tenant}/{session_id}"
         turn = await self.turn(body.turn, body.sampling(), scope)
         request = self.request("chatcmpl", body, turn.prompt, turn.sampling, caller, session_id, body.n or 1)
-        request = dataclasses.replace(request, constraint=await self.compile(turn.grammar))
+        constraint = await self.compile(turn.grammar)
+        request = dataclasses.replace(request, constraint=constraint, outline=turn.outline, append=turn.append)
         return await self.submit(request, caller), turn
 
     async def turn(self, asked: Callable[[], TurnRequest], sampling: SamplingParams, scope: str | None) -> Turn:
@@ -207,6 +208,9 @@ class Service:
         self.check_generation(body)
         if body.truncate_prompt_tokens is not None and session_id is not None:
             raise RequestError("a session's prompt cannot be truncated", param="truncate_prompt_tokens")
+        if body.pacellm.append and session_id is None:
+            raise RequestError("pacellm.append needs a session: name one with session_id or X-Session-ID",
+                               param="pacellm.append", code="invalid_value")  # fmt: skip
 
     def check_generation(self, body: GenerationFields) -> None:
         """Refuse another model, and banks where there are none.

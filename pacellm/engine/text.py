@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
@@ -13,6 +15,9 @@ class TextStream:
         tokenizer: the fast tokenizer's backend.
         stop: strings that end the answer and are cut from it.
         skip_special: leave special tokens out.
+
+    Attributes:
+        stopped_by: the stop string that ended it.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], *, skip_special: bool = True) -> None:
@@ -20,11 +25,20 @@ class TextStream:
         self._stream = DecodeStream(skip_special_tokens=skip_special)
         self._undecoded: list[int] = []
         self._held = ""
+        self._begins: list[int] = []  # where each token's text begins, in characters; kept for stop strings only
+        self._length = 0  # characters released, or held
         self.stopped_by: str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose text begins before the stop string."""
+        return bisect_left(self._begins, self._length)
 
     def push(self, token: int) -> str:
         """Text that is now certain. Sets ``stopped_by`` where a stop string is complete."""
         self._undecoded.append(token)
+        if self._stop:
+            self._begins.append(self._length)
         text = self._stream.step(self._tokenizer, token)
         if text is None:
             return ""
@@ -46,10 +60,12 @@ class TextStream:
 
     def _release(self, text: str) -> str:
         held = self._held + text
+        self._length += len(text)
         found = [(held.find(stop), stop) for stop in self._stop if stop in held]
         if found:
             at, self.stopped_by = min(found)
             self._held = ""
+            self._length -= len(held) - at
             return held[:at]
         keep = max((_overlap(held, stop) for stop in self._stop), default=0)
         self._held = held[len(held) - keep :]
