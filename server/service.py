@@ -34,6 +34,7 @@ from server.histories import Histories, Key
 from server.idempotency import Idempotency
 from server.inbox import Inbox
 from server.metrics import Metrics
+from server.schema.base import RESPONSE_PREFIX
 from server.schema.chat import ChatCompletionRequest
 from server.schema.sampling import GenerationFields, SamplingFields
 from server.schema.turn import TurnRequest
@@ -111,6 +112,7 @@ class Service:
         self.idempotency = Idempotency()
         self.histories = Histories(settings.response_memory, settings.response_ttl, self.delete_later, tokenizer.forget)
         self.conversations: set[Key] = set()  # those of which a response is being made
+        self._writing: dict[str, Key] = {}  # by request, sessions that others than responses commit to
         self.prefill_rate: float | None = None  # tokens per second, of late
         self.created = int(time.time())
 
@@ -263,6 +265,8 @@ class Service:
         if left is not None and left <= 0:
             raise _late()
         self.thread.submit(request)  # its first event needs this loop, so it cannot come before the next line
+        if request.session is not None and request.commit and not request.request_id.startswith(RESPONSE_PREFIX):
+            self._writing[request.request_id] = request.session
         self._generations[request.request_id] = generation = Generation(self, request, caller)
         if self.traces is not None:
             self.traces.start(request, caller.request_id, caller.traceparent)
@@ -331,6 +335,12 @@ class Service:
             self.metrics.observe(request_id, event)
             if self.traces is not None:
                 self.traces.observe(request_id, event)
+            if isinstance(event, Finished | Failed):
+                written = self._writing.pop(request_id, None)
+                if written is not None and isinstance(event, Finished):
+                    self.histories.drop(
+                        written
+                    )  # a conversation's messages are not what its session stands for any more
             if isinstance(event, Finished) and event.prefill_seconds > 0:
                 computed = event.usage.prompt_tokens - event.usage.cached_tokens + event.usage.replayed_tokens
                 rate = computed / event.prefill_seconds

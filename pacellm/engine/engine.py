@@ -247,6 +247,7 @@ class Engine:
             self.ops.expire(session)
         self.ops.run()
         flight, self._ahead = self._ahead, None
+        preempted = self.scheduler.preemptions
         step = self.scheduler.schedule() if flight is None else flight.step
         refused = self._refused()
         events, self.late = self.late + refused + self._admissions(), []
@@ -254,7 +255,9 @@ class Engine:
             if self.worker.num_open:
                 self.worker.wait(_WAIT)
                 return events
-            return events if refused else events + self._stuck()  # those behind them have their turn first
+            if refused or self.scheduler.preemptions > preempted:
+                return events  # there is room now, or those behind have their turn
+            return events + self._stuck()
         parts = [(work.position, work.count) for work in step.work if not work.sequence.is_decoding]
         if flight is None:
             started = time.monotonic()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
@@ -25,21 +23,26 @@ class TextStream:
         self._stream = DecodeStream(skip_special_tokens=skip_special)
         self._undecoded: list[int] = []
         self._held = ""
-        self._begins: list[int] = []  # where each token's text begins, in characters; kept for stop strings only
+        self._texts: list[str] = []  # what each token brought; kept for stop strings only
         self._length = 0  # characters released, or held
         self.stopped_by: str | None = None
 
     @property
     def num_tokens(self) -> int:
-        """Tokens whose text begins before the stop string."""
-        return bisect_left(self._begins, self._length)
+        """Tokens of the text before the stop string; one that reaches into it counts if it is more than white space."""
+        count, left = 0, self._length
+        for number, text in enumerate(self._texts, 1):
+            if text[:left] and (len(text) <= left or text[:left].strip()):
+                count = number
+            left = max(0, left - len(text))
+        return count
 
     def push(self, token: int) -> str:
         """Text that is now certain. Sets ``stopped_by`` where a stop string is complete."""
         self._undecoded.append(token)
-        if self._stop:
-            self._begins.append(self._length)
         text = self._stream.step(self._tokenizer, token)
+        if self._stop:
+            self._texts.append(text or "")
         if text is None:
             return ""
         self._undecoded.clear()
