@@ -103,6 +103,11 @@ class ChatTokenizer:
         added = self.backend.get_added_tokens_decoder().values()
         return tuple(token.content for token in added if token.special)
 
+    @property
+    def end_text(self) -> str:
+        """The end token as it is written; empty where there is none."""
+        return self._tokenizer.eos_token or ""
+
     def response_parser(
         self, dialect: Dialect, prompt: str, tools: Sequence[dict[str, Any]], *, continues: bool
     ) -> Any:

@@ -7,8 +7,9 @@ rendering the new messages behind a stand-in that ends the same way.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 from pacellm.errors import NotAppendable, RequestError
@@ -38,12 +39,11 @@ def outline_of(tokenizer: ChatTokenizer, asked: TurnRequest, prompt: list[int]) 
     end: End = "system" if role == "developer" else role
     if end == "tool" and not tokenizer.dialect.reads_results:
         end = "user"
-    if not asked.adds_prompt:
-        return Outline(end, 0, "text", tools)
+    answered: End = "answer" if asked.adds_prompt else "text"
     opening = _opening(tokenizer, asked)
     if opening is None or prompt[len(prompt) - len(opening) :] != opening:
-        return Outline(None, 0, "answer", tools)
-    return Outline(end, len(opening), "answer", tools)
+        return Outline(None, 0, answered, tools)
+    return Outline(end, len(opening), answered, tools)
 
 
 def append_of(
@@ -117,58 +117,61 @@ class _Follower:
         return with_tools == without
 
     def _behind(self, end: End) -> str:
-        results = [entry for entry in self._new if entry["role"] == "tool"]
+        results = list(itertools.takewhile(lambda entry: entry["role"] == "tool", self._new))
         calls = [_call(entry["tool_call_id"], entry["name"]) for entry in results]
-        leads = self._new[0]["role"] == "tool"
-        match end:
-            case "system" | "user" if leads:
+        answer = [_QUESTION, {"role": "assistant", "content": _MARK}]
+        if end == "tool":
+            result = {"role": "tool", "content": _MARK, "tool_call_id": "standin00", "name": "f"}
+            return self._after([_QUESTION, self._calling([_call("standin00", "f"), *calls]), result])
+        if end in ("system", "user"):
+            if results:
                 raise RequestError(
                     f"a result follows its call, but the session's history ends with a message of the role {end}",
                     param="messages.0.role",
                 )
-            case "system" | "user":
-                return self._after_mark([{"role": end, "content": _MARK}])
-            case "tool":
-                calls = [_call("standin00", "f"), *(calls if leads else ())]
-                asking = {"role": "assistant", "content": "", "tool_calls": calls}
-                result = {"role": "tool", "content": _MARK, "tool_call_id": "standin00", "name": "f"}
-                return self._after_mark([_QUESTION, asking, result])
-        answer = [_QUESTION, {"role": "assistant", "content": _MARK}]
-        if not leads:
-            return self._after_mark(answer, closed=end != "answer")
-        before = [_QUESTION, {"role": "assistant", "content": "", "tool_calls": calls}]
-        text = self._without(self._rendered([*before, *self._new], is_last=True), self._rendered(before))
-        return text if end != "answer" else _after(self._rendered(answer)) + text
+            return self._after([{"role": end, "content": _MARK}])
+        if not results:
+            return self._after(answer, with_end=end == "answer")
+        text = self._after([_QUESTION, self._calling([*calls[:-1], _call(calls[-1]["id"], _MARK)])])
+        return text if end != "answer" else self._end_of(answer) + text
 
-    def _after_mark(self, before: list[Entry], *, closed: bool = True) -> str:
-        """What the template writes behind the stand-in's text, or behind its end where it is closed."""
-        text = _after(self._rendered([*before, *self._new], is_last=True))
-        return self._without(text, _after(self._rendered(before))) if closed else text
+    def _calling(self, calls: list[Entry]) -> Entry:
+        """A message with calls; where the template shows none, they are text."""
+        if self._tokenizer.dialect.reads_calls:
+            return {"role": "assistant", "content": "", "tool_calls": calls}
+        return {"role": "assistant", "content": json.dumps([call["function"] for call in calls])}
 
-    def _without(self, text: str, beginning: str) -> str:
-        if not text.startswith(beginning):
+    def _after(self, before: list[Entry], *, with_end: bool = False) -> str:
+        """What the template writes behind a stand-in, or already behind the stand-in's text."""
+        asked = self._asked
+        rendered = self._render(
+            [*before, *self._new], add_generation_prompt=asked.adds_prompt, continue_final_message=asked.continues
+        )
+        text = _behind_mark(rendered)
+        if with_end:
+            return text
+        end = self._end_of(before)
+        if not text.startswith(end):
             raise NotAppendable(
                 "the model's chat template writes a message another way once others follow it; send the whole history "
                 "without pacellm.append", param="pacellm.append",
             )  # fmt: skip
-        return text[len(beginning) :]
+        return text[len(end) :]
 
-    def _rendered(self, entries: list[Entry], *, is_last: bool = False) -> str:
-        asked = self._asked
-        return self._tokenizer.render(
-            entries,
-            tools=self._tools if self._reads_tools else None,
-            add_generation_prompt=is_last and asked.adds_prompt,
-            continue_final_message=is_last and asked.continues,
-            variables=asked.variables,
-        )
+    def _end_of(self, before: list[Entry]) -> str:
+        """What the template writes at a message's end."""
+        return _behind_mark(_closed(self._tokenizer, before, self._render))
+
+    def _render(self, entries: list[Entry], **options: Any) -> str:
+        tools = self._tools if self._reads_tools else None
+        return self._tokenizer.render(entries, tools=tools, variables=self._asked.variables, **options)
 
 
-def _call(call_id: str, name: str) -> dict[str, Any]:
+def _call(call_id: str, name: str) -> Entry:
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": {}}}
 
 
-def _after(text: str) -> str:
+def _behind_mark(text: str) -> str:
     """What stands behind the mark.
 
     Raises:
@@ -183,16 +186,28 @@ def _after(text: str) -> str:
     return rest
 
 
+def _closed(tokenizer: ChatTokenizer, entries: list[Entry], render: Callable[..., str]) -> str:
+    """Whole messages, without the end of text that some templates write where no answer is to follow."""
+    text = render(entries, add_generation_prompt=False)
+    bare = text.removesuffix(tokenizer.end_text)
+    if bare == text:
+        return text
+    opened = render(entries, add_generation_prompt=True)
+    return bare if opened.startswith(bare) and not opened.startswith(text) else text
+
+
 def _opening(tokenizer: ChatTokenizer, asked: TurnRequest) -> list[int] | None:
-    """Ids that begin an answer; None where the template writes more than that for it."""
+    """Ids behind a prompt's last message; None where the template writes that another way before them."""
+
+    def render(entries: list[Entry], **options: Any) -> str:
+        return tokenizer.render(entries, variables=asked.variables, **options)
+
     try:
-        closed, opened = (
-            tokenizer.render([_QUESTION], add_generation_prompt=adds, variables=asked.variables)
-            for adds in (False, True)
-        )
+        closed = _closed(tokenizer, [_QUESTION], render)
+        whole = render([_QUESTION], add_generation_prompt=asked.adds_prompt)
     except RequestError:
         return None
-    return tokenizer.encode_behind(opened[len(closed) :]) if opened.startswith(closed) else None
+    return tokenizer.encode_behind(whole[len(closed) :]) if whole.startswith(closed) else None
 
 
 def _digest(tools: Sequence[Tool]) -> int:

@@ -118,7 +118,7 @@ class Sessions(RuleBasedStateMachine):
         for number in range(1 + again):
             self.number += 1
             tails.append(prompt(length, self.number))
-            made = Append({end: tails[-1] for end in ENDS}, tails[-1])
+            made = Append(dict.fromkeys(ENDS, tails[-1]), tails[-1])
             self.engine.add(request(str(number), tails[-1], ANSWER, session=name, append=made))
         events = run_until_idle(self.engine)
         for number, tail in enumerate(tails):
