@@ -4,7 +4,7 @@ TOKENS ?= 200000
 PORT ?= 8000
 BIN := .venv/bin
 
-.PHONY: venv demo serve test test-slow test-gpu ray load lint
+.PHONY: venv models demo serve test test-slow test-gpu ray load lint
 
 venv: .venv/installed
 
@@ -13,6 +13,9 @@ venv: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+models: venv  ## real models, fetched and converted once, in the user's cache
+	$(BIN)/pacellm fetch
 
 demo: venv  ## a question about a document of TOKENS tokens, over HTTP
 	$(BIN)/pacellm demo --tokens $(TOKENS)

@@ -65,7 +65,7 @@ class Puppet:
             time.sleep(_STEP)
         ended = asyncio.run_coroutine_threadsafe(spent(), loop).result()
         self.cpu_seconds = ended - started
-        end = Finished(FinishReason.LENGTH, Usage(9, 0, self._new), "none", None, 0.0, 0.0, 0.0)
+        end = Finished(FinishReason.LENGTH, Usage(9, 0, self._new), "none", "off", None, 0.0, 0.0, 0.0)
         events: list[tuple[str, Event]] = [(name, end) for name in ids]
         self._service._deliver(events)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pacellm.config import ATTENTION_KERNELS, EngineConfig, PAConfig
+from pacellm.config import ATTENTION_KERNELS, PRESETS, EngineConfig, PAConfig
 from pacellm.errors import ConfigError, PaceError
 from pacellm.layout_cli import add_cluster, add_experts
 
@@ -43,10 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def serve(options: argparse.Namespace) -> int:
     """Load a model and answer HTTP until told to stop."""
     from server import logs
-    from server.listen import run
 
     logs.configure(options.log_level, options.log_format)
     service, keys, team = build(options)
+
+    from server.listen import run  # after the options and the model's files were looked at: it loads torch
+
     if not keys and options.host not in _LOOPBACK:
         logger.warning("listening on %s without API keys: anyone who reaches it can use it", options.host)
     elif not keys:
@@ -72,21 +74,29 @@ def build(options: argparse.Namespace) -> tuple[Service, Keys, Team | None]:
         PaceError: options, a model or a directory that cannot work.
     """
     from pacellm.demo import MODEL_PATH
+    from pacellm.model.gguf_check import check_gguf
+    from pacellm.real_models import resolve
+    from server.auth import read_keys
+
+    keys = read_keys(options.api_key, options.api_key_file)
+    config = engine_config(options)
+    path = resolve(options.model) if options.model else MODEL_PATH
+    header = check_gguf(path)  # before torch is loaded below: what is wrong with a file is said at once
+
     from pacellm.engine.describe import describe
     from pacellm.engine.engine import Engine
     from pacellm.experts.layout import Layout
     from pacellm.model.checkpoint import check_directory
     from pacellm.model.layout import apply_layout
     from pacellm.tokenizer import ChatTokenizer
-    from server.auth import read_keys
     from server.service import Service
 
-    keys = read_keys(options.api_key, options.api_key_file)
-    config = engine_config(options)
-    path = options.model or MODEL_PATH
     name = options.served_model_name or ("pacellm-demo" if options.model is None else options.model)
     settings = server_settings(options, name, has_keys=bool(keys))
-    check_directory(path, allow_pickle=options.allow_pickle)
+    if header is None:
+        check_directory(path, allow_pickle=options.allow_pickle)
+    else:
+        logger.info("%s is dequantised at every start; `pacellm convert` keeps the result", header.file)
     traces = _traces(options.otlp_endpoint, name)
     tokenizer = ChatTokenizer(path, options.chat_template)
     model, team = _load(str(path), options)
@@ -171,6 +181,33 @@ def chat(options: argparse.Namespace) -> int:
     return talk(options.url, key, options.session, options.model, options.file)
 
 
+def convert(options: argparse.Namespace) -> int:
+    """Write an ordinary checkpoint of a GGUF file."""
+    from pacellm.model.gguf_check import check_gguf
+
+    header = check_gguf(options.file)
+    if header is None:
+        raise ConfigError(f"{options.file} is no GGUF file; give the file itself", param="file")
+
+    import torch
+
+    from pacellm.model import gguf
+
+    gguf.convert(header, options.output, getattr(torch, options.dtype))
+    print(f"{options.output}: serve it with `pacellm serve {options.output}`")
+    return 0
+
+
+def fetch(options: argparse.Namespace) -> int:
+    """Put real models into the user's cache."""
+    from pacellm import real_models
+
+    for name in options.names or real_models.MODELS:
+        directory = real_models.fetch(name, lambda line: print(line, file=sys.stderr, flush=True))
+        print(f"{name}: {directory}")
+    return 0
+
+
 def engine_config(options: argparse.Namespace) -> EngineConfig:
     """The engine's config from the flags.
 
@@ -207,6 +244,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands.add_parser("serve", help="serve a model over OpenAI's API"))
     _add_chat(commands.add_parser("chat", help="talk to a server in the terminal"))
     _add_demo(commands.add_parser("demo", help="ask the bundled model about a long document, over HTTP"))
+    _add_convert(commands.add_parser("convert", help="write a checkpoint's directory from a GGUF file"))
+    _add_fetch(commands.add_parser("fetch", help="put a small real model into the user's cache"))
     add_cluster(commands.add_parser("cluster", help="put a model's FFN neurons into experts: a layout file"))
     add_experts(commands.add_parser("experts", help="draw which experts fire over a document"))
     return parser
@@ -215,7 +254,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     defaults, bank = EngineConfig(), PAConfig()
     add = parser.add_argument
-    add("model", nargs="?", help="checkpoint directory or hub name (default: the bundled model)")
+    add("model", nargs="?", help="checkpoint directory, hub name, GGUF file, or smollm2 or gemma3-270m, which are "
+        "fetched once (default: the bundled model)")  # fmt: skip
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000)
     add("--served-model-name", help="the name clients ask for (default: as MODEL is written, or pacellm-demo)")
@@ -250,11 +290,18 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--max-snapshot-bytes", type=_size, default=2**30, help="largest session snapshot made or taken")
     add("--allow-unsigned-snapshots", action="store_true", help="take session snapshots that others made: their "
         "banks and logs are then whatever the client says")  # fmt: skip
-    add("--pa", action=argparse.BooleanOptionalAction, default=True, help="Persistent Activity")
+    add(
+        "--pa",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Persistent Activity: memory banks of sessions",
+    )
     add("--pa-memory", type=_size, help="bytes of banks, those of running requests included (default: for 256 "
         "sessions at most)")  # fmt: skip
     add("--pa-layers", type=_layers, help="patched layers from 0, as 1,3 (default: the paper's, scaled)")
-    add("--pa-preset", default=bank.preset, choices=("reference", "paper"))
+    add("--pa-preset", default=bank.preset, choices=PRESETS, help="observe: banks are fed and counted, answers are the "
+        "plain model's; reference (the authors' code) and paper (Algorithm 1) change answers; requests may choose "
+        "another (default: observe)")  # fmt: skip
     add("--pa-bank-size", type=int, default=bank.bank_size, help="slots of a bank")
     add("--pa-segment", type=int, default=bank.segment, help="prompt tokens that read the bank as one")
     add("--ce-layout", type=Path, help="the model's Cortical Experts, from `pacellm cluster`")
@@ -300,6 +347,18 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the document")
     parser.add_argument("serve_arguments", nargs="*", help="flags for the server, after --")
     parser.set_defaults(run=demo)
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="the GGUF file, or a directory that holds only one")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the directory to make")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
+    parser.set_defaults(run=convert)
+
+
+def _add_fetch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", metavar="NAME", help="smollm2 or gemma3-270m (default: both)")
+    parser.set_defaults(run=fetch)
 
 
 def _size(text: str) -> int:

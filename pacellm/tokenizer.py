@@ -12,7 +12,15 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pacellm.dialect import Dialect, detect
-from pacellm.errors import ConfigError, ContextLengthExceeded, ModelError, RequestError, UnsupportedParameter
+from pacellm.errors import (
+    ConfigError,
+    ContextLengthExceeded,
+    ModelError,
+    PaceError,
+    RequestError,
+    UnsupportedParameter,
+)
+from pacellm.model.gguf_check import check_gguf
 from pacellm.pieces import PieceMemo
 
 # what the template is given by other means; a request sets none of these as a variable
@@ -46,11 +54,20 @@ def read_template(path: str | Path) -> str:
     return text
 
 
+def _read(path: str | Path) -> PreTrainedTokenizerBase:
+    header = check_gguf(path)
+    if header is None:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    from pacellm.model.gguf import read_tokenizer  # needs an optional package
+
+    return read_tokenizer(header)
+
+
 class ChatTokenizer:
     """Messages to ids.
 
     Args:
-        path: directory or hub name of the checkpoint.
+        path: directory or hub name of the checkpoint, or a GGUF file.
         chat_template: a file with a Jinja template to use instead of the checkpoint's.
 
     Raises:
@@ -59,7 +76,9 @@ class ChatTokenizer:
 
     def __init__(self, path: str | Path, chat_template: str | Path | None = None) -> None:
         try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            tokenizer = _read(path)
+        except PaceError:
+            raise
         except Exception as error:  # a damaged tokenizer.json is a bare Exception
             raise ModelError(
                 f"cannot load the tokenizer of {path}: {error}; the directory needs the tokenizer.json and "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -13,9 +14,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from pacellm import errors
+from pacellm.config import PRESETS
 from pacellm.engine.stats import per_layer
 from pacellm.engine.thread import EngineThread
 from pacellm.memory.tiers import banks_nbytes
+from pacellm.modes import MODES
 from pacellm.types import Delta, Event, Failed, Finished
 
 _STATUSES = (200, *sorted({error.status for error in vars(errors).values() if hasattr(error, "status")}))
@@ -179,19 +182,27 @@ class _EngineCollector(Collector):
         yield self._counter("progress_hit_tokens", "Tokens that this saved.", progress.hit_tokens)
 
     def _banks(self) -> Iterator[Metric]:
-        stats, layers = self._thread.engine.stats, self._thread.engine.config.pa_layers or ()
+        stats, config = self._thread.engine.stats, self._thread.engine.config
+        modes = CounterMetricFamily(
+            "pacellm_requests_by_pa", "Requests that finished, by how banks took part.", labels=["model_name", "pa"]
+        )
+        for mode in MODES:
+            modes.add_metric([self._model, mode], stats.modes[mode])
+        yield modes
         reads = CounterMetricFamily(
-            "pacellm_bank_reads", "Tokens that read a bank, by outcome.", labels=["model_name", "layer", "outcome"]
+            "pacellm_bank_reads",
+            "Tokens that read a bank, by outcome.",
+            labels=["model_name", "layer", "preset", "outcome"],
         )
         writes = CounterMetricFamily(
-            "pacellm_bank_writes", "Bank slots changed, by how.", labels=["model_name", "layer", "kind"]
+            "pacellm_bank_writes", "Bank slots changed, by how.", labels=["model_name", "layer", "preset", "kind"]
         )
-        for layer in layers if self._thread.engine.config.pa else ():
-            counts = stats.bank.get(layer, Counter())
+        for layer, preset in itertools.product((config.pa_layers or ()) if config.pa else (), PRESETS):
+            counts = stats.bank.get((layer, preset), Counter())
             for name, outcome in (("hits", "hit"), ("fuses", "fuse"), ("misses", "miss"), ("empty", "empty")):
-                reads.add_metric([self._model, str(layer), outcome], counts.get(name, 0))
+                reads.add_metric([self._model, str(layer), preset, outcome], counts[name])
             for name, kind in (("merges", "merge"), ("replacements", "replace")):
-                writes.add_metric([self._model, str(layer), kind], counts.get(name, 0))
+                writes.add_metric([self._model, str(layer), preset, kind], counts[name])
         yield reads
         yield writes
         for name, text, values in (

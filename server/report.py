@@ -18,6 +18,7 @@ def report(request: GenerationRequest, event: Finished) -> dict[str, Any]:
         "dropped_tokens": event.kinship.dropped_tokens,
         "cached_tokens": event.usage.cached_tokens,
         "replayed_tokens": event.usage.replayed_tokens,
+        "pa": event.pa,
         "bank": dataclasses.asdict(event.bank) if event.bank is not None else None,
         **({"experts": _rounded(event.experts)} if event.experts is not None else {}),
         "timings": {

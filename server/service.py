@@ -221,7 +221,7 @@ class Service:
             RequestError: names the field.
         """
         self.check_model(body.model)
-        if body.pacellm.pa in ("on", "read_only") and not self.engine.config.pa:
+        if body.pacellm.pa not in (None, "off") and not self.engine.config.pa:
             raise UnsupportedParameter("this server runs with --no-pa", param="pacellm.pa")
 
     def request(

@@ -160,6 +160,7 @@ def _answered(event: Finished, reasons: list[str]) -> dict[str, Any]:
         "pacellm.replayed_tokens": usage.replayed_tokens,
         "pacellm.session.status": event.session,
         "pacellm.session.dropped_tokens": event.kinship.dropped_tokens,
+        "pacellm.pa": event.pa,
         "pacellm.queue_seconds": event.queue_seconds,
         "pacellm.prefill_seconds": event.prefill_seconds,
         "pacellm.decode_seconds": event.decode_seconds,

@@ -45,8 +45,18 @@ def share(outcome: str) -> str:
     return f"{part} / {rate('bank_reads', 'layer')}"
 
 
-_DECEIVES = "A high hit rate is not memory: one key merged everywhere hits always. Read it with effective rank and age."
+_DECEIVES = (
+    "A high hit rate is not memory: one key merged everywhere hits always. Read it with effective rank and age. "
+    "What the preset observe reads reaches no answer."
+)
 BANKS = (
+    Panel(
+        "Requests by what is on",
+        "cps",
+        ((rate("requests_by_pa", "pa"), "{{pa}}"),),
+        "observe: banks are fed and counted, answers are the plain model's. reference and paper change answers. Reads "
+        "and writes below are of all of them; the label preset tells them apart.",
+    ),
     Panel("Hit rate by layer", "percentunit", ((share("hit"), "layer {{layer}}"),), _DECEIVES),
     Panel(
         "Effective rank of the keys",

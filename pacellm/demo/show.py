@@ -16,6 +16,13 @@ from pacellm.demo.generator import Document
 from pacellm.demo.local import running_server, sample_document
 from pacellm.errors import PaceError
 
+_ON = {
+    "off": "off",
+    "observe": "observe: banks are fed and counted, answers are the plain model's",
+    "reference": "reference: banks change answers",
+    "paper": "paper: banks change answers",
+}
+
 
 @dataclass
 class Answer:
@@ -125,8 +132,8 @@ def _report(title: str, fact: Any, answer: Answer) -> None:
 
 def _report_bank(pace: dict[str, Any]) -> None:
     bank = pace["bank"]
+    print(f"  Persistent Activity    {_ON.get(pace['pa'], pace['pa'])}")
     if bank is None:
-        print("  banks                  off")
         return
     reads = {name: bank[name] for name in ("hits", "fuses", "misses", "empty")}
     total = sum(reads.values())

@@ -224,6 +224,7 @@ class Answers:
         self._engine.scheduler.finish(sequence)
         del self._engine.live[sequence.id]
         self._engine.stats.finished[last.reason.value] += 1
+        self._engine.stats.modes[last.pa] += 1
         self._engine.stats.cached_tokens += sequence.cached
         self._engine.stats.count_dropped(sequence)
         return dataclasses.replace(last, session=sequence.session_status)
@@ -243,6 +244,7 @@ class Answers:
             reason=reason,
             usage=Usage(len(sequence.prompt), sequence.cached, len(sequence.generated), sequence.replayed),
             session=sequence.session_status,
+            pa=sequence.turn.pa,
             bank=reads,
             queue_seconds=admitted - sequence.request.arrival,
             prefill_seconds=first - admitted,

@@ -27,6 +27,8 @@ def check(request: GenerationRequest, engine: Engine) -> None:
         raise RequestError("there is no session to append to; name one", param="pacellm.append", code="invalid_value")
     if request.constraint is not None and request.sampling.ignore_eos:
         raise RequestError("ignore_eos contradicts a constrained answer", param="ignore_eos", code="invalid_value")
+    if request.pa not in ("on", "read_only", "off") and not engine.config.pa:
+        raise RequestError(f"pa {request.pa} needs banks; this engine has none", param="pacellm.pa")
     _check_experts(request, engine)
     vocabulary = engine.model.vocab_size
     for token, _ in request.sampling.logit_bias:

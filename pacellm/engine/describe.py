@@ -50,8 +50,9 @@ def describe(engine: Engine, path: str, wanted_context: int) -> None:
         return
     assert engine.pool is not None
     logger.info(
-        "Persistent Activity: preset %s in layers %s, %d slots, segments of %d; %s bytes of banks a session, %.1f MiB "
-        "for %d sessions beside %d running requests",
+        "Persistent Activity %s: preset %s in layers %s, %d slots, segments of %d; %s bytes of banks a session, %.1f "
+        "MiB for %d sessions beside %d running requests",
+        "changes answers" if config.bank.acts else "is observed, answers are the plain model's",
         config.bank.preset,
         ",".join(map(str, config.pa_layers or ())),
         config.bank.bank_size,

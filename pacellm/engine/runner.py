@@ -17,6 +17,7 @@ from pacellm.engine.step import Copy, Step, Work
 from pacellm.errors import EngineError
 from pacellm.memory.pool import BankPool
 from pacellm.model.attention import slab
+from pacellm.model.beside import join
 from pacellm.model.context import Chunk, DecodeRows, StepContext, step_context
 from pacellm.model.load import LoadedModel
 from pacellm.model.prefill_kernels import Kernel
@@ -78,6 +79,7 @@ class Runner:
     ) -> None:
         self.model, self.pool, self.pa, self.deterministic, self.kernel = model, pool, pa, deterministic, kernel
         self.decoder: graphs.Decoder | None = None
+        self._beside = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
         slots = num_blocks * BLOCK + ROWS  # the last ones are nobody's: what pads a step is written there
         self._keys = slab([shape[0] for shape in model.kv_shapes], slots, model.dtype, model.device)
         self._values = slab([shape[1] for shape in model.kv_shapes], slots, model.dtype, model.device)
@@ -191,8 +193,9 @@ class Runner:
         missing = missing_rows(buffers.size) if on_cpu else 0
         if missing:
             raise ValueError(f"on a CPU buckets are multiples of {ROWS} sequences, not {buffers.size}")
-        with step_context(self._context(chunks, decode=rows)):
+        with step_context(self._context(chunks, decode=rows, beside=self._beside)) as step:
             output = self.model.module(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=kept)
+            join(step)
         return output.logits[0]
 
     def scrub(self, table: KVTable) -> None:

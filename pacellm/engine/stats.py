@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from pacellm.config import Preset
 from pacellm.engine.sequence import Sequence
 from pacellm.memory.activity import UNIT
 from pacellm.memory.pool import BankPool
 from pacellm.memory.state import COUNTERS
+from pacellm.modes import PAMode, preset_of
 from pacellm.types import BankReads, LayerReads
 
 logger = logging.getLogger("pacellm.sessions")
@@ -53,7 +55,8 @@ class EngineStats:
         prompt_tokens, generation_tokens, cached_tokens: fed from prompts (replays included), sampled, not computed
             again.
         aborted, failed: requests that did not finish. finished: the others, by reason.
-        bank: per layer and counter of ``COUNTERS``, from requests that finished.
+        modes: requests that finished, by how their banks took part.
+        bank: per layer, preset and counter of ``COUNTERS``, from requests that finished.
         experts: [L, E] int64, expert activity of requests that finished; None without a layout.
         effective_rank, slot_age, filled: by layer, of the bank that finished last.
     """
@@ -68,7 +71,8 @@ class EngineStats:
     aborted: int = 0
     failed: int = 0
     finished: Counter[str] = field(default_factory=Counter)
-    bank: dict[int, Counter[str]] = field(default_factory=dict)
+    modes: Counter[PAMode] = field(default_factory=Counter)
+    bank: dict[tuple[int, Preset], Counter[str]] = field(default_factory=dict)
     effective_rank: dict[int, float] = field(default_factory=dict)
     slot_age: dict[int, float] = field(default_factory=dict)
     filled: dict[int, int] = field(default_factory=dict)
@@ -105,7 +109,8 @@ def per_layer(activity: Tensor | None) -> dict[int, list[float]]:
 
 def bank_reads(pool: BankPool | None, sequence: Sequence, stats: EngineStats) -> BankReads | None:
     """What a finishing request did to its banks; also added to the totals. None without banks."""
-    if pool is None or not pool.shapes or sequence.row is None or sequence.turn.pa == "off":
+    preset = preset_of(sequence.turn.pa)
+    if pool is None or not pool.shapes or sequence.row is None or preset is None:
         return None
     totals: Counter[str] = Counter()
     layers: dict[int, LayerReads] = {}
@@ -113,7 +118,7 @@ def bank_reads(pool: BankPool | None, sequence: Sequence, stats: EngineStats) ->
     for layer, counters in pool.counters(sequence.row).items():
         before = sequence.counters_before[layer]
         done = {name: now - then for name, now, then in zip(COUNTERS, counters, before, strict=True)}
-        stats.bank.setdefault(layer, Counter()).update(done)
+        stats.bank.setdefault((layer, preset), Counter()).update(done)
         totals.update(done)
         layers[layer] = LayerReads(**done, filled=filled[layer])
     stats.effective_rank = pool.effective_ranks(sequence.row)

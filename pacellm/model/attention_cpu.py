@@ -249,10 +249,15 @@ def _read(runs: tuple[Run, ...], keys: Tensor, values: Tensor, start: int, stop:
 
 
 def _merge(total: Tensor | None, lse: Tensor | None, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Two attention results over disjoint keys, as one; lse is [1, H, n]."""
+    """Two attention results over disjoint keys, as one; lse is [1, H, n].
+
+    By ``exp`` and ``log``, whose bits do not depend on where in a tensor a number stands; those of ``logaddexp`` are
+    others behind the last whole vector (with AVX-512 of 32 numbers).
+    """
     if total is None or lse is None:
         return part, part_lse
-    both = torch.logaddexp(lse, part_lse)
+    highest = torch.maximum(lse, part_lse)
+    both = highest + ((lse - highest).exp() + (part_lse - highest).exp()).log()
     old, new = (lse - both).exp()[..., None], (part_lse - both).exp()[..., None]
     return total * old + part * new, both
 

@@ -20,9 +20,12 @@ from torch import Tensor
 
 from pacellm.memory.feed import Tokens
 from pacellm.model.context import Chunk, DecodeRows, KVShape, Run, StepContext
-from pacellm.model.prefill_kernels import FLASH, Kernel, Plan, merge, new_plan
+from pacellm.model.prefill_kernels import CUDNN_STEP, FLASH, Kernel, Plan, merge, merge_copies, new_plan
 from pacellm.transfer import to_device
 
+_PROGRAMS = 264  # two for each multiprocessor of an H100
+_QUERIES = 128  # of one program
+_LEAST_PIECE = 1024  # keys of a short chunk's piece
 DETERMINISTIC_SPLITS = 32  # of a sequence's keys in decode, whatever the batch
 _TOLERANCE = 0.03
 DecodeKernel = Callable[..., Tensor]
@@ -56,9 +59,9 @@ def attend(step: StepContext, layer: int, query: Tensor, scale: float, window: i
         output.index_copy_(0, rows, found)
     if simple:
         total, lse = None, None
-        for plan in _plans(step, simple, window, query.device):
+        for plan in _plans(step, simple, queries.shape[1], window, query.device):
             part, part_lse = _call(kernel, queries, keys, values, plan, scale, window)
-            total, lse = _merge(total, lse, part, part_lse, plan.rows, queries)
+            total, lse = _merge(total, lse, part, part_lse, plan.target, queries)
         output = _scatter(output, total, simple, len(simple) == len(step.chunks))
     for chunk in gathered:
         step.failing = chunk
@@ -121,7 +124,10 @@ def _error(kernel: DecodeKernel, shape: KVShape, dtype: torch.dtype, device: tor
     lengths, worst = (1100, 70), [torch.zeros((), device=device)]
     index = torch.arange(2, device=device)
     rows = DecodeRows(
-        index, torch.tensor(lengths, dtype=torch.int32, device=device), tables, Tokens(index, index > 1, index > 1)
+        index,
+        torch.tensor(lengths, dtype=torch.int32, device=device),
+        tables,
+        Tokens(index, index > 1, index > 1, index),
     )
     found = kernel(query, keys, values, rows, size**-0.5, None, None)
     for row, length in enumerate(lengths):
@@ -166,7 +172,7 @@ def _build_decoded(chunks: list[Chunk], device: torch.device) -> tuple[Tensor, D
         index,
         to_device(torch.tensor(lengths, dtype=torch.int32), device),
         to_device(numbers, device),
-        Tokens(index, nothing, nothing),
+        Tokens(index, nothing, nothing, index),
     )
     return index, told
 
@@ -181,20 +187,49 @@ def _used_runs(chunk: Chunk) -> list[Run]:
     return [Run(run.start, run.slot, min(run.length, end - run.start)) for run in chunk.runs if run.start < end]
 
 
-def _plans(step: StepContext, chunks: list[Chunk], window: int | None, device: torch.device) -> list[Plan]:
+def _plans(step: StepContext, chunks: list[Chunk], heads: int, window: int | None, device: torch.device) -> list[Plan]:
     """Built once a step for each window, because that decides which chunks are read in place; kept in scratch."""
     name = f"cuda plans, window {window}"
     kept = step.scratch.get(name)
     if kept is None:
-        kept = step.scratch[name] = _build_plans(chunks, (step.kernel or FLASH).least, device)
+        are_cut = window is None and not step.deterministic
+        cuts = [_cut(chunk, heads) if are_cut else [] for chunk in chunks]
+        whole = [chunk for chunk, pieces in zip(chunks, cuts, strict=True) if not pieces]
+        kept = step.scratch[name] = _build_plans(whole, (step.kernel or FLASH).least, device)
+        for chunk, pieces in zip(chunks, cuts, strict=True):
+            if pieces:
+                kept.append(new_plan([(chunk, piece) for piece in pieces], False, device, copies=len(pieces)))
+                kept.append(new_plan([(chunk, _own(chunk))], True, device))
     return kept  # type: ignore[return-value]
+
+
+def _cut(chunk: Chunk, heads: int) -> list[Run]:
+    """The keys before a short chunk in so many pieces that the device is full; [] where it is so anyway. A kernel's
+    program takes the queries of one head over all keys it is given: behind 200,000 of them a short chunk would have few
+    programs, each a long way to go."""
+    count = chunk.stop - chunk.start
+    pieces = min(_PROGRAMS // (heads * -(-count // _QUERIES)), chunk.position // _LEAST_PIECE)
+    if count >= CUDNN_STEP or pieces < 2:
+        return []
+    each, cut = -(-chunk.position // pieces), []
+    for run in _used_runs(chunk):
+        for start in range(run.start, min(run.start + run.length, chunk.position), each):
+            stop = min(start + each, run.start + run.length, chunk.position)
+            cut.append(Run(start, run.slot + start - run.start, stop - start))
+    return cut
+
+
+def _own(chunk: Chunk) -> Run:
+    """Where a chunk's own tokens lie, which are in one run."""
+    last = _used_runs(chunk)[-1]
+    return Run(chunk.position, last.slot + chunk.position - last.start, chunk.stop - chunk.start)
 
 
 def _build_plans(chunks: list[Chunk], least: int, device: torch.device) -> list[Plan]:
     """One for each i-th run of the sequences; chunks of fewer queries than ``least`` apart from the others."""
     used = [_used_runs(chunk) for chunk in chunks]
     plans = []
-    for number in range(max(len(runs) for runs in used)):
+    for number in range(max((len(runs) for runs in used), default=0)):
         for causal in (False, True):
             for is_long in (False, True):
                 members = [
@@ -214,13 +249,18 @@ def _call(
 ) -> tuple[Tensor, Tensor]:
     """([n, H, D], lse [n, H]) of the plan's rows over the plan's runs."""
     able = kernel if kernel.takes(plan, window) else FLASH
-    return able.call(queries[plan.rows], keys, values, plan, scale, window)
+    output, lse = able.call(queries[plan.rows], keys, values, plan, scale, window)
+    if plan.copies == 1:
+        return output, lse
+    return merge_copies(output.unflatten(0, (plan.copies, -1)), lse.unflatten(0, (plan.copies, -1)))
 
 
 def _merge(
-    total: Tensor | None, lse: Tensor | None, part: Tensor, part_lse: Tensor, rows: Tensor, queries: Tensor
+    total: Tensor | None, lse: Tensor | None, part: Tensor, part_lse: Tensor, rows: Tensor | slice, queries: Tensor
 ) -> tuple[Tensor, Tensor]:
     if total is None or lse is None:
+        if len(part) == len(queries):
+            return part, part_lse
         total = queries.new_zeros(queries.shape)
         lse = torch.full(queries.shape[:2], -torch.inf, dtype=torch.float32, device=queries.device)
         total[rows], lse[rows] = part, part_lse

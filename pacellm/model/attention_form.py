@@ -54,7 +54,8 @@ class Form:
             return output
         rows = torch.arange(output.shape[2]) % group
         sinks = self.sinks.view(-1, group)[:, rows]
-        return (output * torch.sigmoid(lse - sinks)[..., None]).to(output.dtype)
+        share = 1.0 / (1.0 + (sinks - lse).exp())  # a sigmoid has other bits behind the last whole vector
+        return (output * share[..., None]).to(output.dtype)
 
 
 def _capped(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pacellm.config import ATTENTION_KERNELS
+from pacellm.config import ATTENTION_KERNELS, PRESETS
+from pacellm.modes import MODES
 
 Schema = dict[str, Any]
 TEXT: Schema = {"type": "string"}
@@ -61,6 +62,7 @@ SCHEMAS: dict[str, Schema] = {
         dropped_tokens=COUNT,
         cached_tokens=COUNT,
         replayed_tokens=COUNT,
+        pa=one_of(*MODES),
         bank=maybe(OBJECT),
         timings=fields(queue_ms=NUMBER, prefill_ms=NUMBER, decode_ms=NUMBER),
     ),
@@ -149,5 +151,5 @@ SCHEMAS: dict[str, Schema] = {
     "Cancelled": fields(id=TEXT, object=one_of("request.cancelled"), cancelled=COUNT),
     "Health": fields(status=one_of("ok", "dead"), heartbeat_age_seconds=NUMBER),
     "Ready": fields(status=one_of("ready", "not ready")),
-    "Version": fields(version=TEXT, attention_kernel=one_of("cpu", *ATTENTION_KERNELS[1:])),
+    "Version": fields(version=TEXT, attention_kernel=one_of("cpu", *ATTENTION_KERNELS[1:]), pa=one_of("off", *PRESETS)),
 }

@@ -36,10 +36,14 @@ async def ready(request: Request) -> Response:
 
 @router.get("/version")
 async def version(request: Request) -> dict[str, str]:
-    """The server's version, and what attends prompts on its device."""
+    """The server's version, what attends prompts on its device, and how banks take part where requests do not say."""
     service: Service = request.app.state.service
-    kernel = service.engine.kernel
-    return {"version": pacellm.__version__, "attention_kernel": "cpu" if kernel is None else kernel.name}
+    kernel, config = service.engine.kernel, service.engine.config
+    return {
+        "version": pacellm.__version__,
+        "attention_kernel": "cpu" if kernel is None else kernel.name,
+        "pa": config.bank.preset if config.pa else "off",
+    }
 
 
 @admin.get("/metrics")

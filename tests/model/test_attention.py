@@ -22,7 +22,7 @@ SCATTERED = tuple(Run(512 * n, 1024 * (23 - n), 512) for n in range(24))
 
 
 @pytest.mark.parametrize("window", [None, 4, 100, 700, 5000])
-@pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2), (9, 3)])
 def test_right_and_invariant(window, heads):
     generator = torch.Generator().manual_seed(0)
     length, size = 9300, 16
@@ -38,6 +38,29 @@ def test_right_and_invariant(window, heads):
         assert torch.equal(part, whole[at : at + count])
         at += count
     assert at == 300
+
+
+@pytest.mark.parametrize("heads", [1, 3, 5])
+def test_parts_are_merged_to_the_same_bits_wherever_they_stand(heads):
+    """16 rows of an odd number of heads leave numbers behind the last whole vector of AVX-512."""
+    generator = torch.Generator().manual_seed(3)
+    results = [torch.randn(1, heads, 2048, 8, generator=generator) for _ in range(2)]
+    sums = [3 * torch.randn(1, heads, 2048, generator=generator) for _ in range(2)]
+    form = Form(0.3, sinks=torch.randn(heads, generator=generator))
+
+    def merged(part):
+        one, other = ((result[:, :, part], lse[:, :, part]) for result, lse in zip(results, sums, strict=True))
+        output, lse = attention_cpu._merge(*one, *other)
+        return output, lse, form.with_sinks(output, lse, 1)
+
+    whole = merged(slice(None))
+    torch.testing.assert_close(whole[1], torch.logaddexp(*sums))
+    torch.testing.assert_close(whole[2], whole[0] * torch.sigmoid(whole[1] - form.sinks[:, None])[..., None])
+    for count in (4, 16, 48, 80):
+        for start in range(0, 2048 - count, count):
+            part = slice(start, start + count)
+            for mine, theirs in zip(merged(part), whole, strict=True):
+                assert torch.equal(mine, theirs[:, :, part])
 
 
 @pytest.mark.parametrize("window", [None, 4])

@@ -1,5 +1,5 @@
-"""Every served family, as a tiny random model: the packed engine against a plain forward pass, banks off against an
-unpatched model, banks on against a plain loop, and neurons that can be permuted."""
+"""Every served family, as a tiny random model: the packed engine against a plain forward pass, banks off and
+observed against an unpatched model, banks on against a plain loop, and neurons that can be permuted."""
 
 import copy
 
@@ -15,7 +15,7 @@ from tests.engine.helpers import finish, new_engine, prompt, request, run, token
 from tests.model.bank_reference import Loop
 from tests.model.family_models import FAMILIES, HERE, IS_OLD, TAUGHT_LATER, tiny
 
-BANK = PAConfig(bank_size=12, segment=16, theta_high=0.6, theta_low=0.15, alpha=0.5)
+BANK = PAConfig(preset="reference", bank_size=12, segment=16, theta_high=0.6, theta_low=0.15, alpha=0.5)
 NUM_TOKENS = 4
 PROMPTS = {"long": prompt(70, seed=1), "short": prompt(33, seed=2)}
 IN_DOUBLE = ("nanochat",)
@@ -73,9 +73,10 @@ def test_family(family):
             new_engine(model)
         return
     layers = (able[0], able[-1]) if len(able) > 1 else able
-    patched_off = answers(model, mode="off", pa_layers=layers)
-    for name in PROMPTS:
-        assert torch.equal(patched_off[name][1], off[name][1])
+    for mode in ("off", "observe"):
+        unchanged = answers(model, mode=mode, pa_layers=layers)
+        for name in PROMPTS:
+            assert torch.equal(unchanged[name][1], off[name][1])
 
     changed = 0
 
