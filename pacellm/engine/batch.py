@@ -15,7 +15,7 @@ from pacellm.engine.step import Step, Work
 from pacellm.memory.activity import EXPERTS
 from pacellm.memory.pool import BankPool
 from pacellm.model.context import Banks, Chunk, Experts, Piece
-from pacellm.rows import ROWS, missing_rows
+from pacellm.rows import missing_rows
 from pacellm.transfer import to_device
 
 
@@ -24,7 +24,7 @@ class Batch:
     """One forward pass.
 
     Attributes:
-        ids, positions: [1, T] int64, padded to a multiple of ``ROWS`` rows.
+        ids, positions: [1, T] int64, padded to a multiple of the rows that products want.
         wanted: rows whose logits are needed.
         chunks: one per sequence of the step, in row order.
         sampled: the sequences that get a token, in the order of ``wanted``.
@@ -39,8 +39,8 @@ class Batch:
     scored: list[tuple[Sequence, int]]
 
 
-def build(step: Step, pool: BankPool | None, segment: int, device: torch.device) -> Batch:
-    """Pack a step."""
+def build(step: Step, pool: BankPool | None, segment: int, device: torch.device, multiple: int) -> Batch:
+    """Pack a step into a multiple of ``multiple`` rows."""
     ids, positions, chunks = array("i"), [], []
     wanted: list[int] = []
     sampled: list[Sequence] = []
@@ -53,7 +53,7 @@ def build(step: Step, pool: BankPool | None, segment: int, device: torch.device)
             wanted.append(len(ids) - 1)
             sampled.append(sequence)
     scored = _add_scored(step, wanted)
-    missing = missing_rows(len(ids))
+    missing = missing_rows(len(ids), multiple)
     ids.extend([0] * missing)
     positions.append(np.zeros(missing, dtype=np.int64))
     return Batch(
@@ -86,9 +86,9 @@ def choose_sets(sequences: list[Sequence], pool: BankPool) -> None:
             sequence.working_sets.update(pool.sets.write_all(sequence.row, activity, sequence.turn.density))
 
 
-def padded(rows: list[int], device: torch.device) -> Tensor:
-    """[R] int64 on the device, at least ``ROWS`` of them and a multiple: what is missing is row 0."""
-    missing = missing_rows(len(rows)) if rows else ROWS
+def padded(rows: list[int], device: torch.device, multiple: int) -> Tensor:
+    """[R] int64 on the device, at least ``multiple`` of them and a multiple: what is missing is row 0."""
+    missing = missing_rows(len(rows), multiple) if rows else multiple
     return to_device(torch.tensor([*rows, *[0] * missing]), device)
 
 

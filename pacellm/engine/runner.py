@@ -64,6 +64,7 @@ class Runner:
         pa: the banks' config.
         deterministic: sums are split the same whatever else is in a step.
         kernel: of prompts' chunks on CUDA; None is flash.
+        rows: steps are padded to a multiple of them.
     """
 
     def __init__(
@@ -75,7 +76,9 @@ class Runner:
         *,
         deterministic: bool = False,
         kernel: Kernel | None = None,
+        rows: int = ROWS,
     ) -> None:
+        self.rows = rows
         self.model, self.pool, self.pa, self.deterministic, self.kernel = model, pool, pa, deterministic, kernel
         self.decoder: graphs.Decoder | None = None
         slots = num_blocks * BLOCK + ROWS  # the last ones are nobody's: what pads a step is written there
@@ -111,7 +114,7 @@ class Runner:
             except graphs.CaptureFailed as error:
                 logger.warning("CUDA graphs are off, decoding is slower: %s", error)
                 self.decoder = None
-        packed = batch.build(step, self.pool, self.pa.segment, self.model.device)
+        packed = batch.build(step, self.pool, self.pa.segment, self.model.device, self.rows)
         return Output(self.forward(step, packed, packed.wanted), packed.sampled, packed.scored)
 
     def run_ahead(self, step: Step, tokens: Tensor) -> Output | None:
@@ -137,7 +140,7 @@ class Runner:
         context = self._context(packed.chunks, wanted=sorted(set(rows)))
         try:
             self._copy(step.copies)
-            kept = batch.padded(rows, self.model.device)
+            kept = batch.padded(rows, self.model.device, self.rows)
             with step_context(context):
                 output = self.model.module(
                     input_ids=packed.ids,
@@ -163,6 +166,7 @@ class Runner:
             deterministic=self.deterministic,
             total=total,
             kernel=self.kernel,
+            rows=self.rows,
             **more,
         )
 

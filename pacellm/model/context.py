@@ -21,6 +21,7 @@ from pacellm.memory.activity import ActivityState
 from pacellm.memory.bank import Total
 from pacellm.memory.feed import Tokens
 from pacellm.memory.state import BankState, Stage
+from pacellm.rows import ROWS
 from pacellm.types import PAMode
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ class StepContext:
     None is all of them. ``arenas`` are all sessions' banks by layer, ``sets`` their working sets. With ``decode`` the
     step is one token of each sequence; a CPU's attention still goes by the chunks. ``deterministic`` fixes how sums are
     split, whatever else is in the step. ``total`` sums over the ranks of a tensor-parallel model. ``kernel`` attends
-    prompts' chunks on CUDA; None is flash.
+    prompts' chunks on CUDA; None is flash. A CPU's products have a multiple of ``rows`` rows.
     """
 
     chunks: list[Chunk]
@@ -190,6 +191,7 @@ class StepContext:
     deterministic: bool = False
     total: Total | None = None
     kernel: Kernel | None = None
+    rows: int = ROWS
 
     def first_row(self, chunk: Chunk, layer: int) -> int:
         """The first of a chunk's rows whose attention in ``layer`` anybody reads; ``chunk.stop`` where nobody does.
