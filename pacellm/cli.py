@@ -250,6 +250,7 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         async_scheduling=options.async_scheduling,
         deterministic=options.deterministic,
         attention_kernel=options.attention_kernel,
+        exact_products=options.exact_products,
         pa_memory=options.pa_memory,
         pa=options.pa,
         pa_layers=None if options.pa_layers == "auto" else options.pa_layers,
@@ -304,6 +305,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         "on a CPU they always are")  # fmt: skip
     add("--attention-kernel", default=defaults.attention_kernel, choices=ATTENTION_KERNELS, help="of prompts on a GPU "
         "(default: the fastest that is right there, found by a short measurement)")  # fmt: skip
+    add("--exact-products", action=argparse.BooleanOptionalAction, default=True, help="on a CPU, pad steps so that "
+        "answers do not depend on batch mates and chunk sizes")  # fmt: skip
     add("--session-memory", type=_size, help="bytes of idle sessions' KV kept on the device (default: KV memory)")
     add("--session-host-memory", type=_size, help="bytes of sessions in host memory, below the device (default: as "
         "--session-memory beside a GPU, else 0)")  # fmt: skip

@@ -1,5 +1,5 @@
-"""Imports run one way: errors, config, modes, types, rows, transfer, kernels <- memory, experts, calibration <- model <-
-engine <- server; only ``pacellm/model`` and ``pacellm/tokenizer.py`` import transformers."""
+"""Imports run one way: errors, config, modes, types, rows, transfer, kernels <- memory, experts, calibration <- model
+<- engine <- server; only ``pacellm/model`` and ``pacellm/tokenizer.py`` import transformers."""
 
 import ast
 from pathlib import Path
