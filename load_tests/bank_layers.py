@@ -40,7 +40,7 @@ from load_tests.layers.rig import Rig
 from pacellm.config import PAConfig, default_pa_layers
 
 PRESETS = ("reference", "paper")
-SMALL = {"documents": 2, "selection": 1, "tokens": 160, "rest": 32, "segment": 32, "bank_size": 8, "questions": 2}
+SMALL = {"documents": 2, "selection": 1, "tokens": 128, "rest": 32, "segment": 32, "bank_size": 8, "questions": 1}
 
 
 class Log:
@@ -166,7 +166,7 @@ def _place(found: list[dict[str, Any]], asked: int) -> dict[str, Any]:
 
 def _mean(values: list[float]) -> list[float]:
     """Mean and interval."""
-    return [statistics.mean(values), *bootstrap(values)]
+    return [statistics.fmean(values), *bootstrap(values, statistics.fmean)]
 
 
 def _ratio(values: list[float]) -> list[float]:
