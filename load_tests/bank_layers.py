@@ -8,7 +8,9 @@ All that twice: *behind* the document, and *alone*, the document dropped from th
 goes better alone with the own bank than with a foreign one, the bank has carried.
 
 Sets of layers are the paper's two scaled to the model, together and each alone, and the two layers that harmed least
-in a sweep over all layers on the first ``--selection`` documents; the other documents are measured. An answer is right
+in a sweep over all layers, each alone, on the first ``--selection`` documents (perplexity of a document's first half
+behind its first segment, banks written as it is read). The other documents are measured; the first ``--swept`` of them
+are swept too, for intervals on every layer. An answer is right
 where every token of the fact's five digits is the most likely one. Ratios are of perplexities, KL is in nats per
 token, intervals are 95 % bootstraps over documents, paired. The model runs in transformers, layers below the first
 patched one once per document; the banks are ``pacellm.memory.bank.Bank``.
@@ -40,7 +42,16 @@ from load_tests.layers.rig import Rig
 from pacellm.config import PAConfig, default_pa_layers
 
 PRESETS = ("reference", "paper")
-SMALL = {"documents": 2, "selection": 1, "tokens": 128, "rest": 32, "segment": 32, "bank_size": 8, "questions": 1}
+SMALL = {
+    "documents": 2,
+    "selection": 1,
+    "swept": 1,
+    "tokens": 128,
+    "rest": 32,
+    "segment": 32,
+    "bank_size": 8,
+    "questions": 1,
+}
 
 
 class Log:
@@ -69,7 +80,7 @@ class Log:
 
 
 def sweep_all(rig: Rig, documents: list[Document], args: argparse.Namespace, log: Log) -> None:
-    """Every layer alone under both presets, on the documents for selection."""
+    """Every layer alone under both presets."""
     for document in documents:
         if len(log.find(kind="sweep", document=document.name)) == len(PRESETS) * len(rig.sizes):
             continue
@@ -80,21 +91,22 @@ def sweep_all(rig: Rig, documents: list[Document], args: argparse.Namespace, log
         print(f"sweep {document.name}: {time.process_time():.0f} s of CPU time so far", flush=True)
 
 
-def ratios_of(rig: Rig, preset: str, log: Log) -> dict[int, float]:
-    """Perplexity ratio of each layer alone, over the documents for selection."""
-    found = {layer: log.find(kind="sweep", preset=preset, layer=layer) for layer in rig.sizes}
-    return {
-        layer: math.exp(statistics.mean(record["loss"] - record["off"] for record in records))
-        for layer, records in found.items()
-    }
+def ratios_of(rig: Rig, preset: str, log: Log, documents: list[Document]) -> dict[int, list[float]]:
+    """Perplexity ratio of each layer alone and its interval, over swept documents."""
+    names = {document.name for document in documents}
+    found = {}
+    for layer in rig.sizes:
+        records = log.find(kind="sweep", preset=preset, layer=layer)
+        found[layer] = _ratio([record["loss"] - record["off"] for record in records if record["document"] in names])
+    return found
 
 
-def sets_of(rig: Rig, preset: str, log: Log) -> dict[str, tuple[int, ...]]:
-    """Which layers are measured under a preset: the paper's, and those of the sweep."""
+def sets_of(rig: Rig, preset: str, log: Log, selection: list[Document]) -> dict[str, tuple[int, ...]]:
+    """Which layers are measured under a preset: the paper's, and those that harmed least."""
     low, *high = default_pa_layers(len(rig.sizes), tuple(rig.sizes))
     found = {"paper's two": (low, *high), "paper's first": (low,)} | ({"paper's last": (high[0],)} if high else {})
-    ratios = ratios_of(rig, preset, log)
-    best = [layer for layer in sorted(ratios, key=lambda layer: ratios[layer]) if (layer,) not in found.values()]
+    ratios = ratios_of(rig, preset, log, selection)
+    best = [layer for layer in sorted(ratios, key=lambda layer: ratios[layer][0]) if (layer,) not in found.values()]
     return found | {name: (layer,) for name, layer in zip(("least harm", "next"), best, strict=False)}
 
 
@@ -104,8 +116,10 @@ def config_of(args: argparse.Namespace, preset: Any) -> PAConfig:
 
 
 def measure_all(rig: Rig, documents: list[Document], args: argparse.Namespace, log: Log) -> None:
-    """Every set on every document but the first, which is foreign to the second."""
-    plans = [(preset, name, layers) for preset in PRESETS for name, layers in sets_of(rig, preset, log).items()]
+    """Every set on every document behind those for selection; the one before is the foreign one."""
+    selection, documents = documents[: args.selection], documents[args.selection - 1 :]
+    sets = {preset: sets_of(rig, preset, log, selection) for preset in PRESETS}
+    plans = [(preset, name, layers) for preset in PRESETS for name, layers in sets[preset].items()]
     states: dict[tuple[str, str], Any] = {}  # of the document before
     for previous, document in itertools.pairwise(documents):
         done = {(record["preset"], record["set"]) for record in log.find(kind="measure", document=document.name)}
@@ -174,11 +188,11 @@ def _ratio(values: list[float]) -> list[float]:
     return [math.exp(value) for value in _mean(values)]
 
 
-def show(ratios: dict[str, dict[int, float]], rows: list[dict[str, Any]]) -> None:
+def show(ratios: dict[str, dict[int, list[float]]], rows: list[dict[str, Any]]) -> None:
     """Tables in Markdown."""
     print("| layer | " + " | ".join(ratios) + " |\n|" + "---|" * (len(ratios) + 1))
     for layer in next(iter(ratios.values()), {}):
-        print(f"| {layer} | " + " | ".join(f"{found[layer]:.3f}" for found in ratios.values()) + " |")
+        print(f"| {layer} | " + " | ".join(_text(found[layer]) for found in ratios.values()) + " |")
     titles = ("preset", "layers", "own/off", "own/foreign", "own/random", "own/emptied",
               "right off, own, foreign, random, emptied", "answer own-foreign", "KL own‖foreign of prose", "of answers",
               "hit, fuse own", "foreign", "rank")  # fmt: skip
@@ -207,7 +221,8 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, required=True, help="folder of folders of *.txt, one per kind")
     parser.add_argument("--out", type=Path, required=True, help="path without ending")
     parser.add_argument("--documents", type=int, default=8, help="that are measured")
-    parser.add_argument("--selection", type=int, default=2, help="documents to choose layers on")
+    parser.add_argument("--selection", type=int, default=1, help="documents to choose layers on")
+    parser.add_argument("--swept", type=int, default=0, help="measured documents that every layer is tried on too")
     parser.add_argument("--tokens", type=int, default=2048, help="of a document, facts included")
     parser.add_argument("--rest", type=int, default=256, help="tokens of prose behind it")
     parser.add_argument("--segment", type=int, default=256)
@@ -226,13 +241,20 @@ def main() -> None:
     library = Library(args.model, args.texts, args.tokens, args.rest, args.questions)
     documents = library.documents(args.selection + args.documents)
     rig = Rig(args.model)
+    selection, swept = documents[: args.selection], documents[args.selection :][: args.swept]
     with torch.inference_mode():
-        sweep_all(rig, documents[: args.selection], args, log)
-        measure_all(rig, documents[args.selection - 1 :], args, log)
-    swept = {preset: ratios_of(rig, preset, log) for preset in PRESETS}
+        sweep_all(rig, selection, args, log)
+        measure_all(rig, documents, args, log)
+        sweep_all(rig, swept, args, log)
+    ratios = {
+        f"{preset}, {name}": ratios_of(rig, preset, log, those)
+        for preset in PRESETS
+        for name, those in (("selection", selection), ("measured", swept))
+        if those
+    }
     rows = summarise(log.find(kind="measure"))
-    show(swept, rows)
-    print(json.dumps({"bench": "bank_layers", "torch": torch.__version__, "sweep": swept, "rows": rows}))
+    show(ratios, rows)
+    print(json.dumps({"bench": "bank_layers", "torch": torch.__version__, "sweep": ratios, "rows": rows}))
 
 
 if __name__ == "__main__":
