@@ -29,14 +29,14 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from load_tests.bank_experiment import bootstrap
-from load_tests.layers.bench import OTHERS, Bench, measure, sweep
+from load_tests.layers.bench import OTHERS, Bench, measure, measure_kin, sweep
 from load_tests.layers.documents import Document, Library
 from load_tests.layers.rig import Rig
 from pacellm.config import PAConfig, default_pa_layers
@@ -46,6 +46,7 @@ SMALL = {
     "documents": 2,
     "selection": 1,
     "swept": 1,
+    "kin": True,
     "tokens": 128,
     "rest": 32,
     "segment": 32,
@@ -101,13 +102,25 @@ def ratios_of(rig: Rig, preset: str, log: Log, documents: list[Document]) -> dic
     return found
 
 
-def sets_of(rig: Rig, preset: str, log: Log, selection: list[Document]) -> dict[str, tuple[int, ...]]:
-    """Which layers are measured under a preset: the paper's, and those that harmed least."""
+class Plan(NamedTuple):
+    """Layers that are measured under a preset."""
+
+    preset: str
+    set: str
+    layers: tuple[int, ...]
+
+
+def plans_of(rig: Rig, log: Log, selection: list[Document]) -> list[Plan]:
+    """The paper's layers, and those that harmed least."""
     low, *high = default_pa_layers(len(rig.sizes), tuple(rig.sizes))
-    found = {"paper's two": (low, *high), "paper's first": (low,)} | ({"paper's last": (high[0],)} if high else {})
-    ratios = ratios_of(rig, preset, log, selection)
-    best = [layer for layer in sorted(ratios, key=lambda layer: ratios[layer][0]) if (layer,) not in found.values()]
-    return found | {name: (layer,) for name, layer in zip(("least harm", "next"), best, strict=False)}
+    sets = {"paper's two": (low, *high), "paper's first": (low,)} | ({"paper's last": (high[0],)} if high else {})
+    plans = []
+    for preset in PRESETS:
+        ratios = ratios_of(rig, preset, log, selection)
+        best = [layer for layer in sorted(ratios, key=lambda layer: ratios[layer][0]) if (layer,) not in sets.values()]
+        least = {name: (layer,) for name, layer in zip(("least harm", "next"), best, strict=False)}
+        plans += [Plan(preset, name, layers) for name, layers in (sets | least).items()]
+    return plans
 
 
 def config_of(args: argparse.Namespace, preset: Any) -> PAConfig:
@@ -115,37 +128,69 @@ def config_of(args: argparse.Namespace, preset: Any) -> PAConfig:
     return PAConfig(preset=preset, segment=args.segment, bank_size=args.bank_size)
 
 
-def measure_all(rig: Rig, documents: list[Document], args: argparse.Namespace, log: Log) -> None:
-    """Every set on every document behind those for selection; the one before is the foreign one."""
-    selection, documents = documents[: args.selection], documents[args.selection - 1 :]
-    sets = {preset: sets_of(rig, preset, log, selection) for preset in PRESETS}
-    plans = [(preset, name, layers) for preset in PRESETS for name, layers in sets[preset].items()]
-    states: dict[tuple[str, str], Any] = {}  # of the document before
-    for previous, document in itertools.pairwise(documents):
-        done = {(record["preset"], record["set"]) for record in log.find(kind="measure", document=document.name)}
-        todo = [plan for plan in plans if plan[:2] not in done]
-        missing = [plan for plan in todo if plan[:2] not in states]
-        if missing:
-            bench = Bench(rig, previous, args.stride)
-            for preset, name, layers in missing:
-                banks = rig.banks(layers, config_of(args, preset))
-                bench.read(banks)
-                states[preset, name] = {layer: bank.state for layer, bank in banks.items()}
-        if todo:
-            bench = Bench(rig, document, args.stride)
-        foreign, states = states, {}
-        for preset, name, layers in todo:
-            record, own = measure(bench, layers, config_of(args, preset), foreign[preset, name])
-            states[preset, name] = own
-            log.add(
-                {"kind": "measure", "document": document.name, "foreign": previous.name, "preset": preset, "set": name,
-                 "layers": list(layers), "asked": len(document.asked), **record}
-            )  # fmt: skip
-        print(f"measure {document.name}: {time.process_time():.0f} s of CPU time so far", flush=True)
+class Shelf:
+    """Bank states of documents, by plan; what is asked for first is read first."""
+
+    def __init__(self, rig: Rig, args: argparse.Namespace, plans: list[Plan]) -> None:
+        self._rig, self._args, self._plans = rig, args, plans
+        self._found: dict[tuple[str, Plan], dict[int, Any]] = {}
+
+    def of(self, document: Document, plan: Plan) -> dict[int, Any]:
+        """States by layer."""
+        if (document.name, plan) not in self._found:
+            bench = self.bench(document)
+            for one in self._plans:
+                self.put(document, one, bench.learn(self.empty(one)))
+        return self._found[document.name, plan]
+
+    def put(self, document: Document, plan: Plan, states: dict[int, Any]) -> None:
+        """Keep states that are known already."""
+        self._found[document.name, plan] = states
+
+    def bench(self, document: Document) -> Bench:
+        """A document and what the plain model makes of it."""
+        return Bench(self._rig, document, self._args.stride)
+
+    def empty(self, plan: Plan) -> dict[int, Any]:
+        """Empty banks."""
+        return self._rig.banks(plan.layers, config_of(self._args, plan.preset))
 
 
-def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row per preset and set, means over documents with intervals."""
+def measure_all(pairs: list[tuple[Document, Document]], plans: list[Plan], shelf: Shelf, kind: str, log: Log) -> None:
+    """Every plan on the second document of each pair.
+
+    Args:
+        kind: ``measure``, where the first is a foreign document, or ``kin``, where it is one of the same kind.
+    """
+    for other, document in pairs:
+        done = {(record["preset"], record["set"]) for record in log.find(kind=kind, document=document.name)}
+        if not (todo := [plan for plan in plans if plan[:2] not in done]):
+            continue
+        theirs = {plan: shelf.of(other, plan) for plan in todo}
+        bench = shelf.bench(document)
+        for plan in todo:
+            record, own = (measure if kind == "measure" else measure_kin)(bench, shelf.empty(plan), theirs[plan])
+            shelf.put(document, plan, own)
+            log.add({"kind": kind, "document": document.name, "other": other.name, **plan._asdict(),
+                     "asked": len(document.asked), **record})  # fmt: skip
+        print(f"{kind} {document.name}: {time.process_time():.0f} s of CPU time so far", flush=True)
+
+
+def kin_of(documents: list[Document], num_selection: int) -> list[tuple[Document, Document]]:
+    """Each document behind those for selection, after another one of its kind."""
+    kinds: dict[str, list[Document]] = {}
+    for document in documents:
+        kinds.setdefault(document.name.split("/")[0], []).append(document)
+    pairs = [pair for found in kinds.values() if len(found) > 1 for pair in itertools.pairwise([found[-1], *found])]
+    return [(kin, document) for kin, document in pairs if document not in documents[:num_selection]]
+
+
+def summarise(records: list[dict[str, Any]], kin: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per preset and set, means over documents with intervals.
+
+    Args:
+        records, kin: of both kinds of measurement.
+    """
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
         groups.setdefault((record["preset"], record["set"]), []).append(record)
@@ -159,6 +204,10 @@ def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
             row[key] = {kind: statistics.mean(record[key][kind] for record in found) for kind in found[0][key]}
         for place in ("behind", "alone"):
             row[place] = _place([record[place] for record in found], found[0]["asked"])
+        if related := [record for record in kin if (record["preset"], record["set"]) == (preset, name)]:
+            row["alone"]["own/kin"] = _ratio([record["own"]["rest"] - record["kin"]["rest"] for record in related])
+            answers = [record["own"]["answers"] - record["kin"]["answers"] for record in related]
+            row["alone"]["answer own-kin"] = _mean(answers)
         rows.append(row)
     return rows
 
@@ -195,7 +244,7 @@ def show(ratios: dict[str, dict[int, list[float]]], rows: list[dict[str, Any]]) 
         print(f"| {layer} | " + " | ".join(_text(found[layer]) for found in ratios.values()) + " |")
     titles = ("preset", "layers", "own/off", "own/foreign", "own/random", "own/emptied",
               "right off, own, foreign, random, emptied", "answer own-foreign", "KL own‖foreign of prose", "of answers",
-              "hit, fuse own", "foreign", "rank")  # fmt: skip
+              "hit, fuse own", "foreign", "rank", "own/kin")  # fmt: skip
     for place in ("behind", "alone"):
         print(f"\n{place}:\n| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
         for row in rows:
@@ -206,7 +255,8 @@ def show(ratios: dict[str, dict[int, list[float]]], rows: list[dict[str, Any]]) 
                                for who in ("own", "foreign"))  # fmt: skip
             print(f"| {row['preset']} | {row['set']}: {', '.join(map(str, row['layers']))} | {ratio} | {right} of "
                   f"{row['asked']} | {_text(found['answer own-foreign'])} | {_text(found['kl rest foreign'], '.1e')} | "
-                  f"{_text(found['kl answers foreign'], '.1e')} | {reads} | {row['rank']:.1f} |")  # fmt: skip
+                  f"{_text(found['kl answers foreign'], '.1e')} | {reads} | {row['rank']:.1f} | "
+                  f"{_text(found['own/kin']) if 'own/kin' in found else ''} |")  # fmt: skip
 
 
 def _text(values: list[float], form: str = ".3f") -> str:
@@ -223,6 +273,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=8, help="that are measured")
     parser.add_argument("--selection", type=int, default=1, help="documents to choose layers on")
     parser.add_argument("--swept", type=int, default=0, help="measured documents that every layer is tried on too")
+    parser.add_argument("--kin", action="store_true", help="banks of a document of the same kind too")
     parser.add_argument("--tokens", type=int, default=2048, help="of a document, facts included")
     parser.add_argument("--rest", type=int, default=256, help="tokens of prose behind it")
     parser.add_argument("--segment", type=int, default=256)
@@ -244,7 +295,11 @@ def main() -> None:
     selection, swept = documents[: args.selection], documents[args.selection :][: args.swept]
     with torch.inference_mode():
         sweep_all(rig, selection, args, log)
-        measure_all(rig, documents, args, log)
+        plans = plans_of(rig, log, selection)
+        shelf = Shelf(rig, args, plans)
+        measure_all(list(itertools.pairwise(documents[args.selection - 1 :])), plans, shelf, "measure", log)
+        if args.kin:
+            measure_all(kin_of(documents, args.selection), plans, shelf, "kin", log)
         sweep_all(rig, swept, args, log)
     ratios = {
         f"{preset}, {name}": ratios_of(rig, preset, log, those)
@@ -252,7 +307,7 @@ def main() -> None:
         for name, those in (("selection", selection), ("measured", swept))
         if those
     }
-    rows = summarise(log.find(kind="measure"))
+    rows = summarise(log.find(kind="measure"), log.find(kind="kin"))
     show(ratios, rows)
     print(json.dumps({"bench": "bank_layers", "torch": torch.__version__, "sweep": ratios, "rows": rows}))
 

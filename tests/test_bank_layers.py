@@ -83,6 +83,7 @@ def test_layers_below_the_banks_are_left_out_to_the_bit(rig, library):
     banks = rig.banks((2, 4), config)
     scores = bench.go_on(banks, bench.read(banks))
 
+    learned = bench.learn(rig.banks((2, 4), config))
     again, cache = rig.banks((2, 4), config), rig.cache()
     for layer, bank in again.items():
         rig.downs[layer].bank, rig.downs[layer].writes = bank, True
@@ -94,6 +95,7 @@ def test_layers_below_the_banks_are_left_out_to_the_bit(rig, library):
         rig.downs[layer].bank = None
         assert torch.equal(bank.keys, banks[layer].keys)
         assert torch.equal(bank.values, banks[layer].values)
+        assert all(torch.equal(*pair) for pair in zip(learned[layer], bank.state, strict=True) if pair[0].ndim == 2)
     assert all(torch.equal(one, other) for one, other in zip(found, scores.found, strict=True))
 
 
@@ -124,7 +126,9 @@ def test_a_run_ends_with_json_and_a_second_takes_what_is_there(texts, tmp_path, 
     assert all(row["alone"]["own/off"][1] <= row["alone"]["own/off"][2] for row in first["rows"])
 
     lines = (tmp_path / "run.jsonl").read_text().splitlines(keepends=True)
-    assert len(lines) == 4 * layers + 20
+    assert len(lines) == 4 * layers + 30
+    related = [record for line in lines if (record := json.loads(line))["kind"] == "kin"]
+    assert {(record["other"], record["document"]) for record in related} == {("essays/one.0", "essays/two.0")}
     (tmp_path / "run.jsonl").write_text("".join(lines[:-7]))  # as if it had been stopped
     bank_layers.main()
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == first

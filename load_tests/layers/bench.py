@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from load_tests.layers.documents import Document
-from load_tests.layers.rig import Rig, branch
+from load_tests.layers.rig import Pass, Rig, branch
 from pacellm.config import PAConfig
 from pacellm.demo.probe import copies, divergence, emptied, overwrite, with_random_values
 from pacellm.memory.bank import Bank, effective_rank
@@ -69,14 +69,18 @@ class Bench:
             rig.plain(document.head, self._head, [0])
         self.turns = [_prose_turn(document.rest, stride)]
         self.turns += [_answer_turn(question, answer) for question, answer in document.asked]
-        self._passes = {
-            alone: [rig.plain(turn.ids, branch(cache), turn.rows) for turn in self.turns]
-            for alone, cache in ((False, self._plain_cache), (True, self._head))
-        }
+        self._made: dict[bool, list[Pass]] = {}
+
+    def _passes(self, alone: bool) -> list[Pass]:
+        """The turns without banks."""
+        if alone not in self._made:
+            cache = self._head if alone else self._plain_cache
+            self._made[alone] = [self.rig.plain(turn.ids, branch(cache), turn.rows) for turn in self.turns]
+        return self._made[alone]
 
     def off(self, alone: bool) -> Scores:
         """Without banks."""
-        return self._scores([one.logprobs for one in self._passes[alone]])
+        return self._scores([one.logprobs for one in self._passes(alone)])
 
     def read(self, banks: dict[int, Bank]) -> DynamicCache:
         """Read the document, writing the banks; what attention keeps of it."""
@@ -84,9 +88,14 @@ class Bench:
         self.rig.banked(self._opening, cache, last, banks, self._plain, writes=True)
         return branch(cache, self._plain_cache, min(banks))
 
+    def learn(self, banks: dict[int, Bank]) -> dict[int, Any]:
+        """The same for banks alone; their states."""
+        self.rig.learn(self._opening, banks, self._plain)
+        return {layer: bank.state for layer, bank in banks.items()}
+
     def go_on(self, banks: dict[int, Bank], cache: DynamicCache | None) -> Scores:
         """The turns with banks that stand still, behind what ``cache`` keeps, or alone."""
-        passes = self._passes[cache is None]
+        passes = self._passes(cache is None)
         return self._scores(
             [
                 self.rig.banked(turn.ids, branch(self._head if cache is None else cache), turn.rows, banks, plain)
@@ -129,15 +138,12 @@ def sweep(rig: Rig, document: Document, todo: list[tuple[PAConfig, int]], stride
         yield {"preset": config.preset, "layer": layer, "loss": loss, "off": off}
 
 
-def measure(
-    bench: Bench, layers: tuple[int, ...], config: PAConfig, foreign: dict[int, Any]
-) -> tuple[dict[str, Any], dict[int, Any]]:
+def measure(bench: Bench, banks: dict[int, Bank], foreign: dict[int, Any]) -> tuple[dict[str, Any], dict[int, Any]]:
     """One document with banks on some layers: a record, and the states of its own banks.
 
     Args:
-        foreign: the bank states of another document, by layer.
+        banks: empty ones. foreign: the bank states of another document, by layer.
     """
-    banks = bench.rig.banks(layers, config)
     cache = bench.read(banks)
     states = {layer: bank.state for layer, bank in banks.items()}
     mine = copies(states)
@@ -166,6 +172,18 @@ def measure(
             "kl answers": {other: statistics.mean(kl[1:]) for other, kl in kls.items()},
         }
     return record, mine
+
+
+def measure_kin(bench: Bench, banks: dict[int, Bank], kin: dict[int, Any]) -> tuple[dict[str, Any], dict[int, Any]]:
+    """Alone, with the own banks and with those of a document of the same kind: a record, and the own banks' states.
+
+    Args:
+        banks: empty ones. kin: the other document's states.
+    """
+    states = bench.learn(banks)
+    mine, record = copies(states), {"own": bench.go_on(banks, None).row()}
+    overwrite(states, kin)
+    return record | {"kin": bench.go_on(banks, None).row()}, mine
 
 
 def _divergences(own: list[Tensor], others: list[Tensor]) -> list[float]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,17 +110,33 @@ class Rig:
         writes: bool = False,
     ) -> Tensor:
         """[R, V] with banks, from the first patched layer on; below it ``plain`` of the same ids is taken."""
-        start = min(banks)
-        for number in range(start):
-            self._layers[number] = Given(self._own[number], plain.inputs[start])
+        with self._in_place(banks, writes), self._given(range(min(banks)), plain.inputs[min(banks)]):
+            return self._forward(ids, cache, rows)
+
+    def learn(self, ids: list[int], banks: dict[int, Bank], plain: Pass) -> None:
+        """Write the banks as in :meth:`banked`, and leave out the layers above them too."""
+        above = range(max(banks) + 1, len(self._own))
+        with self._given(above, plain.inputs[0]):
+            self.banked(ids, self.cache(), [len(ids) - 1], banks, plain, writes=True)
+
+    @contextlib.contextmanager
+    def _in_place(self, banks: dict[int, Bank], writes: bool) -> Iterator[None]:
         for layer, bank in banks.items():
             self.downs[layer].bank, self.downs[layer].writes = bank, writes
         try:
-            return self._forward(ids, cache, rows)
+            yield
         finally:
             for layer in banks:
                 self.downs[layer].bank = None
-            for number in range(start):
+
+    @contextlib.contextmanager
+    def _given(self, layers: Iterable[int], hidden: Tensor) -> Iterator[None]:
+        for number in layers:
+            self._layers[number] = Given(self._own[number], hidden)
+        try:
+            yield
+        finally:
+            for number in layers:
                 self._layers[number] = self._own[number]
 
     def _forward(self, ids: list[int], cache: DynamicCache, rows: list[int]) -> Tensor:
