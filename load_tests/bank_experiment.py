@@ -31,8 +31,8 @@ from pacellm.demo.probe import Probe, copies, divergence, emptied, overwrite, wi
 from pacellm.demo.reader import DocumentReader, prompt_of, questions_of
 from pacellm.engine.engine import Engine
 from pacellm.model.load import LoadedModel, load
+from pacellm.modes import PAChoice
 from pacellm.tokenizer import ChatTokenizer
-from pacellm.types import PAMode
 
 FORMS: dict[str, dict[str, Any]] = {
     "reference": {"preset": "reference"},
@@ -136,7 +136,7 @@ class Experiment:
         assert session.row is not None
         return session.row
 
-    def _answers(self, reader: DocumentReader, seed: int, session: str, pa: PAMode = "on") -> list[Tensor]:
+    def _answers(self, reader: DocumentReader, seed: int, session: str, pa: PAChoice = "on") -> list[Tensor]:
         probe = Probe(reader.engine)
         return [probe.logprobs(prompt, answer, session, pa) for prompt, answer in self.asked(seed)]
 

@@ -312,7 +312,7 @@ def main(arguments: list[str] | None = None) -> None:
         "bench": "gpu", "small": args.small, "device": machine, "torch": torch.__version__,
         "transformers": transformers.__version__, "date": datetime.now(UTC).date().isoformat(),
     }  # fmt: skip
-    found["limits"] = rigs.limits(rig)
+    found["limits"] = rigs.limits(device, small=args.small, folder=args.folder)
     for name in parts:
         if args.again or name not in found:
             started = time.perf_counter()

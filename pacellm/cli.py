@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pacellm.config import ATTENTION_KERNELS, EngineConfig, PAConfig
+from pacellm.config import ATTENTION_KERNELS, PRESETS, EngineConfig, PAConfig
 from pacellm.errors import ConfigError, PaceError
 from pacellm.layout_cli import add_cluster, add_experts
 
@@ -254,7 +254,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--pa-memory", type=_size, help="bytes of banks, those of running requests included (default: for 256 "
         "sessions at most)")  # fmt: skip
     add("--pa-layers", type=_layers, help="patched layers from 0, as 1,3 (default: the paper's, scaled)")
-    add("--pa-preset", default=bank.preset, choices=("reference", "paper"))
+    add("--pa-preset", default=bank.preset, choices=PRESETS)
     add("--pa-bank-size", type=int, default=bank.bank_size, help="slots of a bank")
     add("--pa-segment", type=int, default=bank.segment, help="prompt tokens that read the bank as one")
     add("--ce-layout", type=Path, help="the model's Cortical Experts, from `pacellm cluster`")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from typing import Literal, get_args
 
 from pacellm.errors import ConfigError
 
-Preset = Literal["reference", "paper"]
+Preset = Literal["observe", "reference", "paper"]
+PRESETS: tuple[Preset, ...] = get_args(Preset)
 Ties = Literal["index", "age"]
 ATTENTION_KERNELS = ("auto", "flash", "cudnn", "flash-attn-2", "flash-attn-3")
 
-_PRESETS: dict[str, dict[str, float]] = {
+_NUMBERS: dict[str, dict[str, float]] = {
+    "observe": {"theta_high": 0.75, "theta_low": 0.25, "alpha": 0.2},
     "reference": {"theta_high": 0.75, "theta_low": 0.25, "alpha": 0.2},
     "paper": {"theta_high": 0.7, "theta_low": 0.3, "alpha": 1.0},
 }
@@ -27,11 +30,12 @@ def _check(config: object, name: str, holds: bool, wanted: str) -> None:
 class PAConfig:
     """Persistent Activity (PaceLLM, arXiv 2506.17310, section 3.2.1 and Algorithm 1).
 
-    ``preset`` chooses the authors' released code (``reference``) or Algorithm 1 (``paper``); fields left
-    at None take the preset's value. Unknown field names are a TypeError, impossible values a ConfigError.
+    ``preset`` chooses the authors' released code (``reference``), Algorithm 1 (``paper``), or the former without an
+    effect on outputs (``observe``); numbers left at None are each preset's own. Unknown field names are a TypeError,
+    impossible values a ConfigError.
 
     Attributes:
-        preset: which reading of the method.
+        preset: which reading of the method; of an engine, that of requests that name none.
         bank_size: slots M of one bank.
         segment: prompt tokens per segment; all of a segment reads the bank as it stood at its start.
         theta_high: similarity above which a read is a hit.
@@ -45,7 +49,7 @@ class PAConfig:
         ties: which of equally used slots is replaced first: lowest ``index``, or longest untouched (``age``).
     """
 
-    preset: Preset = "reference"
+    preset: Preset = "observe"
     bank_size: int = 100
     segment: int = 1024
     theta_high: float | None = None
@@ -59,38 +63,62 @@ class PAConfig:
     ties: Ties = "index"
 
     def __post_init__(self) -> None:
-        if self.preset not in _PRESETS:
-            raise ConfigError(f"preset must be one of {sorted(_PRESETS)}, not {self.preset!r}", param="preset")
+        if self.preset not in PRESETS:
+            raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, not {self.preset!r}", param="preset")
         if self.ties not in ("index", "age"):
             raise ConfigError(f"ties must be 'index' or 'age', not {self.ties!r}", param="ties")
-        for name, value in _PRESETS[self.preset].items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
         for name in ("bank_size", "segment", "top_k"):
             _check(self, name, getattr(self, name) >= 1, "at least 1")
         _check(self, "bottom_k", self.bottom_k >= 0, "at least 0")
-        for name in ("alpha", "momentum", "fuse_weight"):
+        for name in ("momentum", "fuse_weight"):
             _check(self, name, 0.0 <= getattr(self, name) <= 1.0, "between 0 and 1")
+        _check(self, "alpha", 0.0 <= self.mix <= 1.0, "between 0 and 1")
         _check(self, "negative_weight", abs(self.negative_weight) <= 1.0, "between -1 and 1")
-        _check(self, "theta_low", -1.0 <= self.low <= self.high <= 1.0, "in -1 <= theta_low <= theta_high <= 1")
+        for preset in PRESETS:  # a number that is given holds for all of them, and any of them may be asked for
+            high, low = self._number("theta_high", preset), self._number("theta_low", preset)
+            if not -1.0 <= low <= high <= 1.0:
+                raise ConfigError(
+                    f"theta_low must be in -1 <= theta_low <= theta_high <= 1, not {low!r} with theta_high {high!r}",
+                    param="theta_low",
+                )
+
+    def _number(self, name: str, preset: str) -> float:
+        given = getattr(self, name)
+        return _NUMBERS[preset][name] if given is None else given
 
     @property
     def high(self) -> float:
-        """``theta_high`` with the preset filled in."""
-        assert self.theta_high is not None
-        return self.theta_high
+        """``theta_high``, the preset's own where none is given."""
+        return self._number("theta_high", self.preset)
 
     @property
     def low(self) -> float:
-        """``theta_low`` with the preset filled in."""
-        assert self.theta_low is not None
-        return self.theta_low
+        """``theta_low``, the preset's own where none is given."""
+        return self._number("theta_low", self.preset)
 
     @property
     def mix(self) -> float:
-        """``alpha`` with the preset filled in."""
-        assert self.alpha is not None
-        return self.alpha
+        """``alpha``, the preset's own where none is given."""
+        return self._number("alpha", self.preset)
+
+    @property
+    def acts(self) -> bool:
+        """Outputs change; otherwise the bank is fed what they would have been."""
+        return self.preset != "observe"
+
+    @property
+    def is_paper(self) -> bool:
+        """Algorithm 1, not the released code."""
+        return self.preset == "paper"
+
+    def of(self, preset: Preset) -> PAConfig:
+        """The same banks under another preset."""
+        return _with_preset(self, preset)
+
+
+@cache
+def _with_preset(config: PAConfig, preset: Preset) -> PAConfig:
+    return dataclasses.replace(config, preset=preset)
 
 
 @dataclass(frozen=True)

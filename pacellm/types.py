@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from pacellm.errors import PaceError, RequestError
+from pacellm.modes import PAChoice
 
 if TYPE_CHECKING:
     import numpy as np
 
-PAMode = Literal["on", "off", "read_only"]
 SessionStatus = Literal["none", "new", "resident", "restored", "replayed", "folded", "lost"]
 
 
@@ -129,7 +129,7 @@ class GenerationRequest:
         sampling: how to generate.
         session: (tenant, session id), or None for a request that leaves nothing behind.
         tenant: whose request it is; kept progress is never shared between tenants. A session's tenant goes first.
-        pa: whether banks are read and written, only read, or left alone.
+        pa: by which preset banks are read, and whether they are written.
         commit: whether the session keeps what this request did.
         priority: lower goes first in the queue; equal ones go by arrival.
         constraint: what every choice must look like; its end tokens come only where that is complete.
@@ -144,7 +144,7 @@ class GenerationRequest:
     sampling: SamplingParams = SamplingParams()
     session: tuple[str, str] | None = None
     tenant: str = "default"
-    pa: PAMode = "on"
+    pa: PAChoice = "on"
     commit: bool = True
     priority: int = 0
     n: int = 1

@@ -1,5 +1,5 @@
-"""Imports run one way: errors, config, types, rows, transfer <- memory, experts <- model <- engine <- server; only
-``pacellm/model`` and ``pacellm/tokenizer.py`` import transformers."""
+"""Imports run one way: errors, config, modes, types, rows, transfer, kernels <- memory, experts <- model <- engine <- server;
+only ``pacellm/model`` and ``pacellm/tokenizer.py`` import transformers."""
 
 import ast
 from pathlib import Path
@@ -11,8 +11,10 @@ LEVELS = {
     "pacellm.errors": 0,
     "pacellm.config": 0,
     "pacellm.types": 0,
+    "pacellm.modes": 0,
     "pacellm.rows": 0,
     "pacellm.transfer": 0,
+    "pacellm.kernels": 0,
     "pacellm.pieces": 0,
     "pacellm.grammar": 0,
     "pacellm.dialect": 0,

@@ -12,7 +12,7 @@ from load_tests.gpu.rig import Rig, request, run
 from pacellm.engine.engine import Engine
 
 Cells = dict[str, Any]
-TOP = 12
+TOP = 24
 
 
 def profiles(rig: Rig, limits: Cells) -> Cells:
@@ -23,25 +23,24 @@ def profiles(rig: Rig, limits: Cells) -> Cells:
         engine.add(request("long", rig.ids(length, 60), 1))
         while engine.scheduler.running == [] or engine.scheduler.running[0].cursor < length // 2:
             engine.step()
-        cells["prefill_chunk"] = _profiled(rig, engine)
+        cells["prefill_chunk"] = profiled(rig, engine)
     with rig.engine(batch * (context + 600)) as engine:
         rigs.fill(engine, [request(str(n), rig.ids(context, n), 400 if not rig.small else 40) for n in range(batch)])
         rigs.decode_seconds(rig, engine, 3)
-        cells["decode_step"] = _profiled(rig, engine)
+        cells["decode_step"] = profiled(rig, engine)
     return cells
 
 
-def _profiled(rig: Rig, engine: Engine) -> Cells:
-    """One step: its operations by their own time, on the device where there is one."""
-    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if rig.is_cuda else [])]
+def profiled(rig: Rig, engine: Engine, steps: int = 1) -> Cells:
+    """A step's operations by their own time, on the device where there is one; ``steps`` are looked at."""
+    kinds = [ProfilerActivity.CUDA] if rig.is_cuda else [ProfilerActivity.CPU]
     with profile(activities=kinds) as found:
-        seconds = rig.seconds(engine.step)
+        seconds = rig.seconds(lambda: [engine.step() for _ in range(steps)]) / steps
     name = "self_device_time_total" if rig.is_cuda else "self_cpu_time_total"
     events = sorted(found.key_averages(), key=lambda event: -getattr(event, name))
-    total = sum(getattr(event, name) for event in events) / 1e6
+    total = sum(getattr(event, name) for event in events) / 1e6 / steps
     top = [
-        {"operation": event.key, "calls": event.count, "seconds": getattr(event, name) / 1e6,
-         "share": getattr(event, name) / 1e6 / total if total else 0.0}
+        {"operation": event.key[:90], "calls": event.count / steps, "seconds": getattr(event, name) / 1e6 / steps}
         for event in events[:TOP]
     ]  # fmt: skip
     return {"step_seconds": seconds, "operation_seconds": total, "top": top}

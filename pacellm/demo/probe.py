@@ -16,7 +16,8 @@ from pacellm.engine import batch
 from pacellm.engine.engine import Engine
 from pacellm.engine.sequence import Sequence
 from pacellm.memory.state import BankState
-from pacellm.types import GenerationRequest, PAMode
+from pacellm.modes import PAChoice
+from pacellm.types import GenerationRequest
 
 Banks = dict[int, BankState]
 
@@ -31,7 +32,7 @@ class Probe:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
-    def logprobs(self, prompt: list[int], answer: list[int], session: str, pa: PAMode = "on") -> Tensor:
+    def logprobs(self, prompt: list[int], answer: list[int], session: str, pa: PAChoice = "on") -> Tensor:
         """[A, V] float64 log-probabilities at each token of ``answer`` [A] behind ``prompt``; the session stays."""
         engine, scheduler = self.engine, self.engine.scheduler
         request = GenerationRequest("probe", prompt, session=("demo", session), pa=pa, commit=False)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from pacellm.demo.generator import NOT_STATED, Document, Fact
 from pacellm.engine.engine import Engine, run_until_idle
+from pacellm.modes import PAChoice
 from pacellm.tokenizer import ChatTokenizer
-from pacellm.types import Delta, Failed, Finished, GenerationRequest, PAMode, SamplingParams
+from pacellm.types import Delta, Failed, Finished, GenerationRequest, SamplingParams
 
 
 class DocumentReader:
@@ -26,18 +27,18 @@ class DocumentReader:
         self._requests = 0
         self.ce_density: float | None = None
 
-    def read(self, document: Document, session: str, pa: PAMode = "on") -> Finished:
+    def read(self, document: Document, session: str, pa: PAChoice = "on") -> Finished:
         """Feed a document up to where its questions part, and commit that to a session."""
         opening = _shared(*(prompt_of(self._tokenizer, document, question) for question in ("Who?", "What?")))
         return self._run(opening, SamplingParams(max_tokens=0), session, pa, commit=True)[1]
 
-    def ask(self, document: Document, question: str, session: str, pa: PAMode = "on") -> tuple[str, Finished]:
+    def ask(self, document: Document, question: str, session: str, pa: PAChoice = "on") -> tuple[str, Finished]:
         """The answer to a question, from a copy of the session that has read the document."""
         prompt = prompt_of(self._tokenizer, document, question)
         return self._run(prompt, SamplingParams(max_tokens=24, temperature=0), session, pa, commit=False)
 
     def _run(
-        self, ids: list[int], sampling: SamplingParams, session: str, pa: PAMode, *, commit: bool
+        self, ids: list[int], sampling: SamplingParams, session: str, pa: PAChoice, *, commit: bool
     ) -> tuple[str, Finished]:
         self._requests += 1
         name = str(self._requests)

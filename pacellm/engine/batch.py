@@ -15,6 +15,7 @@ from pacellm.engine.step import Step, Work
 from pacellm.memory.activity import EXPERTS
 from pacellm.memory.pool import BankPool
 from pacellm.model.context import Banks, Chunk, Experts, Piece
+from pacellm.modes import preset_of
 from pacellm.rows import ROWS, missing_rows
 from pacellm.transfer import to_device
 
@@ -76,6 +77,11 @@ def uses_set(sequence: Sequence) -> bool:
     return sequence.row is not None and sequence.turn.density < 1.0
 
 
+def is_changed(sequence: Sequence) -> bool:
+    """Its banks change its outputs."""
+    return sequence.row is not None and preset_of(sequence.turn.pa) not in (None, "observe")
+
+
 def choose_sets(sequences: list[Sequence], pool: BankPool) -> None:
     """Write the working sets that are not known yet, of all layers: a step on static buffers only reads them."""
     if pool.sets is None or pool.experts is None:
@@ -113,11 +119,11 @@ def _chunk(work: Work, row: int, pool: BankPool | None, segment: int) -> Chunk:
     pieces: tuple[Piece, ...] = ()
     experts: Experts | None = None
     if pool is not None and sequence.row is not None:
-        owned, stages = pool.banks(sequence.row), pool.stages(sequence.row)
-        if turn.pa != "off":
-            banks = Banks(owned, stages, turn.pa, sequence.row)
+        owned, preset = pool.banks(sequence.row), preset_of(turn.pa)
+        if preset is not None:
+            banks = Banks(owned, pool.stages(sequence.row, preset), turn.pa, sequence.row)
         if pool.sets is not None:
-            state, stage = cast(Any, owned[EXPERTS]), cast(Any, stages[EXPERTS])
+            state, stage = cast(Any, owned[EXPERTS]), cast(Any, pool.stages(sequence.row)[EXPERTS])
             experts = Experts(state, stage, turn.density, sequence.working_sets, pool.sets, sequence.row)
         pieces = tuple(turn.pieces(work.cursor, work.count, row, segment))
     num_decoded = min(work.count, max(0, work.position + work.count - turn.prompt_end))

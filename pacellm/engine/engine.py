@@ -42,6 +42,7 @@ from pacellm.errors import EngineError, PaceError, RequestError, SessionDeleted
 from pacellm.memory.disk import Disk
 from pacellm.memory.tiers import Worker
 from pacellm.model.experts import check_density, detach
+from pacellm.model.fused import fuse
 from pacellm.model.load import LoadedModel
 from pacellm.model.patch import unpatch
 from pacellm.types import (
@@ -74,6 +75,8 @@ class Engine:
     ) -> None:
         detach(model.module)
         unpatch(model.module)
+        if model.ranks is None:
+            fuse(model.module, joins=not (config or EngineConfig()).deterministic)
         if model.ranks is not None:
             setup.check_parallel(config or EngineConfig())
         check_density((config or EngineConfig()).ce_density, model.module, model.layout, "ce_density")
@@ -135,6 +138,7 @@ class Engine:
                 slabs=self.runner.slabs,
                 like=self.pool.banks(0) if self.pool is not None else {},
                 max_tokens=self.config.max_model_len or 0,
+                former=lambda: setup.former_fingerprints(self.model, self.config, self.tokenizer),
             )
         return self._records
 

@@ -18,11 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pacellm.engine.batch import uses_set
+from pacellm.config import PRESETS
+from pacellm.engine.batch import is_changed, uses_set
 from pacellm.engine.kv import BLOCK
 from pacellm.engine.step import Step, Work
 from pacellm.memory.feed import Tokens
 from pacellm.model.context import DecodeRows, Shared
+from pacellm.modes import preset_of, writes
 
 logger = logging.getLogger("pacellm.engine")
 
@@ -83,10 +85,12 @@ def _common(tables: list[Items[int]]) -> int:
 
 
 class Kind(NamedTuple):
-    """What a step has beside its rows: shared beginnings, working sets. Each kind is a graph of its own."""
+    """What a step has beside its rows: shared beginnings, working sets, banks that change outputs. Each kind is a graph
+    of its own."""
 
     is_shared: bool
     has_sets: bool
+    acts: bool
 
 
 class Buffers:
@@ -105,14 +109,14 @@ class Buffers:
         self._hosts = [_Host.new(size, width, pin=device.type == "cuda") for _ in range(2)]
         device_side = _Host.new(size, width, device=device)
         self._wide, self._narrow = device_side.wide, device_side.narrow
-        ids, positions, slots, rows, live, writes, group, self._sets = self._wide
+        ids, positions, slots, rows, live, writes, group, self._sets, presets = self._wide
         lengths, leader, shared, *_ = self._narrow
         self.ids, self.positions = ids[None], positions[None]
         self._flags = torch.zeros(2, size, dtype=torch.bool, device=device)
         self._live, self._writes = live, writes
         members, tables = device_side.members, device_side.tables
         self._members, self._tables, self._ends = members, tables, device_side.ends
-        tokens = Tokens(rows, self._flags[0], self._flags[1])
+        tokens = Tokens(rows, self._flags[0], self._flags[1], presets)
         sharing = Shared(members, leader, shared, group)
         self.apart = DecodeRows(slots, lengths, tables, tokens)
         self.sharing = DecodeRows(slots, lengths, tables, tokens, sharing)
@@ -121,7 +125,7 @@ class Buffers:
 
     def rows(self, kind: Kind) -> DecodeRows:
         """What a step of that kind is told."""
-        rows = self.sharing if kind.is_shared else self.apart
+        rows = replace(self.sharing if kind.is_shared else self.apart, acts=kind.acts)
         return replace(rows, tokens=rows.tokens._replace(sets=self._sets)) if kind.has_sets else rows
 
     def fill(self, works: list[Work], groups: Items[Group] = (), tokens: Tensor | None = None) -> None:
@@ -145,8 +149,10 @@ class Buffers:
             wide[2, row] = blocks[position // BLOCK] * BLOCK + position % BLOCK
             narrow[0, row] = position + 1
             tables[row, : len(blocks)] = np.asarray(blocks, dtype=np.int32) * BLOCK
-            if sequence.row is not None and sequence.turn.pa != "off":
-                wide[3, row], wide[4, row], wide[5, row] = sequence.row, 1, sequence.turn.pa == "on"
+            preset = preset_of(sequence.turn.pa)
+            if sequence.row is not None and preset is not None:
+                wide[3, row], wide[4, row], wide[5, row] = sequence.row, 1, writes(sequence.turn.pa)
+                wide[8, row] = PRESETS.index(preset)
             wide[7, row] = sequence.row if uses_set(sequence) else self._scratch + 1
         for number, group in enumerate(groups, start=1):  # group 0 has no members and no length
             narrow[1, number], narrow[2, number] = group.rows[0], group.blocks * BLOCK
@@ -179,9 +185,9 @@ class Buffers:
 
 @dataclass(frozen=True)
 class _Host:
-    """Numbers of a bucket. ``wide`` int64 [8, B]: ids, positions, slots, rows, live, writes, group, sets. ``narrow``
-    int32 [3, B]: lengths, then leaders and lengths of groups, of which there are at most 1 + B // 2. ``members`` [B, N]
-    and ``tables`` [B, W] int32, ``ends`` [B, ``ENDS``] int64."""
+    """Numbers of a bucket. ``wide`` int64 [9, B]: ids, positions, slots, rows, live, writes, group, sets, presets.
+    ``narrow`` int32 [3, B]: lengths, then leaders and lengths of groups, of which there are at most 1 + B // 2.
+    ``members`` [B, N] and ``tables`` [B, W] int32, ``ends`` [B, ``ENDS``] int64."""
 
     wide: Tensor
     narrow: Tensor
@@ -195,7 +201,7 @@ class _Host:
             return torch.zeros(*shape, dtype=dtype, device=device, pin_memory=pin)
 
         return cls(
-            wide=zeros(8, size, dtype=torch.int64),
+            wide=zeros(9, size, dtype=torch.int64),
             narrow=zeros(3, size, dtype=torch.int32),
             members=zeros(max(1, size), MEMBERS, dtype=torch.int32),
             tables=zeros(size, width, dtype=torch.int32),
@@ -246,7 +252,8 @@ class Decoder:
             buffers = self._buffers[size] = Buffers(size, *self._settings, **self._places)  # type: ignore[arg-type]
         graph = None
         groups = _groups(works)
-        kind = Kind(bool(groups), any(uses_set(work.sequence) for work in works))
+        sequences = [work.sequence for work in works]
+        kind = Kind(bool(groups), any(map(uses_set, sequences)), any(map(is_changed, sequences)))
         if self._capture:  # before the buffers are filled: a capture runs on padding alone
             try:
                 graph = self._graphs.get((size, kind)) or self._record(size, buffers, kind)
@@ -275,8 +282,8 @@ class Decoder:
             logits = self._forward(buffers, rows, [])
         self._pool = self._pool or graph.pool()
         self._graphs[size, kind] = graph, logits
-        more = (", shared beginnings" if kind.is_shared else "") + (", working sets" if kind.has_sets else "")
-        logger.info("captured decode steps of up to %d sequences%s", size, more)
+        more = zip((", shared beginnings", ", working sets", ", banks that act"), kind, strict=True)
+        logger.info("captured decode steps of up to %d sequences%s", size, "".join(name for name, has in more if has))
         return graph, logits
 
 

@@ -28,7 +28,7 @@ from pacellm.model.load import LoadedModel
 from pacellm.model.neurons import ffns
 from pacellm.model.patch import is_split, patch, unpatch
 from pacellm.model.ranks import Ranks
-from pacellm.types import PAMode
+from pacellm.modes import PAMode, preset_of
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def _unpacked(message: Forward, pool: SharedPool | None, device: torch.device) -
         banks = None
         if owner is not None and pool is not None:
             row, mode = owner
-            banks = Banks(pool.banks(row), pool.stages(row), mode, row)
+            banks = Banks(pool.banks(row), pool.stages(row, preset_of(mode) or "observe"), mode, row)
         chunks.append(dataclasses.replace(chunk, banks=banks))
     ids, positions = (torch.tensor([numbers], device=device) for numbers in (message.ids, message.positions))
     return batch.Batch(ids, positions, message.wanted, chunks, [], [])

@@ -5,10 +5,12 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass
 
+from pacellm.config import Preset
 from pacellm.engine.prefix import Entry, PrefixCache
 from pacellm.engine.sequence import Lineage, Sequence
 from pacellm.engine.session import Session
 from pacellm.engine.turn import Turn, common_prefix
+from pacellm.modes import resolve
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,12 @@ class Planner:
 
     Args:
         progress: kept prefill progress.
-        has_banks: whether the model is patched.
+        preset: the banks' where requests name none; None where there are no banks.
         density: of requests that do not say.
     """
 
-    def __init__(self, progress: PrefixCache, *, has_banks: bool, density: float = 1.0) -> None:
-        self._progress, self._has_banks, self._density = progress, has_banks, density
+    def __init__(self, progress: PrefixCache, *, preset: Preset | None, density: float = 1.0) -> None:
+        self._progress, self._preset, self._density = progress, preset, density
 
     def plan(self, sequence: Sequence, session: Session | None) -> Plan:
         """What to feed, and on which state: the session's, kept progress, or none with the log before."""
@@ -72,7 +74,8 @@ class Planner:
         ids = sequence.prompt[start:] + array("i", sequence.generated)
         asked = sequence.request.ce_density
         density = round(1e6 * (self._density if asked is None else asked)) / 1e6
-        return Turn(start, len(sequence.prompt), ids, sequence.request.pa if self._has_banks else "off", density)
+        mode = resolve(sequence.request.pa, self._preset) if self._preset is not None else "off"
+        return Turn(start, len(sequence.prompt), ids, mode, density)
 
     def has_own_progress(self, sequence: Sequence, session: Session) -> bool:
         """Kept progress makes the session's own state unnecessary."""

@@ -18,7 +18,7 @@ from pacellm.engine.kv import BlockAllocator, KVTable, blocks_for
 from pacellm.engine.sequence import Lineage, Sequence
 from pacellm.engine.turn import Turn
 from pacellm.memory.pool import BankPool
-from pacellm.types import PAMode
+from pacellm.modes import PAMode
 
 _MAX_ENTRIES = 64
 

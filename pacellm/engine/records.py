@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pacellm.config import Preset
 from pacellm.engine.session import Session
 from pacellm.engine.turn import Turn
 from pacellm.errors import SnapshotRefused
 from pacellm.memory.snapshot import Parsed, bank_tensors, take_banks
 from pacellm.memory.tiers import Banks, HostState, Span, cut
-from pacellm.types import PAMode
+from pacellm.modes import MODES, PAChoice, PAMode, resolve
 
-_MODES: tuple[PAMode, ...] = ("on", "off", "read_only")
+# as logs number them; "on" and "read_only" were written when a fingerprint still told one preset for all turns
+_MODES: tuple[PAChoice, ...] = ("on", "off", "read_only", *(mode for mode in MODES if mode != "off"))
 
 
 class Records:
@@ -25,14 +29,25 @@ class Records:
 
     Args:
         fingerprint: of the model, the banks' config, the layout and the tokenizer.
+        former: gives the fingerprints that the same had when the banks' preset was part of it, and that preset; asked
+            at most once, from any thread, where a file has another fingerprint.
         vocab_size: ids of a log are below it.
         slabs: KV memory, for shapes and dtypes.
         like: one row of banks, for the same; {} without PA.
         max_tokens: longest context.
     """
 
-    def __init__(self, fingerprint: str, *, vocab_size: int, slabs: list[Tensor], like: Banks, max_tokens: int) -> None:
-        self.fingerprint = fingerprint
+    def __init__(
+        self,
+        fingerprint: str,
+        *,
+        vocab_size: int,
+        slabs: list[Tensor],
+        like: Banks,
+        max_tokens: int,
+        former: Callable[[], dict[str, Preset]] = dict,
+    ) -> None:
+        self.fingerprint, self._former = fingerprint, cache(former)
         self._vocab_size, self._slabs, self.like, self._max_tokens = vocab_size, slabs, like, max_tokens
 
     def metadata(self, session: Session, generation: int | None = None) -> dict[str, str]:
@@ -69,7 +84,7 @@ class Records:
         Raises:
             SnapshotRefused: of another model or config, or no log.
         """
-        self.check_fingerprint(metadata)
+        preset = self.check_fingerprint(metadata)
         turns, ids = tensors.pop("turns", None), tensors.pop("ids", None)
         if turns is None or turns.dtype != torch.int64 or turns.ndim != 2 or turns.shape[1] not in (4, 5):
             raise SnapshotRefused("snapshot has no log")
@@ -86,23 +101,30 @@ class Records:
             if not (0 <= mode < len(_MODES) and 0 < density <= 1_000_000) or offset + count > len(numbers):
                 raise SnapshotRefused("snapshot's log contradicts itself")
             own = array("i", numbers[offset : offset + count].tobytes())
-            log.append(Turn(start, prompt_end, own, _MODES[mode], density / 1e6))
+            log.append(Turn(start, prompt_end, own, _mode(_MODES[mode], preset), density / 1e6))
             length, offset = start + count, offset + count
         if offset != len(numbers):
             raise SnapshotRefused("snapshot's log contradicts itself")
         return log, take_banks("origin", tensors, self.like) or None
 
-    def check_fingerprint(self, metadata: dict[str, str]) -> None:
+    def check_fingerprint(self, metadata: dict[str, str]) -> Preset | None:
         """Refuse the files of another model or config.
+
+        Returns:
+            The preset of all turns, where the fingerprint is of the time when it told that.
 
         Raises:
             SnapshotRefused: its fingerprint is another.
         """
-        if metadata.get("fingerprint") != self.fingerprint:
-            raise SnapshotRefused(
-                f"snapshot belongs to another model, PA config, layout or tokenizer (fingerprint "
-                f"{metadata.get('fingerprint', '')[:12]}, here {self.fingerprint[:12]})"
-            )
+        found = metadata.get("fingerprint", "")
+        if found == self.fingerprint:
+            return None
+        if (preset := self._former().get(found)) is not None:
+            return preset
+        raise SnapshotRefused(
+            f"snapshot belongs to another model, PA config, layout or tokenizer (fingerprint {found[:12]}, here "
+            f"{self.fingerprint[:12]})"
+        )
 
     def take_facts(self, session: Session, metadata: dict[str, str]) -> None:
         """Put what a file says about a session into it."""
@@ -220,3 +242,19 @@ def _place(tensor: Tensor, start: int, target: Tensor, spans: list[Span]) -> Non
         if first < last:
             slot = span.slot + first - span.start
             target[slot : slot + last - first] = tensor[first - start : last - start]
+
+
+def _mode(recorded: PAChoice, preset: Preset | None) -> PAMode:
+    """A recorded turn's mode.
+
+    Args:
+        preset: of all turns, where the log is of the time when modes did not name it.
+
+    Raises:
+        SnapshotRefused: it is not, and the mode does not.
+    """
+    if preset is not None:
+        return resolve(recorded, preset)
+    if recorded in ("on", "read_only"):
+        raise SnapshotRefused("snapshot's log contradicts itself")
+    return resolve(recorded, "observe")

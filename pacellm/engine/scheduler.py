@@ -55,7 +55,9 @@ class Scheduler:
         self.progress = PrefixCache(allocator, pool, segment=config.bank.segment, max_seqs=config.max_num_seqs)
         self.pace = Pace()
         self.room = Room(allocator, sessions, pool, self.progress)
-        self.planner = Planner(self.progress, has_banks=config.pa, density=config.ce_density)
+        self.planner = Planner(
+            self.progress, preset=config.bank.preset if config.pa else None, density=config.ce_density
+        )
 
     # -- requests come and go ------------------------------------------------------------------------------
 

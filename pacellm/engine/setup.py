@@ -7,13 +7,15 @@ import gc
 import hashlib
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from pacellm.config import EngineConfig
+from pacellm.config import EngineConfig, Preset
 from pacellm.engine import parallel
 from pacellm.engine.kv import BLOCK
 from pacellm.engine.runner import Runner
@@ -225,10 +227,32 @@ def start_decoder(runner: Runner, config: EngineConfig) -> None:
 
 
 def fingerprint_of(model: LoadedModel, config: EngineConfig, tokenizer: Tokenizer | None) -> str:
-    """What sessions are only good with: weights, banks' config, tokenizer. The weights are hashed."""
+    """What sessions are only good with: weights, banks' config, tokenizer. The weights are hashed.
+
+    How a turn mixed its banks is recorded in the log, so the preset is not part of it.
+    """
+    bank = dataclasses.asdict(config.bank)
+    del bank["preset"]
+    return fingerprint(_named_weights(model), _facts(model, config, tokenizer, bank))
+
+
+def former_fingerprints(model: LoadedModel, config: EngineConfig, tokenizer: Tokenizer | None) -> dict[str, Preset]:
+    """The same as it was when the preset was part of it, for both presets that there were."""
+    presets: tuple[Preset, ...] = ("reference", "paper") if config.pa else ()
+    found: dict[str, Preset] = {}
+    for preset in presets:
+        bank = config.bank.of(preset)
+        told = dataclasses.asdict(bank) | {"theta_high": bank.high, "theta_low": bank.low, "alpha": bank.mix}
+        found[fingerprint(_named_weights(model), _facts(model, config, tokenizer, told))] = preset
+    return found
+
+
+def _facts(
+    model: LoadedModel, config: EngineConfig, tokenizer: Tokenizer | None, bank: dict[str, Any]
+) -> dict[str, Any]:
     text = tokenizer.to_str() if tokenizer is not None else ""
-    facts = {
-        "pa": dataclasses.asdict(config.bank) if config.pa else None,
+    return {
+        "pa": bank if config.pa else None,
         "pa_layers": config.pa_layers if config.pa else None,
         "layout": model.layout.digest if model.layout is not None else None,
         "tokenizer": hashlib.sha256(text.encode()).hexdigest(),
@@ -236,8 +260,10 @@ def fingerprint_of(model: LoadedModel, config: EngineConfig, tokenizer: Tokenize
         "rope": getattr(model.module.config, "rope_parameters", None),
         "dtype": str(model.dtype),
     }
-    weights = ((name.replace(".original.", "."), w) for name, w in model.module.named_parameters())
-    return fingerprint(weights, facts)
+
+
+def _named_weights(model: LoadedModel) -> Iterator[tuple[str, Tensor]]:
+    return ((name.replace(".original.", "."), weight) for name, weight in model.module.named_parameters())
 
 
 def host_memory(model: LoadedModel, config: EngineConfig) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pacellm.model.context import Piece
-from pacellm.types import PAMode
+from pacellm.modes import PAMode
 
 
 @dataclass

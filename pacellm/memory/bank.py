@@ -1,7 +1,8 @@
 """Reading and writing one bank: pure functions over tensors.
 
 Source: PaceLLM (arXiv 2506.17310), section 3.2.1 and Algorithm 1, and the authors' released code; where the
-two differ, ``PAConfig.preset`` chooses.
+two differ, ``PAConfig.preset`` chooses. Under ``observe`` what is computed here is fed to the bank and counted, and
+whoever called returns the plain outputs.
 
 Shapes: n tokens, F inner size, H hidden size, M slots, k = top_k.
 A *segment* reads the bank as it stood at the segment's start. While a segment is incomplete its effect is
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,9 +39,33 @@ Total = Callable[[Tensor], Tensor]
 """The sum of a tensor over all ranks of a tensor-parallel group."""
 
 
+class Rule(NamedTuple):
+    """What presets differ in: numbers that hold for all tokens, or [n] tensors where each has its own.
+
+    Attributes:
+        high, low: similarities that part hits, fuses and misses.
+        mix, rest: shares of memory and plain output in the output.
+        is_paper: Algorithm 1.
+    """
+
+    high: float | Tensor
+    low: float | Tensor
+    mix: float | Tensor
+    rest: float | Tensor
+    is_paper: bool | Tensor
+
+    @classmethod
+    def of(cls, config: PAConfig) -> Rule:
+        """That of all tokens."""
+        return cls(config.high, config.low, config.mix, 1.0 - config.mix, config.is_paper)
+
+
 @dataclass(frozen=True)
 class Read:
-    """One read of n tokens: ``output`` [n, H], and what :func:`stage` needs of it."""
+    """One read of n tokens: ``output`` [n, H], and what :func:`stage` needs of it.
+
+    Under ``observe`` the output of a token that nothing is written of is the plain one.
+    """
 
     output: Tensor
     slots: Tensor  # [n, k] the most similar slots, best first
@@ -53,7 +79,6 @@ class Read:
 class Verdict:
     """What similarities mean for n tokens. :class:`Read` explains the shared fields; ``empty`` is [1] or [n]."""
 
-    weights: Tensor  # [n, M] of the slots in what is recalled
     hit: Tensor  # [n] bool
     fuse: Tensor  # [n] bool
     empty: Tensor
@@ -62,6 +87,20 @@ class Verdict:
     high: Tensor
     mid: Tensor
     low: Tensor
+
+    def at(self, rows: Tensor) -> Verdict:
+        """That of some of the tokens."""
+        shared = self.used.ndim == 1  # one bank for all
+        return Verdict(
+            self.hit[rows],
+            self.fuse[rows],
+            self.empty if shared else self.empty[rows],
+            self.slots[rows],
+            self.used if shared else self.used[rows],
+            self.high[rows],
+            self.mid[rows],
+            self.low[rows],
+        )
 
 
 def read(
@@ -79,22 +118,40 @@ def read(
     """
     n, wide = x.shape[0], compute_dtype(x.dtype)
     keys = bank.keys if mask is None else bank.keys * mask.to(bank.keys.device)
-    found = judge(_cosine(pad_rows(x), keys, wide, total)[:n], bank.filled, config)
-    recalled = (pad_rows(found.weights) @ bank.values.to(wide))[:n]
-    output = mix(recalled, y.to(wide), found.hit, found.fuse, config).to(y.dtype)
+    similarity = _cosine(pad_rows(x), keys, wide, total)[:n]
+    rule = Rule.of(config)
+    found = judge(similarity, bank.filled, config, rule)
     missed = ~(found.hit | found.fuse | found.empty)
     counts = [found.hit.sum(), found.fuse.sum(), missed.sum(), found.empty.expand(n).sum()]
     bank.counters[:MERGES] += torch.stack(counts)
+    rows = None if config.acts else selected(written(found))
+    output = _recalled(bank, similarity, found, y, config, rule, rows)
     return Read(output, found.slots, found.used, found.high, found.mid, found.low)
 
 
-def judge(similarity: Tensor, filled: Tensor, config: PAConfig) -> Verdict:
-    """Hit, fuse or miss, and the weights of what is recalled.
+def _recalled(
+    bank: BankState, similarity: Tensor, found: Verdict, y: Tensor, config: PAConfig, rule: Rule, rows: Tensor | None
+) -> Tensor:
+    """[n, H] outputs; with ``rows`` those of the others are the plain ones."""
+    wide, plain = compute_dtype(y.dtype), y
+    if rows is not None:
+        if not len(rows):
+            return plain
+        similarity, found, y = similarity[rows], found.at(rows), y[rows]
+    weights = weigh(similarity, bank.filled, found, config)
+    recalled = (pad_rows(weights) @ bank.values.to(wide))[: len(weights)]
+    output = mix(recalled, y.to(wide), found, config, rule).to(y.dtype)
+    return output if rows is None else plain.index_copy(0, rows, output)
+
+
+def judge(similarity: Tensor, filled: Tensor, config: PAConfig, rule: Rule) -> Verdict:
+    """Hit, fuse or miss, and what becomes of each token.
 
     Args:
         similarity: [n, M] cosines.
         filled: slots in use: [] for all tokens, or [n, 1] where each has a bank of its own.
-        config: thresholds and weights.
+        config: of the banks.
+        rule: thresholds.
     """
     slots, device = similarity.shape[1], similarity.device
     exists = torch.arange(slots, device=device) < filled
@@ -104,12 +161,16 @@ def judge(similarity: Tensor, filled: Tensor, config: PAConfig) -> Verdict:
 
     empty = (filled == 0).view(-1)
     sigma = best[:, 0]
-    hit = ~empty & (sigma > config.high)
-    fuse = ~empty & (sigma > config.low) & ~hit
-    weights = _weights(similarity, exists, filled, best_slots, used, hit, fuse, config)
-    low = empty | (mean <= config.low)
-    high = ~low & (mean > config.high)
-    return Verdict(weights, hit, fuse, empty, best_slots, used, high, ~high & ~low, low)
+    hit = ~empty & (sigma > rule.high)
+    fuse = ~empty & (sigma > rule.low) & ~hit
+    low = empty | (mean <= rule.low)
+    high = ~low & (mean > rule.high)
+    return Verdict(hit, fuse, empty, best_slots, used, high, ~high & ~low, low)
+
+
+def written(found: Verdict) -> Tensor:
+    """[n] bool: tokens whose output is not the plain one and may go into a bank."""
+    return (found.hit | found.fuse) & ~found.high
 
 
 def stage(staged: Stage, result: Read, x: Tensor, config: PAConfig) -> None:
@@ -121,12 +182,12 @@ def stage(staged: Stage, result: Read, x: Tensor, config: PAConfig) -> None:
         x: [n, F] their inner activations.
         config: the same config.
     """
-    if config.preset == "paper":
+    if config.is_paper:
         _count_slots(staged.raised, result, result.high)
-    mid = _selected(result.mid)
+    mid = selected(result.mid)
     if mid is None or len(mid):
         _count_slots(staged.touched, result, result.mid)
-        (_add_per_slot if config.preset == "paper" else _add_all)(staged, result, x, mid)
+        (_add_per_slot if config.is_paper else _add_all)(staged, result, x, mid)
     _keep_low(staged, result, x)
 
 
@@ -189,7 +250,7 @@ class Bank:
             x: [n, F] inner activations. y: [n, H] bias-free FFN outputs.
 
         Returns:
-            [n, H], the outputs before the bias.
+            [n, H], the outputs before the bias; under ``observe`` y itself.
 
         Raises:
             ValueError: shapes that do not belong to this bank.
@@ -198,11 +259,11 @@ class Bank:
         if x.ndim != 2 or y.ndim != 2 or x.shape != (y.shape[0], inner) or y.shape[1] != hidden:
             raise ValueError(f"expected x [n, {inner}] and y [n, {hidden}], got {list(x.shape)} and {list(y.shape)}")
         if not x.shape[0]:
-            return y.clone()
+            return y
         result = read(self.state, x, y, self.config)
         stage(self._stage, result, x, self.config)
         write(self.state, self._stage, self.config)
-        return result.output
+        return result.output if self.config.acts else y
 
     @property
     def keys(self) -> Tensor:
@@ -278,43 +339,43 @@ def _sequential_sum(columns: Tensor) -> Tensor:
     return total
 
 
-def _weights(
-    similarity: Tensor,
-    exists: Tensor,
-    filled: Tensor,
-    best: Tensor,
-    used: Tensor,
-    hit: Tensor,
-    fuse: Tensor,
-    config: PAConfig,
-) -> Tensor:
-    """[n, M] shares of the slots: the mean of the best, and ``negative_weight`` of the mean of the worst."""
-    remembers = (hit | fuse).to(similarity.dtype)
-    share = remembers * torch.where(fuse, config.fuse_weight, 1.0).to(similarity.dtype)
+def weigh(similarity: Tensor, filled: Tensor, found: Verdict, config: PAConfig) -> Tensor:
+    """[n, M] shares of the slots in what is recalled: the mean of the best, and ``negative_weight`` of the mean of the
+    worst. ``filled`` as :func:`judge` takes it."""
+    slots, device = similarity.shape[1], similarity.device
+    exists = torch.arange(slots, device=device) < filled
+    remembers = (found.hit | found.fuse).to(similarity.dtype)
+    share = remembers * torch.where(found.fuse, config.fuse_weight, 1.0).to(similarity.dtype)
     weights = torch.zeros_like(similarity)
-    positive = share[:, None] * used.to(similarity.dtype) / used.sum(-1, keepdim=True).clamp(min=1)
-    weights.scatter_add_(1, best, positive)
-    count = min(config.bottom_k, similarity.shape[1])
+    positive = share[:, None] * found.used.to(similarity.dtype) / found.used.sum(-1, keepdim=True).clamp(min=1)
+    weights.scatter_add_(1, found.slots, positive)
+    count = min(config.bottom_k, slots)
     if count:
         worst = similarity.masked_fill(~exists, torch.inf).topk(count, dim=1, largest=False).indices
-        real = (torch.arange(count, device=similarity.device) < filled).to(similarity.dtype)
+        real = (torch.arange(count, device=device) < filled).to(similarity.dtype)
         negative = config.negative_weight * remembers[:, None] * real / real.sum(-1, keepdim=True).clamp(min=1)
         weights.scatter_add_(1, worst, negative)
     return weights
 
 
-def mix(recalled: Tensor, y: Tensor, hit: Tensor, fuse: Tensor, config: PAConfig) -> Tensor:
+def mix(recalled: Tensor, y: Tensor, found: Verdict, config: PAConfig, rule: Rule) -> Tensor:
     """[n, H] outputs; a miss and an empty bank give y to the bit."""
-    if config.preset == "paper":
-        recalled = torch.where(fuse[:, None], recalled + (1.0 - config.fuse_weight) * y, recalled)
-    mixed = recalled if config.mix == 1.0 else (1.0 - config.mix) * y + config.mix * recalled
-    return torch.where((hit | fuse)[:, None], mixed, y)
+    if isinstance(rule.mix, Tensor) and isinstance(rule.rest, Tensor):
+        fused = (found.fuse & rule.is_paper)[:, None]
+        recalled = torch.where(fused, recalled + (1.0 - config.fuse_weight) * y, recalled)
+        share, rest = rule.mix[:, None], rule.rest[:, None]
+        mixed = torch.where(share == 1.0, recalled, rest * y + share * recalled)
+    else:
+        if rule.is_paper:
+            recalled = torch.where(found.fuse[:, None], recalled + (1.0 - config.fuse_weight) * y, recalled)
+        mixed = recalled if rule.mix == 1.0 else rule.rest * y + rule.mix * recalled
+    return torch.where((found.hit | found.fuse)[:, None], mixed, y)
 
 
 # -- staging -----------------------------------------------------------------------------------------------
 
 
-def _selected(mask: Tensor) -> Tensor | None:
+def selected(mask: Tensor) -> Tensor | None:
     """Row numbers where the mask holds; None on a device where asking would wait for it."""
     return mask.nonzero()[:, 0] if mask.device.type == "cpu" else None
 
@@ -360,7 +421,7 @@ def _keep_low(staged: Stage, result: Read, x: Tensor) -> None:
     rank = staged.num_low + result.low.long().cumsum(0) - 1
     staged.num_low.add_(result.low.sum())
     keep = result.low & (rank < slots)
-    rows = _selected(keep)
+    rows = selected(keep)
     if rows is None:
         rows, rank = torch.arange(x.shape[0], device=x.device), torch.where(keep, rank, slots)
     staged.low_keys.index_copy_(0, rank[rows], x[rows])

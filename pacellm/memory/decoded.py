@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pacellm.config import PAConfig
-from pacellm.memory.bank import Total, cosines_of_parts, judge, mix
+from pacellm.memory.bank import Rule, Total, Verdict, cosines_of_parts, judge, mix, selected, weigh, written
 from pacellm.memory.state import EMPTY, FUSES, HITS, MERGES, MISSES, REPLACEMENTS, BankState, compute_dtype
 from pacellm.rows import ROWS, pad_rows
 
@@ -37,13 +37,13 @@ def feed(
         masks: for each [F] bool, the neurons that its similarities are about, outside of which x is 0; None is all.
 
     Returns:
-        [N, H], the outputs before the bias.
+        [N, H], the outputs before the bias; under ``observe`` the plain ones where nothing is written of a token.
     """
-    wide = compute_dtype(x.dtype)
+    rule = Rule.of(config)
     filled = torch.stack([bank.filled for bank in banks])[:, None]
-    found = judge(cosines([bank.keys for bank in banks], pad_rows(x).to(wide), total, masks), filled, config)
-    recalled = each(pad_rows(found.weights), [bank.values.to(wide) for bank in banks])
-    output = mix(recalled, y.to(wide), found.hit, found.fuse, config).to(y.dtype)
+    similarity = cosines([bank.keys for bank in banks], pad_rows(x).to(compute_dtype(x.dtype)), total, masks)
+    found = judge(similarity, filled, config, rule)
+    output = _recalled(banks, similarity, filled, found, y, config, rule)
 
     codes = torch.where(found.empty, EMPTY, torch.where(found.hit, HITS, torch.where(found.fuse, FUSES, MISSES)))
     counts = found.used.sum(-1).tolist()
@@ -58,9 +58,32 @@ def feed(
             _replace(bank, x[row], output[row], config)
         elif not high[row]:
             _merge(bank, slots, x[row], output[row], config)
-        elif config.preset == "paper":
+        elif config.is_paper:
             bank.usage.numpy()[slots.numpy()] += 1
     return output
+
+
+def _recalled(
+    banks: Sequence[BankState],
+    similarity: Tensor,
+    filled: Tensor,
+    found: Verdict,
+    y: Tensor,
+    config: PAConfig,
+    rule: Rule,
+) -> Tensor:
+    """[N, H] outputs, under ``observe`` only those that may be written."""
+    wide, plain = compute_dtype(y.dtype), y
+    rows = selected(written(found)) if not config.acts else None
+    if rows is not None:
+        if not len(rows):
+            return plain
+        similarity, filled, found, y = similarity[rows], filled[rows], found.at(rows), y[rows]
+        banks = [banks[row] for row in rows.tolist()]
+    weights = weigh(similarity, filled, found, config)
+    recalled = each(pad_rows(weights), [bank.values.to(wide) for bank in banks])
+    output = mix(recalled, y.to(wide), found, config, rule).to(y.dtype)
+    return output if rows is None else plain.index_copy(0, rows, output)
 
 
 def cosines(

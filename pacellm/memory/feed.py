@@ -7,7 +7,6 @@ between replays. What a masked token would write goes to the arena's last row, w
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -15,11 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pacellm.config import PAConfig
-from pacellm.memory.bank import Total, Verdict, cosines_of_parts, judge, mix
+from pacellm.config import PRESETS, PAConfig
+from pacellm.kernels import has_triton
+from pacellm.memory.bank import Rule, Total, Verdict, cosines_of_parts, judge, mix, weigh
 from pacellm.memory.decoded import cosines, each
 from pacellm.memory.state import EMPTY, FUSES, HITS, MERGES, MISSES, REPLACEMENTS, BankState, compute_dtype
 from pacellm.rows import pad_rows
+
+OBSERVE, PAPER = PRESETS.index("observe"), PRESETS.index("paper")
 
 
 class Tokens(NamedTuple):
@@ -29,13 +31,27 @@ class Tokens(NamedTuple):
         rows: [B] int64, each one's row of the arena; the last row for what is padding.
         live: [B] bool, tokens that count at all.
         writes: [B] bool, tokens that change their bank.
+        presets: [B] int64, each one's preset by its number in ``PRESETS``.
         sets: [B] int64, each one's row of the table of working sets; None where all tokens use all experts.
     """
 
     rows: Tensor
     live: Tensor
     writes: Tensor
+    presets: Tensor
     sets: Tensor | None = None
+
+    @property
+    def acts(self) -> Tensor:
+        """[B] bool: tokens whose outputs change."""
+        return self.live & (self.presets != OBSERVE)
+
+
+@cache
+def rules(config: PAConfig, device: torch.device) -> Tensor:
+    """[P, 4] float64: high, low, mix and rest of :class:`Rule` for each of ``PRESETS``, kept on the device."""
+    numbers = [Rule.of(config.of(preset))[:4] for preset in PRESETS]
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
 Feed = Callable[..., Tensor]
@@ -45,7 +61,7 @@ Feed = Callable[..., Tensor]
 @cache
 def best_feed(device: torch.device) -> Feed:
     """Triton's form on a GPU where Triton is there, else torch's."""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+    if has_triton(device):
         from pacellm.memory import feed_triton
 
         return feed_triton.feed
@@ -71,20 +87,23 @@ def feed(
         total: sums over the ranks that F is split over, where it is.
 
     Returns:
-        [B, H], the outputs before the bias.
+        [B, H], the outputs before the bias, whether or not a token's preset lets them out.
     """
     wide = compute_dtype(x.dtype)
     filled = arena.filled[tokens.rows]
     masks = None
     if tokens.sets is not None and sets is not None:
         masks = sets[tokens.sets].repeat_interleave(x.shape[1] // sets.shape[1], dim=1)
-    found = judge(_cosines(arena.keys, tokens.rows, x.to(wide), masks, total), filled[:, None], config)
-    recalled = _recall(found.weights, arena.values, tokens.rows)
-    output = mix(recalled, y.to(wide), found.hit, found.fuse, config).to(y.dtype)
+    high, low, share, rest = rules(config, x.device)[tokens.presets].to(wide).unbind(1)
+    rule = Rule(high, low, share, rest, tokens.presets == PAPER)
+    similarity = _cosines(arena.keys, tokens.rows, x.to(wide), masks, total)
+    found = judge(similarity, filled[:, None], config, rule)
+    recalled = _recall(weigh(similarity, filled[:, None], found, config), arena.values, tokens.rows)
+    output = mix(recalled, y.to(wide), found, config, rule).to(y.dtype)
     _count(arena, tokens, found)
     writes = tokens.live & tokens.writes
     arena.clock.index_add_(0, tokens.rows, writes.long())
-    _merge(arena, tokens.rows, writes, found, (x, output), config)
+    _merge(arena, tokens, writes, found, (x, output), config)
     _replace(arena, tokens.rows, writes & found.low, filled, (x, output), config)
     return output
 
@@ -116,14 +135,15 @@ def _count(arena: BankState, tokens: Tokens, found: Verdict) -> None:
 
 
 def _merge(
-    arena: BankState, rows: Tensor, writes: Tensor, found: Verdict, new: tuple[Tensor, Tensor], config: PAConfig
+    arena: BankState, tokens: Tokens, writes: Tensor, found: Verdict, new: tuple[Tensor, Tensor], config: PAConfig
 ) -> None:
     """Mid tokens into the slots that they resemble; with ``paper`` a high token counts as a use of its slots."""
-    slots = arena.usage.shape[1]
+    slots, rows = arena.usage.shape[1], tokens.rows
     wide = compute_dtype(new[0].dtype)
     place = rows[:, None] * slots + found.slots
     mask = (writes & found.mid)[:, None] & found.used
-    used = mask | ((writes & found.high)[:, None] & found.used) if config.preset == "paper" else mask
+    counts_high = writes & found.high & (tokens.presets == PAPER)
+    used = mask | (counts_high[:, None] & found.used)
     target = _target(mask, place, arena).flatten()
     for stored, added in zip((arena.keys, arena.values), new, strict=True):
         flat = stored.view(-1, stored.shape[2])

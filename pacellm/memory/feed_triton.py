@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pacellm.config import PAConfig
-from pacellm.memory.feed import Tokens
+from pacellm.memory.feed import OBSERVE, PAPER, Tokens, rules
 from pacellm.memory.state import BankState
 
 _SPLIT = 2048  # inner activations that one program multiplies
@@ -26,7 +26,8 @@ _WIDTH = 128  # columns of one program
 def feed(
     arena: BankState, tokens: Tokens, x: Tensor, y: Tensor, config: PAConfig, sets: Tensor | None = None
 ) -> Tensor:
-    """As :func:`pacellm.memory.feed.feed`, equal up to rounding."""
+    """As :func:`pacellm.memory.feed.feed`, equal up to rounding; where neither the answer nor the bank needs a token's
+    output, it is the plain one."""
     batch, inner = x.shape
     slots, hidden = arena.values.shape[1:]
     top, bottom = min(config.top_k, slots), min(config.bottom_k, slots)
@@ -36,6 +37,8 @@ def feed(
     x, y = x.contiguous(), y.contiguous()
     own = None if sets is None or tokens.sets is None else sets.view(torch.uint8)
     experts = 1 if own is None else own.shape[1]
+    table = rules(config, x.device)
+    numbers = table.shape[1]
     _similar[(batch, triton.cdiv(slots, _SLOTS), splits)](
         x, arena.keys, tokens.rows, own, tokens.sets, dots, squares, lengths, batch, slots, inner,
         EXPERTS=experts, SIZE=inner // experts, SPLIT=_SPLIT, SLOTS=_SLOTS, WIDTH=_WIDTH,
@@ -44,17 +47,17 @@ def feed(
     chosen = torch.empty(batch, top, dtype=torch.int64, device=x.device)
     verdict = torch.empty(batch, 3, dtype=torch.int64, device=x.device)  # outcome, action, slot
     _judge[(batch,)](
-        dots, squares, lengths, tokens.rows, tokens.live, tokens.writes,
+        dots, squares, lengths, tokens.rows, tokens.live, tokens.writes, tokens.presets, table,
         arena.filled, arena.usage, arena.stamp, arena.clock, arena.counters, weights, chosen, verdict,
-        batch, slots, splits, config.high, config.low, config.negative_weight, config.fuse_weight,
-        TOP=top, BOTTOM=bottom, PAPER=config.preset == "paper", AGE=config.ties == "age",
+        batch, slots, splits, config.negative_weight, config.fuse_weight,
+        TOP=top, BOTTOM=bottom, OBSERVE=OBSERVE, PAPER=PAPER, NUMBERS=numbers, AGE=config.ties == "age",
         KINDS=arena.counters.shape[1], SLOTS=triton.next_power_of_2(slots),
     )  # fmt: skip
     output = torch.empty_like(y)
     columns = triton.cdiv(hidden, _WIDTH)
     _recall[(batch, columns)](
-        arena.values, tokens.rows, weights, verdict, y, output, slots, hidden, config.mix, config.fuse_weight,
-        PAPER=config.preset == "paper", SLOTS=_SLOTS, WIDTH=_WIDTH,
+        arena.values, tokens.rows, tokens.presets, table, weights, verdict, y, output, slots, hidden,
+        config.fuse_weight, PAPER=PAPER, NUMBERS=numbers, SLOTS=_SLOTS, WIDTH=_WIDTH,
     )  # fmt: skip
     for stored, new in ((arena.keys, x), (arena.values, output)):
         width = stored.shape[2]
@@ -101,14 +104,17 @@ def _similar(
 
 @triton.jit
 def _judge(
-    dots_at, squares_at, lengths_at, rows_at, live_at, writes_at,
+    dots_at, squares_at, lengths_at, rows_at, live_at, writes_at, presets_at, rules_at,
     filled_at, usage_at, stamp_at, clock_at, counters_at, weights_at, chosen_at, verdict_at,
-    batch, slots, splits, high, low, negative_weight, fuse_weight,
-    TOP: tl.constexpr, BOTTOM: tl.constexpr, PAPER: tl.constexpr, AGE: tl.constexpr, KINDS: tl.constexpr,
-    SLOTS: tl.constexpr,
+    batch, slots, splits, negative_weight, fuse_weight,
+    TOP: tl.constexpr, BOTTOM: tl.constexpr, OBSERVE: tl.constexpr, PAPER: tl.constexpr, NUMBERS: tl.constexpr,
+    AGE: tl.constexpr, KINDS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """What one token's similarities mean: weights of the recall, and all of the write that is bookkeeping."""
     token = tl.program_id(0)
+    preset = tl.load(presets_at + token)
+    high = tl.load(rules_at + preset * NUMBERS).to(tl.float32)
+    low = tl.load(rules_at + preset * NUMBERS + 1).to(tl.float32)
     slot = tl.arange(0, SLOTS)
     inside = slot < slots
     row = tl.load(rows_at + token)
@@ -163,9 +169,7 @@ def _judge(
     tl.store(clock_at + row, clock)
     usage = tl.load(usage_at + row * slots + slot, mask=inside, other=9223372036854775807)
     stamp = tl.load(stamp_at + row * slots + slot, mask=inside, other=9223372036854775807)
-    counted = merges
-    if PAPER:
-        counted = counted | (writes & is_high)
+    counted = merges | (writes & is_high & (preset == PAPER))
     usage = tl.where((positive > 0) & counted, usage + 1, usage)
     stamp = tl.where((positive > 0) & merges, clock, stamp)
     least = tl.min(usage, 0)
@@ -187,15 +191,16 @@ def _judge(
     merged = tl.where(merges, count, 0.0).to(tl.int64)
     tl.store(counters_at + 4, tl.load(counters_at + 4) + merged)
     tl.store(counters_at + 5, tl.load(counters_at + 5) + replaces.to(tl.int64))
-    tl.store(verdict_at + token * 3, tl.where(hit, 1, tl.where(fuse, 2, 0)).to(tl.int64))
+    is_read = (hit | fuse) & ((preset != OBSERVE) | merges | replaces)
+    tl.store(verdict_at + token * 3, tl.where(is_read, tl.where(hit, 1, 2), 0).to(tl.int64))
     tl.store(verdict_at + token * 3 + 1, tl.where(replaces, 2, tl.where(merges, 1, 0)).to(tl.int64))
     tl.store(verdict_at + token * 3 + 2, target)
 
 
 @triton.jit
 def _recall(
-    values_at, rows_at, weights_at, verdict_at, y_at, output_at, slots, hidden, alpha, fuse_weight,
-    PAPER: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
+    values_at, rows_at, presets_at, rules_at, weights_at, verdict_at, y_at, output_at, slots, hidden, fuse_weight,
+    PAPER: tl.constexpr, NUMBERS: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """``WIDTH`` columns of one token's output."""
     token, part = tl.program_id(0), tl.program_id(1)
@@ -212,9 +217,12 @@ def _recall(
             place = (row * slots + slot[:, None]) * hidden + column[None, :]
             values = tl.load(values_at + place, mask=inside, other=0.0).to(tl.float32)
             recalled += tl.sum(weights[:, None] * values, 0)
-        if PAPER:
-            recalled = tl.where(outcome == 2, recalled + (1.0 - fuse_weight) * output, recalled)
-        output = (1.0 - alpha) * output + alpha * recalled
+        preset = tl.load(presets_at + token)
+        mix = tl.load(rules_at + preset * NUMBERS + 2).to(tl.float32)
+        rest = tl.load(rules_at + preset * NUMBERS + 3).to(tl.float32)
+        fuses = (outcome == 2) & (preset == PAPER)
+        recalled = tl.where(fuses, recalled + (1.0 - fuse_weight) * output, recalled)
+        output = rest * output + mix * recalled
     tl.store(output_at + token * hidden + column, output.to(y.dtype), mask=column < hidden)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pacellm.config import PAConfig
+from pacellm.config import PAConfig, Preset
 from pacellm.errors import EngineError
 from pacellm.experts.working_set import SetTable
 from pacellm.memory.activity import EXPERTS, ActivityState
@@ -58,10 +58,12 @@ class BankPool:
         self._arena: dict[int, Any] = {
             shape.layer: _new_arena(config, shape, num_rows + 1, dtype, device) for shape in shapes
         }
+        usual = config.of("observe")
         self._stages: list[dict[int, Any]] = [
-            {shape.layer: new_stage(config, shape.inner, shape.hidden, dtype, device) for shape in shapes}
+            {shape.layer: new_stage(usual, shape.inner, shape.hidden, dtype, device) for shape in shapes}
             for _ in range(num_stages)
         ]
+        self._paper_stages: dict[int, dict[int, Any]] = {}
         if heat is not None:
             counts = torch.zeros(num_rows + 1, *heat.shape, dtype=torch.int64, device=device)
             self._arena[EXPERTS] = ActivityState(counts)
@@ -110,6 +112,8 @@ class BankPool:
         for layer, bank in self._views[row].items():
             if stage is not None:
                 self._stages[stage][layer].clear()
+                if stage in self._paper_stages:
+                    self._paper_stages[stage][layer].clear()
             if source is None:
                 bank.clear()
             else:
@@ -145,9 +149,25 @@ class BankPool:
         """Copies of a row's banks in host memory."""
         return copy_banks(self._views[row])
 
-    def stages(self, row: int) -> dict[int, Stage]:
-        """The stages of a working row."""
-        return self._stages[self._stage_of[row]]
+    def stages(self, row: int, preset: Preset = "observe") -> dict[int, Stage]:
+        """The stages of a working row. Those of ``paper`` have sums M times as large, which are made when a row first
+        asks for them, and kept."""
+        stage = self._stage_of[row]
+        if preset != "paper":
+            return self._stages[stage]
+        found = self._paper_stages.get(stage)
+        if found is None:
+            found = self._paper_stages[stage] = self._with_paper_sums(self._stages[stage])
+        return found
+
+    def _with_paper_sums(self, stages: dict[int, Any]) -> dict[int, Any]:
+        """The same stages but for the sums."""
+        config, made = self.config.of("paper"), dict(stages)
+        for shape in self.shapes:
+            mine = stages[shape.layer]
+            other = new_stage(config, shape.inner, shape.hidden, mine.low_keys.dtype, mine.low_keys.device)
+            made[shape.layer] = mine._replace(counts=other.counts, sum_keys=other.sum_keys, sum_values=other.sum_values)
+        return made
 
     def counters(self, row: int) -> dict[int, list[int]]:
         """Lifetime counters of a row by layer, in the order of ``COUNTERS``. Waits for the device."""

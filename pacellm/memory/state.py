@@ -50,7 +50,7 @@ class BankState(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """What an incomplete segment will write. S = 1 (``reference``) or M (``paper``); the last row is scratch.
+    """What an incomplete segment will write. S = M under ``paper``, else 1; the last row is scratch.
 
     Attributes:
         touched: [M + 1] int64, uses by mid tokens of the segment.
@@ -100,7 +100,7 @@ def new_bank(
 def new_stage(config: PAConfig, inner_size: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> Stage:
     """A stage with nothing in it; sums in ``compute_dtype(dtype)``."""
     slots = config.bank_size
-    sums = 1 if config.preset == "reference" else slots
+    sums = slots if config.is_paper else 1
     wide = compute_dtype(dtype)
     return Stage(
         touched=torch.zeros(slots + 1, dtype=torch.int64, device=device),

@@ -121,7 +121,10 @@ def _error(kernel: DecodeKernel, shape: KVShape, dtype: torch.dtype, device: tor
     lengths, worst = (1100, 70), [torch.zeros((), device=device)]
     index = torch.arange(2, device=device)
     rows = DecodeRows(
-        index, torch.tensor(lengths, dtype=torch.int32, device=device), tables, Tokens(index, index > 1, index > 1)
+        index,
+        torch.tensor(lengths, dtype=torch.int32, device=device),
+        tables,
+        Tokens(index, index > 1, index > 1, index),
     )
     found = kernel(query, keys, values, rows, size**-0.5, None, None)
     for row, length in enumerate(lengths):
@@ -166,7 +169,7 @@ def _build_decoded(chunks: list[Chunk], device: torch.device) -> tuple[Tensor, D
         index,
         to_device(torch.tensor(lengths, dtype=torch.int32), device),
         to_device(numbers, device),
-        Tokens(index, nothing, nothing),
+        Tokens(index, nothing, nothing, index),
     )
     return index, told
 
@@ -218,9 +221,11 @@ def _call(
 
 
 def _merge(
-    total: Tensor | None, lse: Tensor | None, part: Tensor, part_lse: Tensor, rows: Tensor, queries: Tensor
+    total: Tensor | None, lse: Tensor | None, part: Tensor, part_lse: Tensor, rows: Tensor | slice, queries: Tensor
 ) -> tuple[Tensor, Tensor]:
     if total is None or lse is None:
+        if len(part) == len(queries):
+            return part, part_lse
         total = queries.new_zeros(queries.shape)
         lse = torch.full(queries.shape[:2], -torch.inf, dtype=torch.float32, device=queries.device)
         total[rows], lse[rows] = part, part_lse

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from pacellm.config import PAConfig
+from pacellm.config import PAConfig, Preset
 from pacellm.experts.working_set import SetTable
 from pacellm.memory.activity import ActivityState
 from pacellm.memory.bank import Total
 from pacellm.memory.feed import Tokens
 from pacellm.memory.state import BankState, Stage
-from pacellm.types import PAMode
+from pacellm.modes import PAMode, preset_of, writes
 
 if TYPE_CHECKING:
     from pacellm.model.prefill_kernels import Kernel
@@ -60,12 +60,29 @@ class Piece:
 
 @dataclass(frozen=True)
 class Banks:
-    """A sequence's working banks and stages by layer; ``row`` is where they lie in the arena."""
+    """A sequence's working banks and stages by layer; ``row`` is where they lie in the arena; ``mode`` is not off."""
 
     banks: dict[int, BankState]
     stages: dict[int, Stage]
     mode: PAMode
     row: int = -1
+
+    @property
+    def preset(self) -> Preset:
+        """What they are read by."""
+        preset = preset_of(self.mode)
+        assert preset is not None
+        return preset
+
+    @property
+    def writes(self) -> bool:
+        """They change."""
+        return writes(self.mode)
+
+    @property
+    def acts(self) -> bool:
+        """They change outputs."""
+        return self.preset != "observe"
 
 
 @dataclass(frozen=True)
@@ -152,6 +169,7 @@ class DecodeRows:
         tables: [B, W] int32, the first slot of each of a sequence's blocks of ``BLOCK`` tokens.
         tokens: their rows of banks, whose banks take part, and where any token has one, their working sets.
         shared: beginnings that are read once, or None.
+        acts: the banks of some token may change its output.
     """
 
     BLOCK: ClassVar[int] = 512
@@ -161,6 +179,7 @@ class DecodeRows:
     tables: Tensor
     tokens: Tokens
     shared: Shared | None = None
+    acts: bool = True
 
 
 @dataclass

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pacellm.config import PRESETS, Preset
 from pacellm.memory import bank, decoded
 from pacellm.memory.bank import Total
 from pacellm.memory.feed import Feed, Tokens, best_feed, feed
-from pacellm.model.context import Chunk, Piece, StepContext, current_step
+from pacellm.model.context import Banks, Chunk, Piece, StepContext, current_step
 from pacellm.transfer import to_device
 
 
@@ -59,7 +60,8 @@ class PersistentDown(nn.Module):
 
     def remember(self, step: StepContext, inner: Tensor, plain: Tensor) -> Tensor:
         """FFN outputs [T, H] with memory, of a step's inner activations [T, F] and plain outputs [T, H]."""
-        output = plain.clone()
+        acts = any(chunk.banks is not None and chunk.banks.acts for chunk in step.chunks)
+        output = plain.clone() if acts else plain  # what is only observed is never written to
         for chunk in step.chunks:
             if chunk.banks is not None:
                 step.failing = chunk
@@ -79,8 +81,9 @@ class PersistentDown(nn.Module):
         found = self._feed(inner.device, self._total(step))(
             step.arenas[self.layer], tokens, inner, plain if bias is None else plain - bias, step.pa, self._sets(step)
         )
-        output = found if bias is None else found + bias
-        return torch.where(tokens.live[:, None], output, plain)
+        if not step.decode.acts:
+            return plain
+        return torch.where(tokens.acts[:, None], found if bias is None else found + bias, plain)
 
     def _feed(self, device: torch.device, total: Total | None) -> Feed:
         return best_feed(device) if total is None else partial(feed, total=total)
@@ -103,36 +106,51 @@ class PersistentDown(nn.Module):
         """Read, and where the request may write, stage and write, piece by piece in order."""
         owned, bias = chunk.banks, self.bias
         assert owned is not None
+        config = step.pa.of(owned.preset)
         state, mask = owned.banks[self.layer], chunk.mask(self.layer, inner.shape[1])
         for number, piece in enumerate(pieces):
             restricts = mask if number >= len(chunk.pieces) - chunk.num_decoded else None
             rows = slice(piece.start, piece.stop)
             x, y = inner[rows], plain[rows]
             y = y if bias is None else y - bias
-            result = bank.read(state, x, y, step.pa, self._total(step), restricts)
-            output[rows] = result.output if bias is None else result.output + bias
-            if owned.mode == "on":
+            result = bank.read(state, x, y, config, self._total(step), restricts)
+            if config.acts:
+                output[rows] = result.output if bias is None else result.output + bias
+            if owned.writes:
                 staged = owned.stages[self.layer]
-                bank.stage(staged, result, x, step.pa)
+                bank.stage(staged, result, x, config)
                 if piece.ends:
-                    bank.write(state, staged, step.pa)
+                    bank.write(state, staged, config)
 
     def _remember_decoded(self, step: StepContext, inner: Tensor, plain: Tensor, output: Tensor) -> None:
         """The same for decoded tokens: the first of every sequence at once, then the second, and so on; a step has more
-        than one of a sequence only where a log is replayed."""
-        bias = self.bias
-        turn, left = 0, [chunk for chunk in step.chunks if chunk.banks is not None and chunk.num_decoded]
-        while left:
-            rows = torch.tensor([chunk.stop - chunk.num_decoded + turn for chunk in left])
-            owned = [chunk.banks for chunk in left if chunk.banks is not None]
-            y = plain[rows] if bias is None else plain[rows] - bias
-            banks = [one.banks[self.layer] for one in owned]
-            masks = [chunk.mask(self.layer, inner.shape[1]) for chunk in left]
-            writes = [one.mode == "on" for one in owned]
-            found = decoded.feed(banks, writes, inner[rows], y, step.pa, self._total(step), masks)
+        than one of a sequence only where a log is replayed. Each preset has its turn."""
+        for preset in PRESETS:
+            turn, left = 0, _decoding(step, preset)
+            while left:
+                self._remember_turn(turn, left, step, inner, plain, output, preset)
+                turn += 1
+                left = [(chunk, banks) for chunk, banks in left if chunk.num_decoded > turn]
+
+    def _remember_turn(
+        self,
+        turn: int,
+        chunks: list[tuple[Chunk, Banks]],
+        step: StepContext,
+        inner: Tensor,
+        plain: Tensor,
+        output: Tensor,
+        preset: Preset,
+    ) -> None:
+        config, bias = step.pa.of(preset), self.bias
+        rows = torch.tensor([chunk.stop - chunk.num_decoded + turn for chunk, _ in chunks])
+        y = plain[rows] if bias is None else plain[rows] - bias
+        banks = [owned.banks[self.layer] for _, owned in chunks]
+        masks = [chunk.mask(self.layer, inner.shape[1]) for chunk, _ in chunks]
+        writes = [owned.writes for _, owned in chunks]
+        found = decoded.feed(banks, writes, inner[rows], y, config, self._total(step), masks)
+        if config.acts:
             output[rows] = found if bias is None else found + bias
-            turn += 1
-            left = [chunk for chunk in left if chunk.num_decoded > turn]
 
     def _remember_rows(self, step: StepContext, inner: Tensor, plain: Tensor, output: Tensor) -> None:
         """The same on a device: rows of the arena by index, which are uploaded once a step."""
@@ -140,12 +158,20 @@ class PersistentDown(nn.Module):
         if turns is None:
             turns = step.scratch["decoded rows"] = _decoded_rows(step, inner.device)
         bias = self.bias
-        for rows, tokens in turns:  # type: ignore[attr-defined]
+        for rows, tokens, acts in turns:  # type: ignore[attr-defined]
             y = plain[rows] if bias is None else plain[rows] - bias
             found = self._feed(inner.device, self._total(step))(
                 step.arenas[self.layer], _whole_sets(step, tokens), inner[rows], y, step.pa, self._sets(step)
             )
-            output.index_copy_(0, rows, found if bias is None else found + bias)
+            if acts:
+                mixed = torch.where(tokens.acts[:, None], found if bias is None else found + bias, plain[rows])
+                output.index_copy_(0, rows, mixed)
+
+
+def _decoding(step: StepContext, preset: Preset | None = None) -> list[tuple[Chunk, Banks]]:
+    """Chunks with decoded tokens and banks, those of one preset or all."""
+    found = [(chunk, chunk.banks) for chunk in step.chunks if chunk.banks is not None and chunk.num_decoded]
+    return [(chunk, banks) for chunk, banks in found if preset is None or banks.preset == preset]
 
 
 def _whole_sets(step: StepContext, tokens: Tokens) -> Tokens:
@@ -156,22 +182,25 @@ def _whole_sets(step: StepContext, tokens: Tokens) -> Tokens:
     return tokens._replace(sets=torch.full_like(tokens.rows, step.sets.everything))
 
 
-def _decoded_rows(step: StepContext, device: torch.device) -> list[tuple[Tensor, Tokens]]:
-    """Rows of the step and whose banks they meet: the first decoded token of every sequence, then the second, …"""
+def _decoded_rows(step: StepContext, device: torch.device) -> list[tuple[Tensor, Tokens, bool]]:
+    """Rows of the step, whose banks they meet, and whether any of these act: the first decoded token of every sequence,
+    then the second, …"""
     turns, turn = [], 0
-    left = [(chunk, chunk.banks) for chunk in step.chunks if chunk.banks is not None and chunk.num_decoded]
+    left = _decoding(step)
     has_sets = any(chunk.set_row is not None for chunk, _ in left)
     everything = 0 if step.sets is None else step.sets.everything
     while left:
         numbers = [
             [chunk.stop - chunk.num_decoded + turn for chunk, _ in left],
             [banks.row for _, banks in left],
-            [banks.mode == "on" for _, banks in left],
+            [banks.writes for _, banks in left],
+            [PRESETS.index(banks.preset) for _, banks in left],
             [everything if chunk.set_row is None else chunk.set_row for chunk, _ in left],
         ]
-        rows, owned, writes, sets = to_device(torch.tensor(numbers, dtype=torch.int64), device)
+        rows, owned, writes, presets, sets = to_device(torch.tensor(numbers, dtype=torch.int64), device)
         live = torch.ones_like(owned, dtype=torch.bool)
-        turns.append((rows, Tokens(owned, live, writes.bool(), sets if has_sets else None)))
+        tokens = Tokens(owned, live, writes.bool(), presets, sets if has_sets else None)
+        turns.append((rows, tokens, any(banks.acts for _, banks in left)))
         turn += 1
         left = [(chunk, banks) for chunk, banks in left if chunk.num_decoded > turn]
     return turns

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from pacellm.errors import RequestError
-from pacellm.types import PAMode, SamplingParams
+from pacellm.modes import PAChoice
+from pacellm.types import SamplingParams
 from server.schema.base import SESSION_ID, Strict
 
 MAX_TIMEOUT = 86_400.0
@@ -26,7 +27,7 @@ class StreamOptions(Strict):
 class PaceOptions(Strict):
     """How this request uses its session's banks and experts, and whether it reports on the latter."""
 
-    pa: PAMode | None = None
+    pa: PAChoice | None = None
     commit: bool = True
     ce_density: Annotated[float, Field(ge=1e-6, le=1)] | None = None
     experts: bool = False

@@ -11,7 +11,8 @@ from pacellm.engine.integrity import check_integrity
 from pacellm.rows import ROWS
 from pacellm.types import Delta, Finished, GenerationRequest, SamplingParams
 
-BANK = PAConfig(bank_size=12, segment=64, theta_high=0.9, theta_low=0.5)
+# one that acts, so that a bank's content is seen in answers
+BANK = PAConfig(preset="reference", bank_size=12, segment=64, theta_high=0.9, theta_low=0.5)
 GREEDY = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True)
 
 

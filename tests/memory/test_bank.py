@@ -14,7 +14,7 @@ from pacellm.memory.state import COUNTERS, new_bank, new_stage
 
 DATA = Path(__file__).parent.parent / "data"
 GOLDEN = sorted(DATA.glob("*.safetensors"))
-PRESETS = ["reference", "paper"]
+PRESETS = ["observe", "reference", "paper"]
 
 
 def load(path):
@@ -69,7 +69,7 @@ def run(config, x, y, segment, piece, dtype=torch.float32):
             part = slice(at, min(at + piece, stop))
             result = read(bank, x[part], y[part], config)
             stage(staged, result, x[part], config)
-            outputs.append(result.output)
+            outputs.append(result.output if config.acts else y[part])
         write(bank, staged, config)
     return torch.cat(outputs), bank
 
@@ -88,6 +88,22 @@ def test_staged_equals_whole_to_the_bit(preset, ties, dtype):
         assert torch.equal(output, whole)
         for name, mine, theirs in zip(bank._fields, bank, expected, strict=True):
             assert torch.equal(mine, theirs), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("segment", "piece"), [(96, 32), (1, 1)])
+def test_what_is_observed_is_what_reference_does_and_nothing_is_changed(dtype, segment, piece):
+    settings = {"bank_size": 24, "theta_high": 0.6, "theta_low": 0.2}
+    x, y = data(300, dtype=dtype)
+    acting, expected = run(PAConfig(preset="reference", **settings), x, y, segment, piece, dtype)
+    plain, bank = run(PAConfig(**settings), x, y, segment, piece, dtype)
+    assert torch.equal(plain, y)
+    assert not torch.equal(acting, y)
+    assert expected.counters[4] > 0
+    for name, mine, theirs in zip(bank._fields, bank, expected, strict=True):
+        assert torch.equal(mine, theirs), name
+    whole = Bank(PAConfig(**settings), inner_size=48, hidden_size=16, dtype=dtype)
+    assert torch.equal(whole.step(x, y), y)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -187,7 +203,7 @@ def test_decoded_tokens_together_equal_segments_of_one_to_the_bit(preset, ties, 
             x, y = (torch.stack([tokens[number][which][at] for number in going]) for which in (0, 1))
             output = feed([banks[number] for number in going], [True] * len(going), x, y, config)
             for row, number in enumerate(going):
-                assert torch.equal(output[row], alone[number][0][at])
+                assert not config.acts or torch.equal(output[row], alone[number][0][at])
     for (_, expected), found in zip(alone, banks, strict=True):
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
         assert all(found.counters[:2])

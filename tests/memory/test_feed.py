@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pacellm import PAConfig
+from pacellm.config import PRESETS
 from pacellm.memory import decoded, feed
 from pacellm.memory.pool import BankPool, BankShape
 from tests.memory.test_bank import data
@@ -29,7 +30,7 @@ def new_pool(config, dtype=torch.float32, device="cpu"):
 
 
 def config(**changes):
-    return PAConfig(**{"bank_size": 12, "theta_high": 0.6, "theta_low": 0.3, **changes})
+    return PAConfig(**{"preset": "reference", "bank_size": 12, "theta_high": 0.6, "theta_low": 0.3, **changes})
 
 
 def turns(count, dtype=torch.float32):
@@ -40,6 +41,12 @@ def turns(count, dtype=torch.float32):
         rows = torch.randperm(ROWS, generator=generator)[: 1 + number % ROWS]
         mine = slice(number * ROWS, number * ROWS + len(rows))
         yield rows, torch.rand(len(rows), generator=generator) < 0.9, x[mine], y[mine]
+
+
+def told(rows, writes, preset, sets=None):
+    """Tokens that all live, of one preset."""
+    presets = torch.full_like(rows, PRESETS.index(preset))
+    return feed.Tokens(rows, torch.ones_like(writes), writes, presets, sets)
 
 
 def assert_same_rows(mine, theirs, close=None):
@@ -54,7 +61,7 @@ def assert_same_rows(mine, theirs, close=None):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ties", ["index", "age"])
-@pytest.mark.parametrize("preset", ["reference", "paper"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_masked_equals_one_by_one_to_the_bit(preset, ties, dtype):
     settings = config(preset=preset, ties=ties)
     mine, theirs = new_pool(settings, dtype), new_pool(settings, dtype)
@@ -67,13 +74,34 @@ def test_masked_equals_one_by_one_to_the_bit(preset, ties, dtype):
             rows=torch.cat([rows, torch.full((3,), mine.scratch_row)]),
             live=torch.cat([torch.ones_like(rows, dtype=torch.bool), torch.zeros(3, dtype=torch.bool)]),
             writes=torch.cat([writes, torch.ones(3, dtype=torch.bool)]),
+            presets=torch.full((len(rows) + 3,), PRESETS.index(preset)),
         )
         extra_x, extra_y = data(3, INNER, HIDDEN, seed=99, dtype=dtype)
         found = feed.feed(arena, tokens, torch.cat([x, extra_x]), torch.cat([y, extra_y]), settings)
-        assert torch.equal(found[: len(rows)], expected)
+        if settings.acts:
+            assert torch.equal(found[: len(rows)], expected)
     assert_same_rows(arena, theirs.arena[0])
     counters = arena.counters[:ROWS].sum(0)
     assert counters.gt(0).all(), "every outcome must occur"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ties", ["index", "age"])
+def test_presets_side_by_side_are_each_alone_to_the_bit(ties, dtype):
+    settings = PAConfig(bank_size=12, ties=ties)
+    mine, theirs = new_pool(settings, dtype), new_pool(settings, dtype)
+    arena = mine.arena[0]
+    for rows, writes, x, y in turns(60, dtype):
+        presets = rows % len(PRESETS)
+        tokens = feed.Tokens(rows, torch.ones_like(writes), writes, presets)
+        found = feed.feed(arena, tokens, x, y, settings)
+        assert tokens.acts.tolist() == [row % 3 > 0 for row in rows.tolist()]
+        for number, row in enumerate(rows.tolist()):
+            one, part = settings.of(PRESETS[presets[number]]), slice(number, number + 1)
+            alone = decoded.feed([theirs.banks(row)[0]], [bool(writes[number])], x[part], y[part], one)
+            assert not one.acts or torch.equal(found[number], alone[0])
+    assert_same_rows(arena, theirs.arena[0])
+    assert arena.counters[:ROWS].sum(0).gt(0).all(), "every outcome must occur"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -86,7 +114,7 @@ def test_sets_by_row_are_masks(dtype):
         x = x * torch.stack(masks)
         banks = [theirs.banks(row)[0] for row in rows.tolist()]
         expected = decoded.feed(banks, writes.tolist(), x, y, settings, masks=masks)
-        tokens = feed.Tokens(rows, torch.ones_like(writes), writes, rows)
+        tokens = told(rows, writes, settings.preset, rows)
         assert torch.equal(feed.feed(arena, tokens, x, y, settings, table), expected)
     assert_same_rows(arena, theirs.arena[0])
 
@@ -101,15 +129,15 @@ def test_a_token_that_does_not_live_changes_nothing():
     pool = new_pool(settings)
     arena = pool.arena[0]
     for rows, writes, x, y in turns(20):
-        feed.feed(arena, feed.Tokens(rows, torch.ones_like(writes), writes), x, y, settings)
+        feed.feed(arena, told(rows, writes, settings.preset), x, y, settings)
     before = [tensor.clone() for tensor in arena]
     x, y = data(ROWS, INNER, HIDDEN, seed=50)
     nobody = torch.zeros(ROWS, dtype=torch.bool)
-    feed.feed(arena, feed.Tokens(torch.arange(ROWS), nobody, ~nobody), x, y, settings)
+    feed.feed(arena, feed.Tokens(torch.arange(ROWS), nobody, ~nobody, torch.arange(ROWS) * 0), x, y, settings)
     assert_same_rows(arena, type(arena)(*before))
 
 
-@pytest.mark.parametrize("preset", ["reference", "paper"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_nothing_waits_for_the_device(preset, monkeypatch):
     """On CPU the two products are done row by row; the form of a device takes their place here."""
     settings = config(preset=preset)
@@ -118,7 +146,7 @@ def test_nothing_waits_for_the_device(preset, monkeypatch):
     monkeypatch.setattr(feed, "_recall", lambda w, values, rows: torch.bmm(w[:, None], values[rows])[:, 0])
     for rows, writes, x, y in turns(12):
         with NoWaiting():
-            feed.feed(arena, feed.Tokens(rows, torch.ones_like(writes), writes, rows), x, y, settings, new_sets())
+            feed.feed(arena, told(rows, writes, preset, rows), x, y, settings, new_sets())
 
 
 def _device_cosines(keys, rows, x, masks):

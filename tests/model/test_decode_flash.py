@@ -47,7 +47,7 @@ def test_scattered_blocks_and_padding(installed, window):
     tables = torch.tensor([[3 * BLOCK, 0, 2 * BLOCK], [BLOCK, 0, 0], [dump, 0, 0]], dtype=torch.int32)
     lengths = torch.tensor([1100, 70, 1], dtype=torch.int32)
     index = torch.arange(3)
-    rows = DecodeRows(index, lengths, tables, Tokens(index, index > 2, index > 2))
+    rows = DecodeRows(index, lengths, tables, Tokens(index, index > 2, index > 2, index))
     found = decode_flash.attend(query, keys, values, rows, 0.25, window, None)
     for row, length in enumerate((1100, 70)):
         slots = (tables[row].long()[:, None] + torch.arange(BLOCK)).flatten()[:length]
