@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from pacellm import modes
+from pacellm.calibration.gate import Gate
 from pacellm.engine.engine import Engine
 from pacellm.engine.grammar import Grammars
 from pacellm.engine.session_ops import Operation
@@ -96,12 +98,18 @@ class Service:
         tokenizer: of the same model.
         settings: of the HTTP side.
         traces: gets a span of every request; None makes none.
+        gate: what requests may ask for; None lets them ask for everything.
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: ChatTokenizer, settings: Settings, traces: Traces | None = None
+        self,
+        engine: Engine,
+        tokenizer: ChatTokenizer,
+        settings: Settings,
+        traces: Traces | None = None,
+        gate: Gate | None = None,
     ) -> None:
-        self.engine, self.tokenizer, self.settings = engine, tokenizer, settings
+        self.engine, self.tokenizer, self.settings, self.gate = engine, tokenizer, settings, gate
         self.thread = EngineThread(engine, self._deliver)
         self.metrics, self.traces = Metrics(self.thread, settings.model_name), traces
         self.grammars = Grammars(tokenizer.backend, frozenset(engine.model.eos_token_ids))
@@ -215,7 +223,7 @@ class Service:
                                param="pacellm.append", code="invalid_value")  # fmt: skip
 
     def check_generation(self, body: GenerationFields) -> None:
-        """Refuse another model, and banks where there are none.
+        """Refuse another model, banks where there are none, and what would make answers worse unasked.
 
         Raises:
             RequestError: names the field.
@@ -223,6 +231,10 @@ class Service:
         self.check_model(body.model)
         if body.pacellm.pa not in (None, "off") and not self.engine.config.pa:
             raise UnsupportedParameter("this server runs with --no-pa", param="pacellm.pa")
+        if self.gate is not None:
+            config = self.engine.config
+            mode = modes.resolve(body.pacellm.pa or "on", config.bank.preset) if config.pa else "off"
+            self.gate.check_request(modes.preset_of(mode), body.pacellm.ce_density)
 
     def request(
         self,

@@ -43,7 +43,8 @@ def test_demo_shows_what_the_readme_says():
 def test_serve_answers_and_ends_on_sigterm():
     port = free_port()
     command = [*PACELLM, "serve", "--port", str(port), "--served-model-name", "mine", "--max-model-len", "4K",
-               "--kv-cache-memory-bytes", "256M", "--pa-layers", "1,3", "--pa-preset", "paper"]  # fmt: skip
+               "--kv-cache-memory-bytes", "256M", "--pa-layers", "1,3", "--pa-preset", "paper",
+               "--accept-worse-answers"]  # fmt: skip
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         log = []
         for line in server.stderr:
@@ -61,6 +62,7 @@ def test_serve_answers_and_ends_on_sigterm():
         assert server.wait(60) in (0, -signal.SIGTERM), rest
     assert (model["id"], model["max_model_len"]) == ("mine", 4096)
     assert "preset paper in layers 1,3" in "".join(log)
+    assert "accepted (--accept-worse-answers)" in "".join(log)
     assert "Traceback" not in rest
 
 

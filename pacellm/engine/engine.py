@@ -82,6 +82,7 @@ class Engine:
         check_density((config or EngineConfig()).ce_density, model.module, model.layout, "ce_density")
         self.model, self.tokenizer = model, tokenizer
         self.kernel = setup.attention_kernel(model, config or EngineConfig())
+        self.products = setup.products(model, config or EngineConfig())
         self.config = setup.resolve(model, config or EngineConfig())
         self.block_bytes = BLOCK * model.bytes_per_token
         self.num_blocks = (self.config.kv_cache_memory or 0) // self.block_bytes
@@ -99,7 +100,7 @@ class Engine:
             fold_after=4 * (self.config.max_model_len or 0) if model.ranks is None else sys.maxsize,
         )
         self.scheduler = Scheduler(self.config, self.allocator, self.sessions, self.pool)
-        self.runner = setup.new_runner(model, self.pool, self.num_blocks, self.config, self.kernel)
+        self.runner = setup.new_runner(model, self.pool, self.num_blocks, self.config, self.kernel, self.products.rows)
         self.scheduler.room.copy_now = self.runner.copy
         self.stats = EngineStats()
         self.worker = Worker()

@@ -21,20 +21,10 @@ NAME = "pacellm-demo"
 
 
 class Live:
-    """A running server.
+    """A running server, on a service that is not yet running."""
 
-    Args:
-        files: attributes of the tokenizer, as another model's files would set them.
-        traces: gets spans.
-        model: another than the bundled one as it is.
-    """
-
-    def __init__(self, config, settings, keys=None, files=None, traces=None, model=None):
-        tokenizer = ChatTokenizer(MODEL_PATH)
-        for name, value in (files or {}).items():
-            setattr(tokenizer._tokenizer, name, value)
-        self.engine = Engine(model or load(MODEL_PATH), config, tokenizer.backend)
-        self.service = Service(self.engine, tokenizer, settings, traces)
+    def __init__(self, service, keys=None):
+        self.service, self.engine = service, service.engine
         self._server = uvicorn.Server(
             uvicorn.Config(create_app(self.service, keys), host="127.0.0.1", port=0, log_level="warning", ws="none")
         )
@@ -74,9 +64,18 @@ class Live:
 
 
 def start(config=None, keys=None, files=None, traces=None, model=None, **settings):
-    """A server whose KV memory holds the whole context; pages that are not touched cost nothing."""
-    config = config or EngineConfig(kv_cache_memory=2**31)
-    return Live(config, Settings(model_name=NAME, **settings), keys, files, traces, model)
+    """A server whose KV memory holds the whole context; pages that are not touched cost nothing.
+
+    Args:
+        files: attributes of the tokenizer, as another model's files would set them.
+        traces: gets spans.
+        model: another than the bundled one as it is.
+    """
+    config, tokenizer = config or EngineConfig(kv_cache_memory=2**31), ChatTokenizer(MODEL_PATH)
+    for name, value in (files or {}).items():
+        setattr(tokenizer._tokenizer, name, value)
+    engine = Engine(model or load(MODEL_PATH), config, tokenizer.backend)
+    return Live(Service(engine, tokenizer, Settings(model_name=NAME, **settings), traces), keys)
 
 
 @pytest.fixture(scope="session")

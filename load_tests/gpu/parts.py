@@ -1,4 +1,4 @@
-"""The parts of ``first_light.sh``: ``python -m load_tests.gpu.first_light PART [--small]``.
+"""The parts of ``first_light.sh`` and ``second_look.sh``: ``python -m load_tests.gpu.parts PART [--small]``.
 
 Results go to the file that the environment variable ``RESULTS`` names, each as soon as it is there. Floors: prefill is
 FLOPs over the measured matrix rate, decode bytes over the measured copy rate; ``of_limit`` is floor over time. A part
@@ -23,10 +23,11 @@ from typing import Any
 import torch
 import transformers
 
-from load_tests.gpu import kernels, looks
+from load_tests.gpu import kernels, looks, more
 from load_tests.gpu import rig as rigs
 from load_tests.gpu.results import Results
 from load_tests.gpu.rig import Rig, request, run
+from load_tests.gpu.sets import sets
 from pacellm.demo import MODEL_PATH
 from pacellm.demo.evaluate import opening
 from pacellm.demo.generator import make_document
@@ -103,10 +104,63 @@ def bundled(bench: Bench) -> None:
     bench.add("demo", status=demo.returncode, printed=(demo.stdout + demo.stderr)[-3000:])
 
 
-def _answers(rig: Rig, asked: list[list[int]], settings: Cells) -> list[list[int]]:
-    """Sixteen tokens, greedy, for each prompt: all at once, as a server would have them."""
-    sampling = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
-    with rig.engine(sum(map(len, asked)) + 2048 * len(asked), max_num_seqs=len(asked), **settings) as engine:
+_QUESTIONS = (
+    "What is the capital of France?", "Name three fruits.", "Write one sentence about the sea.", "What is 7 times 8?",
+    "Who wrote Hamlet?", "Translate 'good morning' into French.", "Why is the sky blue?", "List the days of the week.",
+    "Say hello 👋 in two languages.",
+)  # fmt: skip
+
+
+def real(bench: Bench) -> None:
+    """A real model, the one that the environment variable ``MODEL`` names: greedy tokens with default settings beside
+    ``generate`` on the same device and beside a CPU's, and with every way to decode."""
+    if bench.small:
+        path, limit = MODEL_PATH, 8
+    else:
+        path, limit = Path(os.environ["MODEL"]), 48
+    tokenizer = ChatTokenizer(path)
+    notes = [f"Note {n}: the {word} is kept in room {n * 7 % 90}." for n, word in enumerate(["lamp", "map"] * 60)]
+    questions = [*_QUESTIONS, " ".join([*notes, "Which room is the first lamp in?"])][: bench.pick(2, None)]
+    asked = [tokenizer.encode(tokenizer.render([{"role": "user", "content": text}])) for text in questions]
+    model = load(path, device=bench.device)
+    ways: dict[str, tuple[Any, Cells]] = {
+        "cpu": (load(path, dtype=torch.float32), {}),
+        "default": (model, {}),
+        "no_banks": (model, {"pa": False}),
+        "no_graphs": (model, {"cuda_graphs": False}),
+        "alone": (model, {"max_num_seqs": 1}),
+        "deterministic": (model, {"deterministic": True}),
+    }
+    found = {}
+    for name, (loaded, settings) in ways.items():
+        rig = Rig(loaded, bench.small, Path())
+        found[name] = _answers(rig, asked, {"max_num_seqs": len(asked), **settings}, limit)
+        text = tokenizer.backend.decode(found[name][0])
+        bench.add(name, asked=len(asked), as_on_cpu=_same(found[name], found["cpu"]), text=text)
+    bench.add("observed beside none", same=_same(found["default"], found["no_banks"]))
+    with Rig(model, bench.small, Path()).peer() as module:
+        generated = []
+        for ids in asked:
+            prompt = torch.tensor([ids], device=bench.device)
+            options = {"max_new_tokens": limit, "min_new_tokens": limit, "do_sample": False, "pad_token_id": 0}
+            output = module.generate(prompt, attention_mask=torch.ones_like(prompt), **options)  # type: ignore[operator]
+            generated.append(output[0, len(ids) :].tolist())
+    bench.add("generate", default_same=_same(found["default"], generated), cpu_same=_same(found["cpu"], generated))
+
+
+def _same(mine: list[list[int]], other: list[list[int]]) -> list[int]:
+    """For each answer how many of its first tokens are the same."""
+    found = []
+    for one, two in zip(mine, other, strict=True):
+        differs = (number for number, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)
+        found.append(next(differs, min(len(one), len(two))))
+    return found
+
+
+def _answers(rig: Rig, asked: list[list[int]], settings: Cells, new: int = 16) -> list[list[int]]:
+    """``new`` tokens, greedy, for each prompt: all at once, as a server would have them."""
+    sampling = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
+    with rig.engine(sum(map(len, asked)) + 2048 * len(asked), **{"max_num_seqs": len(asked), **settings}) as engine:
         events = run(engine, *(rigs.sampled(str(n), ids, sampling) for n, ids in enumerate(asked)))
     return [[token for event in events[str(n)] if isinstance(event, Delta) for token in event.token_ids]
             for n in range(len(asked))]  # fmt: skip
@@ -130,7 +184,7 @@ def decode(bench: Bench) -> None:
                     f"{mode}, batch {batch}", seconds=seconds, floor_seconds=floor, of_limit=floor / seconds,
                     costs=seconds / plain[batch] - 1.0, steps_ahead=engine.stats.steps_ahead,
                 )  # fmt: skip
-                if mode == "off" or batch == batches[-1]:
+                if mode == "off":
                     bench.add(f"{mode}, batch {batch}: where a step's time goes", **looks.profiled(rig, engine, 4))
     with rig.peer() as module:
         prompt = rig.ids(context, 0)
@@ -229,13 +283,29 @@ def _p99(seconds: list[float]) -> float:
     return sorted(seconds)[min(len(seconds) - 1, int(0.99 * len(seconds)))]
 
 
+def _whole(measured: Callable[[Rig, Cells], Cells]) -> Callable[[Bench], None]:
+    """A part of one line for each thing that is measured."""
+
+    def part(bench: Bench) -> None:
+        for name, cell in measured(bench.rig(), bench.limits).items():
+            bench.add(name, **(cell if isinstance(cell, dict) else {"value": cell}))
+
+    return part
+
+
 PARTS: dict[str, Callable[[Bench], None]] = {
     "card": card,
     "bundled": bundled,
     "decode": decode,
     "attention": attention,
+    "real": real,
     "prefill": prefill,
     "beside": beside,
+    "deterministic": _whole(looks.deterministic),
+    "forks": _whole(more.forks),
+    "growth": _whole(more.growth),
+    "sets": _whole(sets),
+    "authors": _whole(more.authors),
 }
 
 
