@@ -95,6 +95,8 @@ class _Follower:
 
     def attempt(self, end: End) -> str | RequestError:
         """What follows a history that ends so, or why nothing can."""
+        if end == "tool" and not self._tokenizer.dialect.reads_results:
+            end = "user"  # it was written as a user's message
         try:
             text = self._behind(end)
         except RequestError as error:
