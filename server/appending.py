@@ -22,6 +22,7 @@ from server.schema.turn import TurnRequest
 
 Entry = dict[str, Any]
 _ENDS: tuple[End, ...] = get_args(End)
+_SYSTEM = ("system", "developer")
 _MARK = "pacellm-stand-in-7c41"  # what is behind it in a rendering is the template's
 _QUESTION: Entry = {"role": "user", "content": "?"}
 
@@ -101,8 +102,10 @@ class _Follower:
             text = self._behind(end)
         except RequestError as error:
             return error
-        for number, message in enumerate(self._asked.messages):
-            if message.role in ("system", "developer") and message.text().strip() not in text:
+        said = [number for number, message in enumerate(self._asked.messages) if message.role in _SYSTEM]
+        shown = (entry["content"] for entry in self._new if entry["role"] in _SYSTEM)
+        for number, content in zip(said, shown, strict=True):
+            if content.strip() not in text:
                 return RequestError(
                     "the model's chat template shows a system message at the beginning only; it cannot be appended",
                     param=f"messages.{number}.role",
