@@ -12,7 +12,7 @@ from pacellm.errors import UnsupportedParameter
 from pacellm.grammar import Function, Grammar, Mark
 from pacellm.tokenizer import ChatTokenizer
 from pacellm.types import Append, Outline, SamplingParams
-from server.appending import append_of, outline_of
+from server.appending import Following, outline_of
 from server.prompts import chat_prompt
 from server.readers import ListReader, ParsedReader, PlainReader, Reader
 from server.schema.tools import NamedTool
@@ -61,7 +61,8 @@ def new_turn(
     form = _Form(tokenizer.dialect, grammars, asked)
     append = None
     if asked.appends:
-        text, prompt, append = append_of(tokenizer, asked, limit, scope)
+        following = Following(tokenizer, asked)
+        text, (prompt, append) = following.text, following.encoded(limit, scope)
     else:
         text, prompt = chat_prompt(tokenizer, asked, limit, scope)
     outline = Outline() if scope is None else outline_of(tokenizer, asked, prompt)

@@ -5,7 +5,7 @@ import pytest
 from pacellm.demo import MODEL_PATH
 from pacellm.errors import NotAppendable, RequestError
 from pacellm.tokenizer import ChatTokenizer
-from server.appending import append_of, outline_of
+from server.appending import Following, outline_of
 from server.conversation import for_template
 from server.schema.messages import Message
 from server.schema.tools import Tool
@@ -103,7 +103,7 @@ def whole(found, *messages, tools=(), **changes):
 
 
 def tails(found, *messages, **changes):
-    return append_of(found, asked(*messages, appends=True, **changes), None, None)[2]
+    return Following(found, asked(*messages, appends=True, **changes)).encoded(None, None)[1]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
