@@ -4,7 +4,7 @@ TOKENS ?= 200000
 PORT ?= 8000
 BIN := .venv/bin
 
-.PHONY: venv demo serve test test-slow test-gpu ray load lint
+.PHONY: venv models real demo serve test test-slow test-gpu ray load lint
 
 venv: .venv/installed
 
@@ -14,13 +14,19 @@ venv: .venv/installed
 	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+models: venv  ## real models, fetched and converted once, in the user's cache
+	$(BIN)/pacellm fetch
+
+real: venv  ## SmolLM2 behind a server, asked ten questions about 4,000 tokens
+	$(BIN)/pacellm demo --model smollm2
+
 demo: venv  ## a question about a document of TOKENS tokens, over HTTP
 	$(BIN)/pacellm demo --tokens $(TOKENS)
 
 serve: venv  ## a server on the bundled model
 	$(BIN)/pacellm serve --port $(PORT)
 
-test: venv lint  ## everything that runs in minutes on a CPU
+test: venv models lint  ## everything that runs in minutes on a CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 test-slow: venv  ## recall at length and other checks of minutes
@@ -28,6 +34,11 @@ test-slow: venv  ## recall at length and other checks of minutes
 
 test-gpu: venv  ## what needs a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+gpu-wheels: venv  ## what load_tests/gpu/first_light.sh wants where there is no network, for Python 3.12
+	$(BIN)/pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+		$(foreach glibc,2_39 2_34 2_31 2_28 2_17,--platform manylinux_$(glibc)_x86_64) --platform manylinux2014_x86_64 \
+		--constraint constraints.txt --dest .gpu-wheels --requirement load_tests/gpu/wheels.txt
 
 ray: .venv-ray/installed  ## sessions on a small Ray cluster: scaling, a replica killed
 	.venv-ray/bin/python -m pytest -m slow tests/deploy/test_ray_serve.py

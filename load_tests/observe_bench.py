@@ -1,6 +1,6 @@
 """What observing costs: ``python load_tests/observe_bench.py MODEL``.
 
-Two engines of one process, with ``--no-pa`` and with banks that are observed, do the same work step by step in turn, so
+Two engines of one process, with ``--no-pa`` and with observed banks, do the same work step by step in turn, so
 that whatever else the machine does meets both. A prefill is ``--prompt`` tokens of text in steps of ``--budget``; then
 ``--new`` tokens are decoded for ``--batch`` requests at once. Each round gives a ratio of sums (prefill) and a median
 of ratios of steps (decode), of CPU seconds and of wall seconds. What is printed is the median over rounds with its 95 %

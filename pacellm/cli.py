@@ -46,10 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def serve(options: argparse.Namespace) -> int:
     """Load a model and answer HTTP until told to stop."""
     from server import logs
-    from server.listen import run
 
     logs.configure(options.log_level, options.log_format)
     service, keys, team = build(options)
+
+    from server.listen import run  # after the options and the model's files were looked at: it loads torch
+
     if not keys and options.host not in _LOOPBACK:
         logger.warning("listening on %s without API keys: anyone who reaches it can use it", options.host)
     elif not keys:
@@ -76,21 +78,29 @@ def build(options: argparse.Namespace) -> tuple[Service, Keys, Team | None]:
     """
     from pacellm.calibration.gate import Gate
     from pacellm.demo import MODEL_PATH
+    from pacellm.model.gguf_check import check_gguf
+    from pacellm.real_models import resolve
+    from server.auth import read_keys
+
+    keys = read_keys(options.api_key, options.api_key_file)
+    config = engine_config(options)
+    path = resolve(options.model) if options.model else MODEL_PATH
+    header = check_gguf(path)  # before torch is loaded below: what is wrong with a file is said at once
+
     from pacellm.engine.describe import describe
     from pacellm.engine.engine import Engine
     from pacellm.experts.layout import Layout
     from pacellm.model.checkpoint import check_directory
     from pacellm.model.layout import apply_layout
     from pacellm.tokenizer import ChatTokenizer
-    from server.auth import read_keys
     from server.service import Service
 
-    keys = read_keys(options.api_key, options.api_key_file)
-    config = engine_config(options)
-    path = options.model or MODEL_PATH
     name = options.served_model_name or ("pacellm-demo" if options.model is None else options.model)
     settings = server_settings(options, name, has_keys=bool(keys))
-    check_directory(path, allow_pickle=options.allow_pickle)
+    if header is None:
+        check_directory(path, allow_pickle=options.allow_pickle)
+    else:
+        logger.info("%s is dequantised at every start; `pacellm convert` keeps the result", header.file)
     traces = _traces(options.otlp_endpoint, name)
     tokenizer = ChatTokenizer(path, options.chat_template)
     model, team = _load(str(path), options)
@@ -177,10 +187,17 @@ def server_settings(options: argparse.Namespace, model_name: str, *, has_keys: b
 
 
 def demo(options: argparse.Namespace) -> int:
-    """Start a server on the bundled model and ask it about a long document."""
+    """Start a server on the bundled model, or on a real one, and ask it about a document."""
+    if options.model is not None:
+        from pacellm.demo.real import show_real
+        from pacellm.real_models import resolve
+
+        if options.tokens is not None or options.seed is not None:
+            raise ConfigError("--tokens and --seed are for the bundled model's documents", param="model")
+        return show_real(options.model, resolve(options.model), options.serve_arguments)
     from pacellm.demo.show import show
 
-    return show(options.tokens, options.seed, options.serve_arguments)
+    return show(options.tokens or 200_000, options.seed or 0, options.serve_arguments)
 
 
 def chat(options: argparse.Namespace) -> int:
@@ -189,6 +206,33 @@ def chat(options: argparse.Namespace) -> int:
 
     key = options.api_key or os.environ.get("OPENAI_API_KEY")
     return talk(options.url, key, options.session, options.model, options.file)
+
+
+def convert(options: argparse.Namespace) -> int:
+    """Write an ordinary checkpoint of a GGUF file."""
+    from pacellm.model.gguf_check import check_gguf
+
+    header = check_gguf(options.file)
+    if header is None:
+        raise ConfigError(f"{options.file} is no GGUF file; give the file itself", param="file")
+
+    import torch
+
+    from pacellm.model import gguf
+
+    gguf.convert(header, options.output, getattr(torch, options.dtype))
+    print(f"{options.output}: serve it with `pacellm serve {options.output}`")
+    return 0
+
+
+def fetch(options: argparse.Namespace) -> int:
+    """Put real models into the user's cache."""
+    from pacellm import real_models
+
+    for name in options.names or real_models.MODELS:
+        directory = real_models.fetch(name, lambda line: print(line, file=sys.stderr, flush=True))
+        print(f"{name}: {directory}")
+    return 0
 
 
 def engine_config(options: argparse.Namespace) -> EngineConfig:
@@ -213,6 +257,7 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         async_scheduling=options.async_scheduling,
         deterministic=options.deterministic,
         attention_kernel=options.attention_kernel,
+        exact_products=options.exact_products,
         pa_memory=options.pa_memory,
         pa=options.pa,
         pa_layers=None if options.pa_layers == "auto" else options.pa_layers,
@@ -227,6 +272,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands.add_parser("serve", help="serve a model over OpenAI's API"))
     _add_chat(commands.add_parser("chat", help="talk to a server in the terminal"))
     _add_demo(commands.add_parser("demo", help="ask the bundled model about a long document, over HTTP"))
+    _add_convert(commands.add_parser("convert", help="write a checkpoint's directory from a GGUF file"))
+    _add_fetch(commands.add_parser("fetch", help="put a small real model into the user's cache"))
     add_calibrate(
         commands.add_parser("calibrate", help="measure what acting banks and fewer experts do to a model's answers"),
         {"layers": _layers, "object": _object, "device": _device},
@@ -239,7 +286,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     defaults, bank = EngineConfig(), PAConfig()
     add = parser.add_argument
-    add("model", nargs="?", help="checkpoint directory or hub name (default: the bundled model)")
+    add("model", nargs="?", help="checkpoint directory, hub name, GGUF file, or smollm2 or gemma3-270m, which are "
+        "fetched once (default: the bundled model)")  # fmt: skip
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000)
     add("--served-model-name", help="the name clients ask for (default: as MODEL is written, or pacellm-demo)")
@@ -264,6 +312,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         "on a CPU they always are")  # fmt: skip
     add("--attention-kernel", default=defaults.attention_kernel, choices=ATTENTION_KERNELS, help="of prompts on a GPU "
         "(default: the fastest that is right there, found by a short measurement)")  # fmt: skip
+    add("--exact-products", action=argparse.BooleanOptionalAction, default=True, help="on a CPU, pad steps so that "
+        "answers do not depend on batch mates and chunk sizes")  # fmt: skip
     add("--session-memory", type=_size, help="bytes of idle sessions' KV kept on the device (default: KV memory)")
     add("--session-host-memory", type=_size, help="bytes of sessions in host memory, below the device (default: as "
         "--session-memory beside a GPU, else 0)")  # fmt: skip
@@ -332,10 +382,23 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokens", type=_size, default=200_000, help="length of the document")
-    parser.add_argument("--seed", type=int, default=0, help="of the document")
+    parser.add_argument("--model", help="another model that chats, as smollm2: ten questions about 4,000 tokens")
+    parser.add_argument("--tokens", type=_size, help="length of the bundled model's document (default: 200,000)")
+    parser.add_argument("--seed", type=int, help="of that document (default: 0)")
     parser.add_argument("serve_arguments", nargs="*", help="flags for the server, after --")
     parser.set_defaults(run=demo)
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="the GGUF file, or a directory that holds only one")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the directory to make")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
+    parser.set_defaults(run=convert)
+
+
+def _add_fetch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", metavar="NAME", help="smollm2 or gemma3-270m (default: both)")
+    parser.set_defaults(run=fetch)
 
 
 def _size(text: str) -> int:

@@ -149,6 +149,8 @@ class EngineConfig:
             that answers and banks do not depend on batch mates and budgets; on a CPU that always holds.
         attention_kernel: of prompts' chunks on a GPU, one of ``ATTENTION_KERNELS``; auto is the fastest that is right
             there, or flash where ``deterministic`` is set.
+        exact_products: on a CPU steps have as many rows as products need for bits that do not depend on the company;
+            without, one token is one row, and answers may depend on batch mates and chunk sizes.
         pa_layers: patched layers, counted from 0.
         ce_density: part of the experts that decoded tokens use; below 1 the model needs a layout.
     """
@@ -173,6 +175,7 @@ class EngineConfig:
     async_scheduling: bool = True
     deterministic: bool = False
     attention_kernel: str = "auto"
+    exact_products: bool = True
     pa: bool = True
     pa_layers: tuple[int, ...] | None = None
     ce_density: float = 1.0

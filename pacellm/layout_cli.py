@@ -8,17 +8,19 @@ import shutil
 import sys
 import time
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from pacellm.errors import ConfigError
-from pacellm.experts.layout import LayerLayout, Layout
+from pacellm.real_models import resolve
+
+if TYPE_CHECKING:
+    from pacellm.experts.layout import LayerLayout
 
 
 def add_cluster(parser: argparse.ArgumentParser) -> None:
     """The flags of ``pacellm cluster``."""
     add = parser.add_argument
-    add("model", nargs="?", help="checkpoint directory or hub name (default: the bundled model)")
+    add("model", nargs="?", help="as for serve (default: the bundled model)")
     add("-o", "--output", type=Path, help="the layout file; with --inspect its picture (PNG)")
     add("--experts", type=int, default=64, help="experts of each layer; must divide its neurons")
     add("--features", default="weights", choices=("weights", "activations"), help="what neurons are clustered by: rows "
@@ -34,7 +36,7 @@ def add_experts(parser: argparse.ArgumentParser) -> None:
     """The flags of ``pacellm experts``."""
     add = parser.add_argument
     add("document", type=Path, help="a text, UTF-8")
-    add("model", nargs="?", help="checkpoint directory or hub name (default: the bundled model)")
+    add("model", nargs="?", help="as for serve (default: the bundled model)")
     add("--ce-layout", type=Path, required=True, help="the model's layout")
     add("-o", "--output", type=Path, default=Path("experts.png"), help="the picture (PNG)")
     parser.set_defaults(run=experts)
@@ -45,6 +47,7 @@ def cluster(options: argparse.Namespace) -> int:
     if options.inspect is not None:
         return _inspect(options.inspect, options.output)
     from pacellm.experts.cluster import cluster_layers
+    from pacellm.experts.layout import Layout
     from pacellm.model.layout import model_fingerprint, weight_features
 
     if options.output is None:
@@ -85,6 +88,7 @@ def experts(options: argparse.Namespace) -> int:
     """Draw which experts fire over a document."""
     from pacellm.engine.trace import expert_shares
     from pacellm.experts.draw import draw_activity
+    from pacellm.experts.layout import Layout
     from pacellm.model.layout import apply_layout
 
     layout = Layout.load(options.ce_layout)
@@ -98,6 +102,7 @@ def experts(options: argparse.Namespace) -> int:
 
 def _inspect(path: Path, picture: Path | None) -> int:
     from pacellm.experts.draw import draw_layout
+    from pacellm.experts.layout import Layout
 
     layout = Layout.load(path)
     print(f"{layout.method} on {layout.features}, seed {layout.seed}, {layout.num_experts} experts a layer")
@@ -116,11 +121,13 @@ def _inspect(path: Path, picture: Path | None) -> int:
 
 
 def _load(name: str | None):
+    import torch
+
     from pacellm.demo import MODEL_PATH
     from pacellm.model.load import load
 
     torch.set_grad_enabled(False)
-    return load(name or MODEL_PATH), name or "pacellm-demo"
+    return load(resolve(name) if name else MODEL_PATH), name or "pacellm-demo"
 
 
 def _ids(name: str | None, path: Path, limit: int) -> list[int]:
@@ -132,7 +139,7 @@ def _ids(name: str | None, path: Path, limit: int) -> list[int]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as text: {error}") from None
-    ids = ChatTokenizer(name or MODEL_PATH).backend.encode(text).ids[: limit - 1]
+    ids = ChatTokenizer(resolve(name) if name else MODEL_PATH).backend.encode(text).ids[: limit - 1]
     if not ids:
         raise ConfigError(f"{path} has no text")
     return ids

@@ -12,7 +12,15 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pacellm.dialect import Dialect, detect
-from pacellm.errors import ConfigError, ContextLengthExceeded, ModelError, RequestError, UnsupportedParameter
+from pacellm.errors import (
+    ConfigError,
+    ContextLengthExceeded,
+    ModelError,
+    PaceError,
+    RequestError,
+    UnsupportedParameter,
+)
+from pacellm.model.gguf_check import check_gguf
 from pacellm.pieces import PieceMemo
 
 # what the template is given by other means; a request sets none of these as a variable
@@ -46,11 +54,20 @@ def read_template(path: str | Path) -> str:
     return text
 
 
+def _read(path: str | Path) -> PreTrainedTokenizerBase:
+    header = check_gguf(path)
+    if header is None:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    from pacellm.model.gguf import read_tokenizer  # needs an optional package
+
+    return read_tokenizer(header)
+
+
 class ChatTokenizer:
     """Messages to ids.
 
     Args:
-        path: directory or hub name of the checkpoint.
+        path: directory or hub name of the checkpoint, or a GGUF file.
         chat_template: a file with a Jinja template to use instead of the checkpoint's.
 
     Raises:
@@ -59,7 +76,9 @@ class ChatTokenizer:
 
     def __init__(self, path: str | Path, chat_template: str | Path | None = None) -> None:
         try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            tokenizer = _read(path)
+        except PaceError:
+            raise
         except Exception as error:  # a damaged tokenizer.json is a bare Exception
             raise ModelError(
                 f"cannot load the tokenizer of {path}: {error}; the directory needs the tokenizer.json and "
@@ -102,6 +121,11 @@ class ChatTokenizer:
         """Tokens that are left out of text, as they are written."""
         added = self.backend.get_added_tokens_decoder().values()
         return tuple(token.content for token in added if token.special)
+
+    @property
+    def end_text(self) -> str:
+        """The end token as it is written; empty where there is none."""
+        return self._tokenizer.eos_token or ""
 
     def response_parser(
         self, dialect: Dialect, prompt: str, tools: Sequence[dict[str, Any]], *, continues: bool
@@ -185,6 +209,24 @@ class ChatTokenizer:
         if add_special_tokens:
             return self.backend.encode_batch_fast([text], add_special_tokens=True)[0].ids
         return self._memo.encode(text, scope)
+
+    def encode_behind(self, text: str, *, limit: int | None = None, scope: str | None = None) -> list[int]:
+        """Ids of a text that stands behind others: without what a tokenizer puts in front of a text's first word.
+
+        Args and raises as for :meth:`encode`.
+        """
+        if self._anchor is None:
+            return self.encode(text, limit=limit, scope=scope)
+        return self.encode(self._anchor + text, limit=limit, scope=scope)[1:]
+
+    @cached_property
+    def _anchor(self) -> str | None:
+        """A special token that leaves the text around it alone."""
+        for token in self.backend.get_added_tokens_decoder().values():
+            plain = token.special and not (token.lstrip or token.rstrip or token.single_word)
+            if plain and len(self.encode(token.content)) == 1:
+                return token.content
+        return None
 
     def forget(self, scope: str, *, below: bool = False) -> None:
         """Drop the pieces remembered for a scope; with ``below`` for every scope whose name begins so."""

@@ -1,5 +1,5 @@
-"""Imports run one way: errors, config, modes, types, rows, transfer <- memory, experts, calibration <- model <- engine
-<- server; only ``pacellm/model`` and ``pacellm/tokenizer.py`` import transformers."""
+"""Imports run one way: errors, config, modes, types, rows, transfer, kernels <- memory, experts, calibration <- model
+<- engine <- server; only ``pacellm/model`` and ``pacellm/tokenizer.py`` import transformers."""
 
 import ast
 from pathlib import Path
@@ -14,14 +14,17 @@ LEVELS = {
     "pacellm.modes": 0,
     "pacellm.rows": 0,
     "pacellm.transfer": 0,
+    "pacellm.kernels": 0,
     "pacellm.pieces": 0,
     "pacellm.grammar": 0,
     "pacellm.dialect": 0,
+    "pacellm.gguf_header": 0,
     "pacellm.memory": 1,
     "pacellm.experts": 1,
     "pacellm.calibration": 1,
     "pacellm.model": 2,
     "pacellm.tokenizer": 2,
+    "pacellm.real_models": 2,
     "pacellm.engine": 3,
     "server": 4,
 }

@@ -6,7 +6,7 @@ from torch.nn.functional import linear
 
 from pacellm.config import PRESETS
 from pacellm.memory import feed, feed_triton
-from pacellm.model import decode_triton, experts_triton
+from pacellm.model import decode_triton, experts_triton, fused, fused_triton, prefill_kernels
 from pacellm.model.context import DecodeRows, Shared
 from pacellm.model.experts import _ACTIVATIONS, ExpertForward, Weights, activation_name
 from pacellm.model.neurons import ffns
@@ -213,6 +213,65 @@ def test_the_try_out_is_content(family):
         name = activation_name(ffn.activation())
         assert name == "silu"
         assert 0 < ExpertForward(ffn, layout.layers[ffn.layer]).kernel_error(name) < 0.03
+
+
+def test_norms():
+    hidden = torch.randn(2, 3, 48, generator=torch.Generator().manual_seed(0))
+    weight = torch.linspace(0.5, 2, 48)
+    expected = torch.nn.functional.rms_norm(hidden, (48,), weight, 1e-3)
+    torch.testing.assert_close(fused_triton.rms_norm(hidden, weight, 1e-3, plus_one=False), expected)
+    torch.testing.assert_close(fused_triton.rms_norm(hidden, weight - 1, 1e-3, plus_one=True), expected)
+    heads = hidden[..., 12:36].view(2, 3, 2, 12)  # parts of longer rows
+    expected = torch.nn.functional.rms_norm(heads, (12,), weight[:12], 1e-3)
+    torch.testing.assert_close(fused_triton.rms_norm(heads, weight[:12], 1e-3, plus_one=False), expected)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_gated_activations(activation):
+    both = torch.randn(3, 2 * 1100, generator=torch.Generator().manual_seed(0))
+    expected = _ACTIVATIONS[activation](both[:, :1100]) * both[:, 1100:]
+    torch.testing.assert_close(fused_triton.gated(both, activation), expected)
+
+
+def test_a_token_is_stored():
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.zeros(2, 9, 24), torch.zeros(2, 9, 16)
+    key, value = torch.randn(3, 2, 24, generator=generator).transpose(0, 1), torch.randn(2, 3, 16, generator=generator)
+    slots = torch.tensor([4, 0, 7])
+    fused_triton.store(keys, values, slots, key, value)
+    for slab, new in ((keys, key), (values, value)):
+        assert torch.equal(slab, torch.zeros_like(slab).index_copy(1, slots, new))
+
+
+def test_parts_of_attention_are_merged():
+    generator = torch.Generator().manual_seed(0)
+    total, part = torch.randn(5, 3, 24, generator=generator), torch.randn(3, 5, 24, generator=generator).transpose(0, 1)
+    lse, part_lse = torch.randn(5, 3, generator=generator), 9 * torch.randn(3, 5, generator=generator).T
+    expected = prefill_kernels.merge(total, lse, part, part_lse)
+    for mine, one in zip(fused_triton.merge(total, lse, part, part_lse), expected, strict=True):
+        torch.testing.assert_close(mine, one)
+
+
+@pytest.mark.parametrize("joins", [True, False])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3"])
+def test_a_fused_model_computes_the_same(family, joins, monkeypatch):
+    monkeypatch.setattr(fused, "has_triton", lambda device: True)
+    module = tiny(family)
+    weights = {name: weight.clone() for name, weight in module.named_parameters()}
+    ids = torch.arange(3, 40)[None]
+    expected = module(ids).logits
+    found = fused.fuse(module, joins=joins)
+    layers = len(ffns(module))
+    assert found["rotary"] == layers
+    assert found["ffns"] == joins * layers
+    assert found["projections"] == joins * (family != "phi3") * layers
+    assert found["norms"] == sum(type(one).__name__.endswith("RMSNorm") for one in module.modules())
+    for _ in range(2):  # what was put together stays so
+        torch.testing.assert_close(module(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        assert fused.fuse(module, joins=joins) == found
+    fused.unfuse(module)
+    torch.testing.assert_close(module(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(weight, weights[name]) for name, weight in module.named_parameters())
 
 
 def test_an_engine_on_the_kernel():

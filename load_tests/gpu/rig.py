@@ -20,9 +20,11 @@ from transformers.generation import ContinuousBatchingConfig
 
 from load_tests.ffn_bench import released as authors_module
 from pacellm.config import EngineConfig, PAConfig
+from pacellm.engine import pace
 from pacellm.engine.engine import Engine
 from pacellm.engine.kv import BLOCK
 from pacellm.model import attention
+from pacellm.model.fused import unfuse
 from pacellm.model.load import LoadedModel, prepare
 from pacellm.model.patch import unpatch
 from pacellm.types import Event, Failed, GenerationRequest, SamplingParams
@@ -37,6 +39,28 @@ _SHAPE_SMALL = {
 }  # fmt: skip
 
 
+MODES: dict[str, dict[str, Any]] = {
+    "off": {"pa": False},
+    "observed": {},
+    "acting": {"bank": PAConfig(preset="reference")},
+}
+"""Settings of an engine by what the banks do."""
+
+
+def seconds(device: torch.device, work: Callable[[], object]) -> float:
+    """Wall time of one call and what it started on the device."""
+    _wait(device)
+    started = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @dataclass
 class Rig:
     """A model and the device that it lies on.
@@ -45,31 +69,20 @@ class Rig:
         model: random weights, made on the device.
         small: sizes for a test on a CPU.
         folder: for a session directory.
-        released: a checkout of the authors' released code, or None.
     """
 
     model: LoadedModel
     small: bool
     folder: Path
-    released: Path | None = None
 
     @property
     def is_cuda(self) -> bool:
         """The device is a GPU."""
         return self.model.device.type == "cuda"
 
-    def wait(self) -> None:
-        """Until the device has done its work."""
-        if self.is_cuda:
-            torch.cuda.synchronize(self.model.device)
-
     def seconds(self, work: Callable[[], object]) -> float:
         """Wall time of one call and what it started on the device."""
-        self.wait()
-        started = time.perf_counter()
-        work()
-        self.wait()
-        return time.perf_counter() - started
+        return seconds(self.model.device, work)
 
     def ids(self, length: int, seed: int) -> list[int]:
         """Random token ids."""
@@ -84,6 +97,7 @@ class Rig:
             "kv_cache_memory": blocks * BLOCK * self.model.bytes_per_token,
             "session_memory": 0,
             "max_num_batched_tokens": 64 if self.small else 8192,
+            "max_num_mixed_tokens": 64 if self.small else 8192,
             "max_num_seqs": 64,
             "pa_memory": None,
             "bank": PAConfig(bank_size=100, segment=64 if self.small else 1024),
@@ -109,6 +123,7 @@ class Rig:
     def peer(self) -> Iterator[nn.Module]:
         """The same weights under transformers' own attention."""
         unpatch(self.model.module)
+        unfuse(self.model.module)
         module = self.model.module
         module.set_attn_implementation("sdpa")  # type: ignore[operator]
         try:
@@ -118,15 +133,15 @@ class Rig:
             self.collect()
 
     @contextmanager
-    def authors(self, layers: tuple[int, ...]) -> Iterator[nn.Module]:
-        """As :meth:`peer`, with the authors' module around the FFNs of ``layers``."""
-        assert self.released is not None
+    def authors(self, released: Path, layers: tuple[int, ...]) -> Iterator[nn.Module]:
+        """As :meth:`peer`, with the authors' module around the FFNs of ``layers``; ``released`` is a checkout of their
+        released code."""
         with self.peer() as module:
             decoders: list[Any] = list(module.model.layers)  # type: ignore[union-attr,arg-type]
             own = {layer: decoders[layer].mlp for layer in layers}
             segment = 64 if self.small else 1024
             for layer, ffn in own.items():
-                decoders[layer].mlp = authors_module(self.released, ffn, 100, segment)
+                decoders[layer].mlp = authors_module(released, ffn, 100, segment)
             try:
                 yield module
             finally:
@@ -159,7 +174,7 @@ class Rig:
         return float(weights + kv + banks * len(contexts) * each)
 
 
-def build(device: torch.device, *, small: bool, folder: Path | None = None, released: Path | None = None) -> Rig:
+def build(device: torch.device, *, small: bool, folder: Path | None = None) -> Rig:
     """Random weights at Qwen2.5-7B's shape in bfloat16, or a tiny model in float32."""
     config = Qwen2Config(**(_SHAPE_SMALL if small else _SHAPE_7B), eos_token_id=2, pad_token_id=0)
     before = torch.get_default_dtype()
@@ -170,41 +185,41 @@ def build(device: torch.device, *, small: bool, folder: Path | None = None, rele
             module = Qwen2ForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
-    return Rig(prepare(module), small, folder or Path(tempfile.gettempdir()), released)
+    return Rig(prepare(module), small, folder or Path(tempfile.gettempdir()))
 
 
 # -- the device's limits -------------------------------------------------------------------------------------
 
 
-def limits(rig: Rig) -> dict[str, float]:
+def limits(device: torch.device, *, small: bool, folder: Path | None = None) -> dict[str, float]:
     """Measured rates: matrix product (FLOP/s), copy on the device, from and to pinned host memory, disk (bytes/s)."""
-    device, dtype = rig.model.device, rig.model.dtype
-    side = 256 if rig.small else 8192
+    side = 256 if small else 8192
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    matrix = _best(rig, lambda: a @ b)
-    size = 2**20 if rig.small else 4 * 2**30
+    matrix = _best(device, lambda: a @ b)
+    size = 2**20 if small else 4 * 2**30
     source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
-    copy = _best(rig, lambda: target.copy_(source))
-    host = torch.empty(size // 4, dtype=torch.uint8, pin_memory=rig.is_cuda)
+    copy = _best(device, lambda: target.copy_(source))
+    host = torch.empty(size // 4, dtype=torch.uint8, pin_memory=device.type == "cuda")
     part = source[: size // 4]
-    up, down = _best(rig, lambda: part.copy_(host)), _best(rig, lambda: host.copy_(part))
+    up, down = _best(device, lambda: part.copy_(host)), _best(device, lambda: host.copy_(part))
     return {
         "matrix_flops": 2.0 * side**3 / matrix,
         "copy_bytes": 2.0 * size / copy,
         "host_to_device_bytes": size / 4 / up,
         "device_to_host_bytes": size / 4 / down,
-        "disk_read_bytes": _disk_rate(rig, host),
+        "disk_read_bytes": _disk_rate(folder or Path(tempfile.gettempdir()), host),
     }
 
 
-def _best(rig: Rig, work: Callable[[], object], repeats: int = 10) -> float:
+def _best(device: torch.device, work: Callable[[], object], repeats: int = 10) -> float:
     work()
-    return min(rig.seconds(work) for _ in range(repeats))
+    return min(seconds(device, work) for _ in range(repeats))
 
 
-def _disk_rate(rig: Rig, host: torch.Tensor) -> float:
+def _disk_rate(folder: Path, host: torch.Tensor) -> float:
     """Bytes a second of reading back a file, after the page cache was asked to forget it."""
-    path = rig.folder / "pacellm-gpu-bench.bin"
+    path = folder / "pacellm-gpu-bench.bin"
     try:
         with path.open("wb") as file:
             host.numpy().tofile(file)
@@ -229,6 +244,13 @@ def request(
 ) -> GenerationRequest:
     """To its full length, greedy unless told otherwise."""
     sampling = SamplingParams(max_tokens=new, temperature=temperature, ignore_eos=True, seed=0)
+    return sampled(name, ids, sampling, session, pa)
+
+
+def sampled(
+    name: str, ids: list[int], sampling: SamplingParams, session: str | None = None, pa: str = "on"
+) -> GenerationRequest:
+    """One request; without a session it shares nothing with others."""
     key = None if session is None else ("bench", session)
     return GenerationRequest(name, ids, sampling, session=key, tenant="bench" if session else name, pa=pa)  # type: ignore[arg-type]
 
@@ -252,11 +274,16 @@ def _checked(events: list[tuple[str, Event]]) -> list[tuple[str, Event]]:
 
 
 def fill(engine: Engine, requests: list[GenerationRequest]) -> None:
-    """Step until every request decodes."""
+    """Step until these requests, and those that run already, decode; prompts take whole steps."""
+    count, share = len(engine.scheduler.running) + len(requests), pace.SHARE
     for item in requests:
         engine.add(item)
-    while not only_decodes(engine, len(requests)):
-        _checked(engine.step())
+    pace.SHARE = 1e9
+    try:
+        while not only_decodes(engine, count):
+            _checked(engine.step())
+    finally:
+        pace.SHARE = share
 
 
 def only_decodes(engine: Engine, count: int) -> bool:

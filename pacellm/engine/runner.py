@@ -17,6 +17,7 @@ from pacellm.engine.step import Copy, Step, Work
 from pacellm.errors import EngineError
 from pacellm.memory.pool import BankPool
 from pacellm.model.attention import slab
+from pacellm.model.beside import join
 from pacellm.model.context import Chunk, DecodeRows, StepContext, step_context
 from pacellm.model.load import LoadedModel
 from pacellm.model.prefill_kernels import Kernel
@@ -65,6 +66,7 @@ class Runner:
         pa: the banks' config.
         deterministic: sums are split the same whatever else is in a step.
         kernel: of prompts' chunks on CUDA; None is flash.
+        rows: steps are padded to a multiple of them.
     """
 
     def __init__(
@@ -76,9 +78,12 @@ class Runner:
         *,
         deterministic: bool = False,
         kernel: Kernel | None = None,
+        rows: int = ROWS,
     ) -> None:
+        self.rows = rows
         self.model, self.pool, self.pa, self.deterministic, self.kernel = model, pool, pa, deterministic, kernel
         self.decoder: graphs.Decoder | None = None
+        self._beside = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
         slots = num_blocks * BLOCK + ROWS  # the last ones are nobody's: what pads a step is written there
         self._keys = slab([shape[0] for shape in model.kv_shapes], slots, model.dtype, model.device)
         self._values = slab([shape[1] for shape in model.kv_shapes], slots, model.dtype, model.device)
@@ -113,7 +118,7 @@ class Runner:
                 logger.warning("CUDA graphs are off, decoding is slower: %s", error)
                 self.decoder = None
         try:
-            packed = batch.build(step, self.pool, self.pa.segment, self.model.device)
+            packed = batch.build(step, self.pool, self.pa.segment, self.model.device, self.rows)
         except torch.OutOfMemoryError as error:  # for the stage of a first request by `paper`
             by_paper = (work.sequence for work in step.work if preset_of(work.sequence.turn.pa) == "paper")
             raise StepFailed(f"no memory for its stage: {error}", next(by_paper, None)) from error
@@ -142,7 +147,7 @@ class Runner:
         context = self._context(packed.chunks, wanted=sorted(set(rows)))
         try:
             self._copy(step.copies)
-            kept = batch.padded(rows, self.model.device)
+            kept = batch.padded(rows, self.model.device, self.rows)
             with step_context(context):
                 output = self.model.module(
                     input_ids=packed.ids,
@@ -168,6 +173,7 @@ class Runner:
             deterministic=self.deterministic,
             total=total,
             kernel=self.kernel,
+            rows=self.rows,
             **more,
         )
 
@@ -196,8 +202,9 @@ class Runner:
         missing = missing_rows(buffers.size) if on_cpu else 0
         if missing:
             raise ValueError(f"on a CPU buckets are multiples of {ROWS} sequences, not {buffers.size}")
-        with step_context(self._context(chunks, decode=rows)):
+        with step_context(self._context(chunks, decode=rows, beside=self._beside)) as step:
             output = self.model.module(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=kept)
+            join(step)
         return output.logits[0]
 
     def scrub(self, table: KVTable) -> None:

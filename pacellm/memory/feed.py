@@ -7,7 +7,6 @@ between replays. What a masked token would write goes to the arena's last row, w
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pacellm.config import PRESETS, PAConfig
+from pacellm.kernels import has_triton
 from pacellm.memory.bank import Rule, Total, Verdict, cosines_of_parts, judge, mix, weigh
 from pacellm.memory.decoded import cosines, each
 from pacellm.memory.state import EMPTY, FUSES, HITS, MERGES, MISSES, REPLACEMENTS, BankState, compute_dtype
@@ -61,7 +61,7 @@ Feed = Callable[..., Tensor]
 @cache
 def best_feed(device: torch.device) -> Feed:
     """Triton's form on a GPU where Triton is there, else torch's."""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+    if has_triton(device):
         from pacellm.memory import feed_triton
 
         return feed_triton.feed

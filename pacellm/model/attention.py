@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from pacellm.kernels import has_triton
 from pacellm.model import attention_cpu, attention_cuda
 from pacellm.model.attention_form import Form
 from pacellm.model.context import LayerProbe, StepContext, current_step
@@ -109,8 +110,7 @@ def _widen(part: Tensor, size: int) -> Tensor:
 def store(step: StepContext, layer: int, key: Tensor, value: Tensor) -> None:
     """Put the step's keys and values [Hkv, T, D] into the slab, at each chunk's positions."""
     if step.decode is not None:
-        step.keys[layer].index_copy_(1, step.decode.slots, key)
-        step.values[layer].index_copy_(1, step.decode.slots, value)
+        _store_decoded(step.keys[layer], step.values[layer], step.decode.slots, key, value)
         return
     places = step.scratch.get("places")
     if not isinstance(places, Places):
@@ -120,6 +120,16 @@ def store(step: StepContext, layer: int, key: Tensor, value: Tensor) -> None:
             slab[:, target] = new[:, source]
         if places.rows is not None and places.slots is not None:
             slab.index_copy_(1, places.slots, new[:, places.rows])
+
+
+def _store_decoded(keys: Tensor, values: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
+    if has_triton(keys.device):
+        from pacellm.model import fused_triton
+
+        fused_triton.store(keys, values, slots, key, value)
+        return
+    keys.index_copy_(1, slots, key)
+    values.index_copy_(1, slots, value)
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,16 @@ from torch import Tensor
 
 from pacellm.memory.feed import Tokens
 from pacellm.model.context import Chunk, DecodeRows, KVShape, Run, StepContext
-from pacellm.model.prefill_kernels import FLASH, Kernel, Plan, merge, new_plan
+from pacellm.model.prefill_kernels import CUDNN_STEP, FLASH, Kernel, Plan, merge, merge_copies, new_plan
 from pacellm.transfer import to_device
 
+_PROGRAMS = 264  # two for each multiprocessor of an H100
+_QUERIES = 128  # of one program
+_LEAST_PIECE = 1024  # keys of a short chunk's piece
 DETERMINISTIC_SPLITS = 32  # of a sequence's keys in decode, whatever the batch
 _TOLERANCE = 0.03
 DecodeKernel = Callable[..., Tensor]
-_DECODE_KERNELS = {"Triton": "decode_triton", "flash_attn_with_kvcache": "decode_flash"}
-_decode_kernel: tuple[str, DecodeKernel] | None = None  # its name, once one was found right
+_decode_kernel: DecodeKernel | None = None  # once it was found right
 
 
 def why_not(dtype: torch.dtype, key_size: int, value_size: int) -> str | None:
@@ -56,9 +58,9 @@ def attend(step: StepContext, layer: int, query: Tensor, scale: float, window: i
         output.index_copy_(0, rows, found)
     if simple:
         total, lse = None, None
-        for plan in _plans(step, simple, window, query.device):
+        for plan in _plans(step, simple, queries.shape[1], window, query.device):
             part, part_lse = _call(kernel, queries, keys, values, plan, scale, window)
-            total, lse = _merge(total, lse, part, part_lse, plan.rows, queries)
+            total, lse = _merge(total, lse, part, part_lse, plan.target, queries)
         output = _scatter(output, total, simple, len(simple) == len(step.chunks))
     for chunk in gathered:
         step.failing = chunk
@@ -76,35 +78,27 @@ def attend_decoded(step: StepContext, layer: int, query: Tensor, scale: float, w
 
 def _attend_rows(query: Tensor, *arguments: object) -> Tensor:
     assert _decode_kernel is not None
-    return _decode_kernel[1](query, *arguments)
+    return _decode_kernel(query, *arguments)
 
 
 def no_decode_kernel(shapes: list[KVShape], dtype: torch.dtype, device: torch.device) -> str | None:
-    """Try decode kernels out on every size of the model's heads, and use the first right one from here on.
+    """Try Triton's kernel out on every size of the model's heads, and use it from here on where it is right.
 
     Returns:
-        Why none is used, or None.
+        Why it is not used, or None.
     """
     global _decode_kernel
-    _decode_kernel, problems = None, []
-    for name in _DECODE_KERNELS:
-        try:
-            kernel = _load_decode_kernel(name)
-            errors = [_error(kernel, shape, dtype, device) for shape in set(shapes)]
-        except Exception as error:
-            problems.append(f"{name}: {type(error).__name__}: {error}")
-            continue
-        wrong = next((found for found in errors if not found <= _TOLERANCE), None)
-        if wrong is None:
-            _decode_kernel = name, kernel
-            return None
-        problems.append(f"{name}: it is off by {wrong:.2g}")
-    return "; ".join(problems)
-
-
-def decode_kernel_name() -> str | None:
-    """The kernel in use."""
-    return None if _decode_kernel is None else _decode_kernel[0]
+    _decode_kernel = None
+    try:
+        kernel = _load_decode_kernel()
+        errors = [_error(kernel, shape, dtype, device) for shape in set(shapes)]
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    wrong = next((found for found in errors if not found <= _TOLERANCE), None)  # also what is not a number
+    if wrong is not None:
+        return f"it is off by {wrong:.2g}"
+    _decode_kernel = kernel
+    return None
 
 
 def _error(kernel: DecodeKernel, shape: KVShape, dtype: torch.dtype, device: torch.device) -> float:
@@ -135,9 +129,8 @@ def _error(kernel: DecodeKernel, shape: KVShape, dtype: torch.dtype, device: tor
     return float(torch.stack(worst).max())  # which keeps what is not a number, as Python's max would not
 
 
-def _load_decode_kernel(name: str) -> DecodeKernel:
-    kernel: DecodeKernel = importlib.import_module(f"pacellm.model.{_DECODE_KERNELS[name]}").attend
-    return kernel
+def _load_decode_kernel() -> DecodeKernel:
+    return importlib.import_module("pacellm.model.decode_triton").attend  # not everywhere
 
 
 def _decoded(step: StepContext, device: torch.device) -> tuple[Tensor, DecodeRows] | None:
@@ -184,20 +177,49 @@ def _used_runs(chunk: Chunk) -> list[Run]:
     return [Run(run.start, run.slot, min(run.length, end - run.start)) for run in chunk.runs if run.start < end]
 
 
-def _plans(step: StepContext, chunks: list[Chunk], window: int | None, device: torch.device) -> list[Plan]:
+def _plans(step: StepContext, chunks: list[Chunk], heads: int, window: int | None, device: torch.device) -> list[Plan]:
     """Built once a step for each window, because that decides which chunks are read in place; kept in scratch."""
     name = f"cuda plans, window {window}"
     kept = step.scratch.get(name)
     if kept is None:
-        kept = step.scratch[name] = _build_plans(chunks, (step.kernel or FLASH).least, device)
+        are_cut = window is None and not step.deterministic
+        cuts = [_cut(chunk, heads) if are_cut else [] for chunk in chunks]
+        whole = [chunk for chunk, pieces in zip(chunks, cuts, strict=True) if not pieces]
+        kept = step.scratch[name] = _build_plans(whole, (step.kernel or FLASH).least, device)
+        for chunk, pieces in zip(chunks, cuts, strict=True):
+            if pieces:
+                kept.append(new_plan([(chunk, piece) for piece in pieces], False, device, copies=len(pieces)))
+                kept.append(new_plan([(chunk, _own(chunk))], True, device))
     return kept  # type: ignore[return-value]
+
+
+def _cut(chunk: Chunk, heads: int) -> list[Run]:
+    """The keys before a short chunk in so many pieces that the device is full; [] where it is so anyway. A kernel's
+    program takes the queries of one head over all keys it is given: behind 200,000 of them a short chunk would have few
+    programs, each a long way to go."""
+    count = chunk.stop - chunk.start
+    pieces = min(_PROGRAMS // (heads * -(-count // _QUERIES)), chunk.position // _LEAST_PIECE)
+    if count >= CUDNN_STEP or pieces < 2:
+        return []
+    each, cut = -(-chunk.position // pieces), []
+    for run in _used_runs(chunk):
+        for start in range(run.start, min(run.start + run.length, chunk.position), each):
+            stop = min(start + each, run.start + run.length, chunk.position)
+            cut.append(Run(start, run.slot + start - run.start, stop - start))
+    return cut
+
+
+def _own(chunk: Chunk) -> Run:
+    """Where a chunk's own tokens lie, which are in one run."""
+    last = _used_runs(chunk)[-1]
+    return Run(chunk.position, last.slot + chunk.position - last.start, chunk.stop - chunk.start)
 
 
 def _build_plans(chunks: list[Chunk], least: int, device: torch.device) -> list[Plan]:
     """One for each i-th run of the sequences; chunks of fewer queries than ``least`` apart from the others."""
     used = [_used_runs(chunk) for chunk in chunks]
     plans = []
-    for number in range(max(len(runs) for runs in used)):
+    for number in range(max((len(runs) for runs in used), default=0)):
         for causal in (False, True):
             for is_long in (False, True):
                 members = [
@@ -217,16 +239,21 @@ def _call(
 ) -> tuple[Tensor, Tensor]:
     """([n, H, D], lse [n, H]) of the plan's rows over the plan's runs."""
     able = kernel if kernel.takes(plan, window) else FLASH
-    return able.call(queries[plan.rows], keys, values, plan, scale, window)
+    output, lse = able.call(queries[plan.rows], keys, values, plan, scale, window)
+    if plan.copies == 1:
+        return output, lse
+    return merge_copies(output.unflatten(0, (plan.copies, -1)), lse.unflatten(0, (plan.copies, -1)))
 
 
 def _merge(
-    total: Tensor | None, lse: Tensor | None, part: Tensor, part_lse: Tensor, rows: Tensor, queries: Tensor
+    total: Tensor | None, lse: Tensor | None, part: Tensor, part_lse: Tensor, rows: Tensor | slice, queries: Tensor
 ) -> tuple[Tensor, Tensor]:
     if total is None or lse is None:
-        total = queries.new_zeros(queries.shape)
+        if len(part) == len(queries):
+            return part, part_lse
+        total = torch.zeros(queries.shape, dtype=torch.float32, device=queries.device)
         lse = torch.full(queries.shape[:2], -torch.inf, dtype=torch.float32, device=queries.device)
-        total[rows], lse[rows] = part, part_lse
+        total[rows], lse[rows] = part.to(total.dtype), part_lse
         return total, lse
     mixed, both = merge(total[rows], lse[rows], part, part_lse)
     total[rows] = mixed.to(total.dtype)
@@ -237,7 +264,7 @@ def _merge(
 def _scatter(output: Tensor, total: Tensor | None, chunks: list[Chunk], everything: bool) -> Tensor:
     assert total is not None
     if everything:
-        return total
+        return total.to(output.dtype)
     for chunk in chunks:
         output[chunk.start : chunk.stop] = total[chunk.start : chunk.stop]
     return output

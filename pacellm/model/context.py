@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor
 
 from pacellm.config import PAConfig, Preset
@@ -22,6 +23,7 @@ from pacellm.memory.bank import Total
 from pacellm.memory.feed import Tokens
 from pacellm.memory.state import BankState, Stage
 from pacellm.modes import PAMode, preset_of, writes
+from pacellm.rows import ROWS
 
 if TYPE_CHECKING:
     from pacellm.model.prefill_kernels import Kernel
@@ -192,7 +194,8 @@ class StepContext:
     None is all of them. ``arenas`` are all sessions' banks by layer, ``sets`` their working sets. With ``decode`` the
     step is one token of each sequence; a CPU's attention still goes by the chunks. ``deterministic`` fixes how sums are
     split, whatever else is in the step. ``total`` sums over the ranks of a tensor-parallel model. ``kernel`` attends
-    prompts' chunks on CUDA; None is flash.
+    prompts' chunks on CUDA; None is flash. ``beside`` is a stream for what the step's result does not need.
+    A CPU's products have a multiple of ``rows`` rows.
     """
 
     chunks: list[Chunk]
@@ -209,6 +212,8 @@ class StepContext:
     deterministic: bool = False
     total: Total | None = None
     kernel: Kernel | None = None
+    beside: torch.cuda.Stream | None = None
+    rows: int = ROWS
 
     def first_row(self, chunk: Chunk, layer: int) -> int:
         """The first of a chunk's rows whose attention in ``layer`` anybody reads; ``chunk.stop`` where nobody does.

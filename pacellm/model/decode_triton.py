@@ -44,17 +44,15 @@ def attend(
     shared = rows.shared if window is None else None
     parts = splits if shared is None else 2 * splits
     output = query.new_empty(batch, heads, parts, width, dtype=torch.float32)
-    lse = query.new_full((batch, heads, parts), -torch.inf, dtype=torch.float32)
-    lengths = rows.lengths
-    first = torch.zeros_like(lengths) if window is None else (lengths - window).clamp(min=0)
+    lse = query.new_empty(batch, heads, parts, dtype=torch.float32)
+    first = None
     if shared is not None:
+        lse.fill_(-torch.inf)  # of sequences that share nothing
         first = shared.lengths[shared.group]  # what lies before belongs to the shared part
-    own = torch.arange(batch, dtype=torch.int32, device=query.device)
-    arguments = (query, keys, values, output, lse, scale)
-    _launch(*arguments, rows.tables, own[:, None], own, first, lengths, 0, splits)
+    arguments = (query, keys, values, output, lse, scale, window or 0, rows.tables)
+    _launch(*arguments, None, None, first, rows.lengths, 0, splits)
     if shared is not None:
-        begin = torch.zeros_like(shared.lengths)
-        _launch(*arguments, rows.tables, shared.members, shared.leader, begin, shared.lengths, splits, splits)
+        _launch(*arguments, shared.members, shared.leader, None, shared.lengths, splits, splits)
     merged = query.new_empty(batch, heads, width)
     _merge[(batch, heads)](
         output, lse, merged, parts, width, PARTS=triton.next_power_of_2(parts), WIDTH=triton.next_power_of_2(width)
@@ -63,25 +61,29 @@ def attend(
 
 
 def _launch(
-    query: Tensor, keys: Tensor, values: Tensor, output: Tensor, lse: Tensor, scale: float,
-    tables: Tensor, members: Tensor, leader: Tensor, first: Tensor, last: Tensor, offset: int, splits: int,
+    query: Tensor, keys: Tensor, values: Tensor, output: Tensor, lse: Tensor, scale: float, window: int,
+    tables: Tensor, members: Tensor | None, leader: Tensor | None, first: Tensor | None, last: Tensor, offset: int,
+    splits: int,
 ) -> None:  # fmt: skip
-    items, queries = members.shape
+    """Keys ``first`` (None: 0, or where the window begins) to ``last`` of each item. Its queries are ``members``, its
+    table is that of ``leader``; None: item i is sequence i."""
+    items, queries = len(last), 1 if members is None else members.shape[1]
     heads, _, size = query.shape
     kv_heads, width = keys.shape[0], values.shape[2]
     group = heads // kv_heads
     _partial[(items, kv_heads, splits)](
-        query, keys, values, tables, members, leader, first, last, output, lse, scale,
+        query, keys, values, tables, members, leader, first, last, output, lse, scale, window,
         query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
         tables.stride(0), heads, lse.shape[2], offset, splits, size, width,
         GROUP=group, QUERIES=queries, ROWS=max(16, triton.next_power_of_2(queries * group)),
-        SIZE=triton.next_power_of_2(size), WIDTH=triton.next_power_of_2(width), KEYS=_KEYS, BLOCK=DecodeRows.BLOCK,
+        SIZE=max(16, triton.next_power_of_2(size)), WIDTH=max(16, triton.next_power_of_2(width)), KEYS=_KEYS,
+        BLOCK=DecodeRows.BLOCK,
     )  # fmt: skip
 
 
 @triton.jit
 def _partial(
-    query_at, keys_at, values_at, tables_at, members_at, leader_at, first_at, last_at, output_at, lse_at, scale,
+    query_at, keys_at, values_at, tables_at, members_at, leader_at, first_at, last_at, output_at, lse_at, scale, window,
     query_head, query_row, keys_head, keys_slot, values_head, values_slot, table_row, heads, parts, offset, splits,
     size, width,
     GROUP: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
@@ -89,13 +91,21 @@ def _partial(
 ):  # fmt: skip
     """One part of the keys of one item (one sequence's own, or a shared beginning), all queries of a KV head."""
     item, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first, last = tl.load(first_at + item), tl.load(last_at + item)
+    last = tl.load(last_at + item)
+    first = last * 0
+    if first_at is not None:
+        first = tl.load(first_at + item)
+    elif window > 0:
+        first = tl.maximum(last - window, 0)
     each = tl.cdiv(tl.cdiv(last - first, splits), KEYS) * KEYS
     start = first + split * each
     stop = tl.minimum(start + each, last)
     row = tl.arange(0, ROWS)
     member = row // GROUP
-    sequence = tl.load(members_at + item * QUERIES + member, mask=member < QUERIES, other=-1).to(tl.int64)
+    if members_at is None:
+        sequence = tl.where(member == 0, item, -1).to(tl.int64)
+    else:
+        sequence = tl.load(members_at + item * QUERIES + member, mask=member < QUERIES, other=-1).to(tl.int64)
     is_real = sequence >= 0
     sequence = tl.maximum(sequence, 0)
     head = kv_head * GROUP + row % GROUP
@@ -104,7 +114,10 @@ def _partial(
         query_at + head[:, None] * query_head + sequence[:, None] * query_row + column[None, :],
         mask=is_real[:, None] & (column[None, :] < size), other=0.0,
     )  # fmt: skip
-    tables_at += tl.load(leader_at + item) * table_row
+    if leader_at is None:
+        tables_at += item * table_row
+    else:
+        tables_at += tl.load(leader_at + item) * table_row
     keys_at += kv_head.to(tl.int64) * keys_head
     values_at += kv_head.to(tl.int64) * values_head
     highest = tl.full([ROWS], float("-inf"), tl.float32)
@@ -130,12 +143,14 @@ def _partial(
         total = total * fade + tl.sum(weights, 1)
         found = found * fade[:, None] + tl.dot(weights.to(values.dtype), values)
         highest = higher
+    place = (sequence * heads + head) * parts + offset + split
     if stop > start:
-        place = (sequence * heads + head) * parts + offset + split
         found = found / total[:, None]
         mask = is_real[:, None] & (out_column[None, :] < width)
         tl.store(output_at + place[:, None] * width + out_column[None, :], found, mask=mask)
         tl.store(lse_at + place, highest + tl.log(total), mask=is_real)
+    else:
+        tl.store(lse_at + place, highest, mask=is_real)  # no keys: log of nothing
 
 
 @triton.jit

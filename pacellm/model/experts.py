@@ -9,7 +9,6 @@ that is a Triton kernel (``experts_triton.py``) which finds sets in a table by r
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 
 from pacellm.errors import ConfigError
 from pacellm.experts.layout import LayerLayout, Layout
+from pacellm.kernels import has_triton
 from pacellm.memory import activity
 from pacellm.model.context import Chunk, Experts, StepContext, current_step
 from pacellm.model.ffn import PersistentDown
@@ -74,7 +74,7 @@ def why_no_kernel(model: nn.Module, layout: Layout) -> str | None:
 
 def _try_out(model: nn.Module, layout: Layout) -> str | None:
     """The first FFN of each size beside torch's form, on random rows."""
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton(next(model.parameters()).device):
         return "Triton is not installed"
     kinds: dict[tuple[int, int, str], ExpertForward] = {}
     for ffn in ffns(model):

@@ -18,6 +18,7 @@ from pacellm.config import PRESETS, Preset
 from pacellm.memory import bank, decoded
 from pacellm.memory.bank import Total
 from pacellm.memory.feed import Feed, Tokens, best_feed, feed
+from pacellm.model.beside import beside
 from pacellm.model.context import Banks, Chunk, Piece, StepContext, current_step
 from pacellm.transfer import to_device
 
@@ -78,11 +79,17 @@ class PersistentDown(nn.Module):
         """The same for a step of one token for each sequence: rows of banks by index, nothing waits for the device."""
         assert step.decode is not None
         bias, tokens = self.bias, _whole_sets(step, step.decode.tokens)
-        found = self._feed(inner.device, self._total(step))(
-            step.arenas[self.layer], tokens, inner, plain if bias is None else plain - bias, step.pa, self._sets(step)
-        )
+
+        def fed() -> Tensor:
+            y = plain if bias is None else plain - bias
+            feed_rows = self._feed(inner.device, self._total(step))
+            return feed_rows(step.arenas[self.layer], tokens, inner, y, step.pa, self._sets(step))
+
         if not step.decode.acts:
+            with beside(step, inner, plain):
+                fed()
             return plain
+        found = fed()
         return torch.where(tokens.acts[:, None], found if bias is None else found + bias, plain)
 
     def _feed(self, device: torch.device, total: Total | None) -> Feed:

@@ -14,10 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from pacellm.errors import ModelError, PaceError
 from pacellm.experts.layout import Layout
+from pacellm.gguf_header import Header
 from pacellm.model import attention, attention_cuda
 from pacellm.model.checkpoint import check_directory, check_head, check_loaded
 from pacellm.model.context import KVShape, LayerProbe, StepContext, step_context
 from pacellm.model.families import family_of
+from pacellm.model.gguf_check import check_gguf
 from pacellm.model.narrow import narrow
 from pacellm.model.neurons import decoder_layers, ffns
 from pacellm.model.patch import patchable_layers
@@ -81,10 +83,10 @@ def load(
     allow_pickle: bool = False,
     ranks: Ranks | None = None,
 ) -> LoadedModel:
-    """Load a checkpoint from a directory or a hub name. Code of a checkpoint's own is never run.
+    """Load a checkpoint from a directory or a hub name, or a GGUF file. Code of a checkpoint's own is never run.
 
     Args:
-        path: directory, or name on the hub.
+        path: directory, name on the hub, or GGUF file (or a directory that holds only one).
         dtype: "auto" is the checkpoint's own, but bfloat16 for float32 on CUDA, where attention takes no float32.
         device: where it shall lie.
         rope_scaling: lengthens the context (:func:`pacellm.model.rope.scale_rope`).
@@ -94,36 +96,69 @@ def load(
     Raises:
         ModelError: it cannot be read, or not be served correctly; says why. ConfigError: a wrong ``rope_scaling``.
     """
-    check_directory(path, allow_pickle=allow_pickle)
+    header = check_gguf(path)
+    if header is None:
+        check_directory(path, allow_pickle=allow_pickle)
+    elif ranks is not None:
+        raise ModelError(f"{path} is a GGUF file, which is not split over processes; use `pacellm convert` first")
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        check_head(config)
-        if rope_scaling is not None:
-            scale_rope(config, rope_scaling)
-        check_config(config)
-        attention.register()
-        module: Any
-        info: Any
-        module, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-            path,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention.NAME,
-            use_safetensors=None if allow_pickle else True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **(ranks.loading(config) if ranks is not None else {}),
-        )
+        if header is None:
+            module = _from_directory(path, dtype, rope_scaling, allow_pickle, ranks)
+        else:
+            module = _from_gguf(header, dtype, rope_scaling)
     except PaceError:
         raise
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(_why_not_loaded(path, error)) from error
-    check_loaded(path, info)
     target = torch.device(device)
     if dtype == "auto" and target.type == "cuda" and next(module.parameters()).dtype == torch.float32:
         module.to(torch.bfloat16)  # as the kernel needs; where float32 is asked for, `prepare` refuses
     prepared = prepare(module if ranks is not None else module.to(target))
     return prepared if ranks is None else dataclasses.replace(prepared, ranks=ranks)
+
+
+def _from_directory(
+    path: str | Path,
+    dtype: torch.dtype | str,
+    rope_scaling: Mapping[str, Any] | None,
+    allow_pickle: bool,
+    ranks: Ranks | None,
+) -> nn.Module:
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    check_head(config)
+    _settle(config, rope_scaling)
+    module: Any
+    info: Any
+    module, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+        path,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attention.NAME,
+        use_safetensors=None if allow_pickle else True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **(ranks.loading(config) if ranks is not None else {}),
+    )
+    check_loaded(path, info)
+    return module
+
+
+def _from_gguf(header: Header, dtype: torch.dtype | str, rope_scaling: Mapping[str, Any] | None) -> nn.Module:
+    from pacellm.model import gguf  # needs an optional package
+
+    config = gguf.read_config(header)
+    _settle(config, rope_scaling)
+    if dtype == "auto":
+        dtype = gguf.own_dtype(header)
+    return gguf.read_model(header, config, dtype=dtype, attn_implementation=attention.NAME)
+
+
+def _settle(config: PreTrainedConfig, rope_scaling: Mapping[str, Any] | None) -> None:
+    """What is to be right with a config before its weights are read."""
+    if rope_scaling is not None:
+        scale_rope(config, rope_scaling)
+    check_config(config)
+    attention.register()
 
 
 def _why_not_loaded(path: str | Path, error: Exception) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pacellm.kernels import has_triton
 from pacellm.model.context import Chunk, Run
 from pacellm.transfer import to_device
 
@@ -44,10 +46,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where one call reads: the packed rows of its sequences [n], and where each one's keys lie. Told twice, as tensors
-    on the device and as numbers."""
+    """Where one call reads: the packed rows of its sequences [n], a slice where they are neighbours, and where each
+    one's keys lie. Told twice, as tensors on the device and as numbers. With ``copies`` the parts are of one chunk,
+    whose queries are asked so many times, each time of other keys."""
 
-    rows: Tensor
+    rows: Tensor | slice
     cu_queries: Tensor
     starts: Tensor
     lengths: Tensor
@@ -55,6 +58,12 @@ class Plan:
     max_keys: int
     causal: bool
     parts: tuple[Part, ...]
+    copies: int = 1
+
+    @property
+    def target(self) -> Tensor | slice:
+        """The rows that the answers are of: each once."""
+        return self.rows if isinstance(self.rows, slice) else self.rows[: len(self.rows) // self.copies]
 
 
 Call = Callable[[Tensor, Tensor, Tensor, Plan, float, int | None], tuple[Tensor, Tensor]]
@@ -81,7 +90,7 @@ class Kernel:
         return (window is None or self.windows) and min(part.count for part in plan.parts) >= self.least
 
 
-def new_plan(members: list[tuple[Chunk, Run]], causal: bool, device: torch.device) -> Plan:
+def new_plan(members: list[tuple[Chunk, Run]], causal: bool, device: torch.device, copies: int = 1) -> Plan:
     """The plan of chunks over one run each; causal where a run ends with its chunk's own tokens."""
 
     def upload(numbers: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
@@ -93,8 +102,12 @@ def new_plan(members: list[tuple[Chunk, Run]], causal: bool, device: torch.devic
         parts.append(Part(cumulative[-1], count, run.slot, run.length))
         cumulative.append(cumulative[-1] + count)
     last = parts[-1]
+    chunks = [chunk for chunk, _ in members]
+    rows: Tensor | slice = slice(chunks[0].start, chunks[-1].stop)
+    if any(before.stop != after.start for before, after in itertools.pairwise(chunks)):
+        rows = upload([row for chunk in chunks for row in range(chunk.start, chunk.stop)], torch.int64)
     return Plan(
-        rows=upload([row for chunk, _ in members for row in range(chunk.start, chunk.stop)], torch.int64),
+        rows=rows,
         cu_queries=upload(cumulative),
         starts=upload([*(part.slot for part in parts), last.slot + last.length]),
         lengths=upload([part.length for part in parts]),
@@ -102,13 +115,27 @@ def new_plan(members: list[tuple[Chunk, Run]], causal: bool, device: torch.devic
         max_keys=max(part.length for part in parts),
         causal=causal,
         parts=tuple(parts),
+        copies=copies,
     )
 
 
 def merge(total: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Attention [n, H, D] over two sets of keys, from each one's and its log-sum-exp [n, H]; as float32."""
+    if has_triton(total.device):
+        from pacellm.model import fused_triton
+
+        return fused_triton.merge(total, lse, part, part_lse)
     both = torch.logaddexp(lse, part_lse)
     return total * (lse - both).exp()[..., None] + part * (part_lse - both).exp()[..., None], both
+
+
+def merge_copies(parts: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention [n, H, D] over S sets of keys, from [S, n, H, D] and [S, n, H]; as float32, and its log-sum-exp."""
+    if has_triton(parts.device):
+        from pacellm.model import fused_triton
+
+        return fused_triton.merge_copies(parts, lse)
+    return (parts * lse.softmax(0)[..., None]).sum(0), lse.logsumexp(0)
 
 
 def load(name: str) -> Kernel:

@@ -14,8 +14,10 @@ SEQUENCES = (
     (1300, 20, (Run(0, 5120, 1024), Run(1024, 0, 512))),  # the second run lies before the first
     (30, 1, (Run(0, 1536, 512),)),  # decode, one run
     (1100, 300, (Run(0, 6656, 1024), Run(1024, 7680, 512))),  # a long chunk, some of its keys before it in its run
+    (2300, 30, (Run(0, 8704, 2560),)),  # a short chunk behind many keys: cut
+    (2900, 30, (Run(0, 11264, 1024), Run(1024, 12288, 2048))),  # the same, over two runs
 )
-SLAB = 8200
+SLAB = 14400
 
 
 def check(kernel_dtype, device, windows, tolerance, size=16, heads=(6, 2), kernel=None):

@@ -1,0 +1,36 @@
+"""Work whose result the step does not need, beside the step on a CUDA stream of its own: observing banks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from pacellm.model.context import StepContext
+
+_KEY = "beside"
+
+
+@contextmanager
+def beside(step: StepContext, *read: Tensor) -> Iterator[None]:
+    """What is done inside runs beside the rest of the step, where the step has a stream for that.
+
+    Args:
+        read: the step's tensors that it reads, kept until :func:`join` so that nothing else takes their place.
+    """
+    stream = step.beside
+    if stream is None:
+        yield
+        return
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    step.scratch.setdefault(_KEY, []).append(read)  # type: ignore[attr-defined]
+    with torch.cuda.stream(stream):
+        yield
+
+
+def join(step: StepContext) -> None:
+    """What comes after waits for all that ran beside the step."""
+    if step.beside is not None and step.scratch.pop(_KEY, None):
+        torch.cuda.current_stream(step.beside.device).wait_stream(step.beside)
