@@ -35,6 +35,11 @@ test-slow: venv  ## recall at length and other checks of minutes
 test-gpu: venv  ## what needs a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
+gpu-wheels: venv  ## what load_tests/gpu/first_light.sh wants where there is no network, for Python 3.12
+	$(BIN)/pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+		$(foreach glibc,2_39 2_34 2_31 2_28 2_17,--platform manylinux_$(glibc)_x86_64) --platform manylinux2014_x86_64 \
+		--constraint constraints.txt --dest .gpu-wheels --requirement load_tests/gpu/wheels.txt
+
 ray: .venv-ray/installed  ## sessions on a small Ray cluster: scaling, a replica killed
 	.venv-ray/bin/python -m pytest -m slow tests/deploy/test_ray_serve.py
 

@@ -1,6 +1,7 @@
 """``pacellm chat``: a conversation in the terminal, kept by the server under a session's name.
 
-Only what is new is sent: the server has the messages, and KV and banks with them.
+Only what is new is sent, to be appended: the session has the history, KV and banks, also after a restart of a server
+that keeps sessions on disk.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Conversation:
         self.session = session
         self._http, self._model, self._document = http, model, document
         self._has_read = False  # the document was sent
+        self._is_there = False  # the session has something to append to, or was emptied
 
     def ask(self, question: str, answer: Answer) -> Iterator[str | dict[str, Any]]:
         """The answer's text as it comes, and a dict for each piece of progress before it. Closing the iterator cancels
@@ -64,29 +66,31 @@ class Conversation:
             PaceError: the server refuses or fails.
         """
         is_first = self._document is not None and not self._has_read
+        self._is_there = self._is_there or self._look()
         body = {
-            "input": f"{self._document}\n\n{question}" if is_first else question,
-            "conversation": self.session,
+            "messages": [{"role": "user", "content": f"{self._document}\n\n{question}" if is_first else question}],
+            "session_id": self.session,
+            "pacellm": {"append": self._is_there},
             "stream": True,
+            "stream_options": {"include_usage": True},
             "return_progress": True,
             **({} if self._model is None else {"model": self._model}),
         }
-        for event in self._events(body):
-            match event["type"]:
-                case "pacellm.prompt_progress":
-                    yield event["prompt_progress"]
-                case "response.output_text.delta":
-                    answer.text += event["delta"]
-                    yield event["delta"]
-                case "response.completed" | "response.incomplete":
-                    whole = event["response"]
-                    answer.report, answer.usage = whole["pacellm"], whole["usage"]
-                    answer.is_cut = whole["status"] == "incomplete"
-                    self._has_read = True
-                case "response.failed":
-                    raise PaceError(event["response"]["error"]["message"])
-        if not answer.report:
+        for chunk in self._chunks(body):
+            if "error" in chunk:
+                raise PaceError(chunk["error"]["message"])
+            if "prompt_progress" in chunk:
+                yield chunk["prompt_progress"]
+            for choice in chunk["choices"]:
+                answer.is_cut = choice["finish_reason"] == "length"
+                if text := choice["delta"].get("content"):
+                    answer.text += text
+                    yield text
+            answer.report = chunk.get("pacellm") or answer.report
+            answer.usage = chunk.get("usage") or answer.usage
+        if not answer.usage:
             raise PaceError("the server closed the connection before the answer was complete")
+        self._has_read = self._is_there = True
 
     def reset(self) -> None:
         """Begin again; the document goes in front of the next question.
@@ -100,16 +104,26 @@ class Conversation:
             raise PaceError(f"no answer from the server: {error}") from error
         if response.status_code not in (200, 404):
             raise PaceError(_message(response))
-        self._has_read = False
+        self._has_read, self._is_there = False, response.status_code == 200
 
-    def _events(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _look(self) -> bool:
+        """The session is there."""
         try:
-            with self._http.stream("POST", "/v1/responses", json=body) as response:
+            response = self._http.get(f"/v1/sessions/{self.session}")
+        except httpx.HTTPError as error:
+            raise PaceError(f"no answer from the server: {error}") from error
+        if response.status_code not in (200, 404):
+            raise PaceError(_message(response))
+        return response.status_code == 200
+
+    def _chunks(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        try:
+            with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
                 if response.status_code != 200:
                     response.read()
                     raise PaceError(_message(response))
                 for line in response.iter_lines():
-                    if line.startswith("data: "):
+                    if line.startswith("data: {"):
                         yield json.loads(line[6:])
         except httpx.HTTPError as error:
             raise PaceError(f"no answer from the server: {error}") from error
@@ -251,6 +265,6 @@ def _message(response: httpx.Response) -> str:
 
 
 def _summary(answer: Answer, seconds: float) -> str:
-    cached, total = answer.usage["input_tokens_details"]["cached_tokens"], answer.usage["input_tokens"]
+    cached, total = answer.usage["prompt_tokens_details"]["cached_tokens"], answer.usage["prompt_tokens"]
     cut = "; cut at its longest" if answer.is_cut else ""
     return f"session {answer.report['session']}, {cached:,} of {total:,} prompt tokens in place, {seconds:.1f} s{cut}"

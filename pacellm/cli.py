@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
+from pacellm.calibrate_cli import add_calibrate
 from pacellm.config import ATTENTION_KERNELS, PRESETS, EngineConfig, PAConfig
 from pacellm.errors import ConfigError, PaceError
 from pacellm.layout_cli import add_cluster, add_experts
 
 if TYPE_CHECKING:
+    from pacellm.calibration.file import Calibration
     from pacellm.engine.launch import Team
     from pacellm.model.load import LoadedModel
     from server.auth import Keys
@@ -73,6 +76,7 @@ def build(options: argparse.Namespace) -> tuple[Service, Keys, Team | None]:
     Raises:
         PaceError: options, a model or a directory that cannot work.
     """
+    from pacellm.calibration.gate import Gate
     from pacellm.demo import MODEL_PATH
     from pacellm.model.gguf_check import check_gguf
     from pacellm.real_models import resolve
@@ -100,13 +104,29 @@ def build(options: argparse.Namespace) -> tuple[Service, Keys, Team | None]:
     traces = _traces(options.otlp_endpoint, name)
     tokenizer = ChatTokenizer(path, options.chat_template)
     model, team = _load(str(path), options)
+    known = _calibration(path, options, model)
     if options.ce_layout is not None:
         model = apply_layout(model, Layout.load(options.ce_layout))
+    digest = None if model.layout is None else model.layout.digest
+    gate = Gate(*known, config.bank, (), digest, options.accept_worse_answers)
+    if options.pa_layers == "auto" and config.pa:
+        config = dataclasses.replace(config, pa_layers=gate.harmless_layers(config.bank.preset))
+    layers = config.layers_of(model.num_layers, model.patchable_layers) if config.pa else ()
+    gate = dataclasses.replace(gate, layers=tuple(sorted(set(layers))))
+    gate.check_start(config.bank.preset if config.pa else None, config.ce_density)
     engine = Engine(model, config, tokenizer.backend)
     if not tokenizer.has_chat_template:
         logger.warning("%s has no chat template: chat requests are refused; give one with --chat-template FILE", path)
     describe(engine, str(path), config.max_model_len or model.context_length)
-    return Service(engine, tokenizer, settings, traces), keys, team
+    return Service(engine, tokenizer, settings, traces, gate), keys, team
+
+
+def _calibration(path: Any, options: argparse.Namespace, model: LoadedModel) -> tuple[Calibration | None, str]:
+    """The model's, or why there is none. Before a layout moves its weights."""
+    from pacellm.calibration.gate import find
+    from pacellm.model.fingerprint import model_sample
+
+    return find(path, options.calibration, lambda: None if model.ranks is not None else model_sample(model.module))
 
 
 def _traces(endpoint: str | None, model_name: str) -> Traces | None:
@@ -237,9 +257,10 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         async_scheduling=options.async_scheduling,
         deterministic=options.deterministic,
         attention_kernel=options.attention_kernel,
+        exact_products=options.exact_products,
         pa_memory=options.pa_memory,
         pa=options.pa,
-        pa_layers=options.pa_layers,
+        pa_layers=None if options.pa_layers == "auto" else options.pa_layers,
         ce_density=options.ce_density,
         bank=PAConfig(preset=options.pa_preset, bank_size=options.pa_bank_size, segment=options.pa_segment),
     )
@@ -253,6 +274,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands.add_parser("demo", help="ask the bundled model about a long document, over HTTP"))
     _add_convert(commands.add_parser("convert", help="write a checkpoint's directory from a GGUF file"))
     _add_fetch(commands.add_parser("fetch", help="put a small real model into the user's cache"))
+    add_calibrate(
+        commands.add_parser("calibrate", help="measure what acting banks and fewer experts do to a model's answers"),
+        {"layers": _layers, "object": _object, "device": _device},
+    )
     add_cluster(commands.add_parser("cluster", help="put a model's FFN neurons into experts: a layout file"))
     add_experts(commands.add_parser("experts", help="draw which experts fire over a document"))
     return parser
@@ -287,6 +312,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         "on a CPU they always are")  # fmt: skip
     add("--attention-kernel", default=defaults.attention_kernel, choices=ATTENTION_KERNELS, help="of prompts on a GPU "
         "(default: the fastest that is right there, found by a short measurement)")  # fmt: skip
+    add("--exact-products", action=argparse.BooleanOptionalAction, default=True, help="on a CPU, pad steps so that "
+        "answers do not depend on batch mates and chunk sizes")  # fmt: skip
     add("--session-memory", type=_size, help="bytes of idle sessions' KV kept on the device (default: KV memory)")
     add("--session-host-memory", type=_size, help="bytes of sessions in host memory, below the device (default: as "
         "--session-memory beside a GPU, else 0)")  # fmt: skip
@@ -305,7 +332,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     )
     add("--pa-memory", type=_size, help="bytes of banks, those of running requests included (default: for 256 "
         "sessions at most)")  # fmt: skip
-    add("--pa-layers", type=_layers, help="patched layers from 0, as 1,3 (default: the paper's, scaled)")
+    add("--pa-layers", type=_layers_or_auto, help="patched layers from 0, as 1,3, or auto: harmless ones by the "
+        "calibration (default: the paper's, scaled)")  # fmt: skip
     add("--pa-preset", default=bank.preset, choices=PRESETS, help="observe: banks are fed and counted, answers are the "
         "plain model's; reference (the authors' code) and paper (Algorithm 1) change answers; requests may choose "
         "another (default: observe)")  # fmt: skip
@@ -314,6 +342,10 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--ce-layout", type=Path, help="the model's Cortical Experts, from `pacellm cluster`")
     add("--ce-density", type=float, default=defaults.ce_density, help="part of the experts that decoded tokens use, "
         "chosen per session from its prompts (default: 1, all)")  # fmt: skip
+    add("--calibration", type=Path, help="the model's, from `pacellm calibrate` (default: pacellm-calibration.json "
+        "beside it)")  # fmt: skip
+    add("--accept-worse-answers", action="store_true", help="serve presets and densities that make this model "
+        "worse, or of which nobody has measured what they do")  # fmt: skip
     add("--max-body-bytes", type=_size, default=64 * 2**20, help="larger request bodies are refused")
     add("--response-memory", type=_size, default=256 * 2**20, help="bytes of stored responses and conversations")
     add("--response-ttl", type=_seconds, default=30 * 86400.0, help="seconds that a stored response lives")
@@ -409,6 +441,10 @@ def _layers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers; write it as 1,3") from None
+
+
+def _layers_or_auto(text: str) -> tuple[int, ...] | Literal["auto"]:
+    return "auto" if text == "auto" else _layers(text)
 
 
 def _device(name: str) -> str:

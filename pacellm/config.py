@@ -149,6 +149,8 @@ class EngineConfig:
             that answers and banks do not depend on batch mates and budgets; on a CPU that always holds.
         attention_kernel: of prompts' chunks on a GPU, one of ``ATTENTION_KERNELS``; auto is the fastest that is right
             there, or flash where ``deterministic`` is set.
+        exact_products: on a CPU steps have as many rows as products need for bits that do not depend on the company;
+            without, one token is one row, and answers may depend on batch mates and chunk sizes.
         pa_layers: patched layers, counted from 0.
         ce_density: part of the experts that decoded tokens use; below 1 the model needs a layout.
     """
@@ -173,6 +175,7 @@ class EngineConfig:
     async_scheduling: bool = True
     deterministic: bool = False
     attention_kernel: str = "auto"
+    exact_products: bool = True
     pa: bool = True
     pa_layers: tuple[int, ...] | None = None
     ce_density: float = 1.0
@@ -230,7 +233,7 @@ class EngineConfig:
                 f"serve at most {context_length}",
                 param="max_model_len",
             )
-        layers = self._resolve_layers(num_layers, patchable_layers)
+        layers = self.layers_of(num_layers, patchable_layers)
         kv = self.kv_cache_memory
         if kv is None:
             kv = min(available_memory // 2, 4 * length * bytes_per_token) if is_host else available_memory * 7 // 8
@@ -243,8 +246,8 @@ class EngineConfig:
             session_memory=kv if self.session_memory is None else self.session_memory,
         )
 
-    def _resolve_layers(self, num_layers: int, patchable: tuple[int, ...] | None) -> tuple[int, ...]:
-        """The layers with banks.
+    def layers_of(self, num_layers: int, patchable: tuple[int, ...] | None) -> tuple[int, ...]:
+        """The layers with banks in a model of ``num_layers``, of which ``patchable`` can have one (None: all).
 
         Raises:
             ConfigError: one is not there, or cannot have a bank.

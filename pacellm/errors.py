@@ -14,6 +14,8 @@
     │   ├── BodyTimeout          the request's body did not come in time
     │   ├── BodyTooLarge         the request body is over the limit
     │   ├── SessionNotFound      no such session in the caller's namespace; another's looks the same
+    │   │   └── SessionLost      there was one, and its log is gone: nothing can be appended to it
+    │   ├── NotAppendable        a session's history that nothing can be appended to
     │   ├── SessionExists        a session of that id is already there
     │   ├── SessionDeleted       the session was deleted while the request worked on it
     │   ├── SessionConflict      another server owns the session's latest state
@@ -125,6 +127,18 @@ class SessionNotFound(RequestError):
 
     status = 404
     code = "session_not_found"
+
+
+class SessionLost(SessionNotFound):
+    """There was such a session, and its log is gone."""
+
+    code = "session_lost"
+
+
+class NotAppendable(RequestError):
+    """A session's history that a request cannot go on from."""
+
+    code = "session_not_appendable"
 
 
 class SessionExists(RequestError):

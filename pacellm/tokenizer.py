@@ -122,6 +122,11 @@ class ChatTokenizer:
         added = self.backend.get_added_tokens_decoder().values()
         return tuple(token.content for token in added if token.special)
 
+    @property
+    def end_text(self) -> str:
+        """The end token as it is written; empty where there is none."""
+        return self._tokenizer.eos_token or ""
+
     def response_parser(
         self, dialect: Dialect, prompt: str, tools: Sequence[dict[str, Any]], *, continues: bool
     ) -> Any:
@@ -204,6 +209,24 @@ class ChatTokenizer:
         if add_special_tokens:
             return self.backend.encode_batch_fast([text], add_special_tokens=True)[0].ids
         return self._memo.encode(text, scope)
+
+    def encode_behind(self, text: str, *, limit: int | None = None, scope: str | None = None) -> list[int]:
+        """Ids of a text that stands behind others: without what a tokenizer puts in front of a text's first word.
+
+        Args and raises as for :meth:`encode`.
+        """
+        if self._anchor is None:
+            return self.encode(text, limit=limit, scope=scope)
+        return self.encode(self._anchor + text, limit=limit, scope=scope)[1:]
+
+    @cached_property
+    def _anchor(self) -> str | None:
+        """A special token that leaves the text around it alone."""
+        for token in self.backend.get_added_tokens_decoder().values():
+            plain = token.special and not (token.lstrip or token.rstrip or token.single_word)
+            if plain and len(self.encode(token.content)) == 1:
+                return token.content
+        return None
 
     def forget(self, scope: str, *, below: bool = False) -> None:
         """Drop the pieces remembered for a scope; with ``below`` for every scope whose name begins so."""

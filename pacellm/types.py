@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 SessionStatus = Literal["none", "new", "resident", "restored", "replayed", "folded", "lost"]
+End = Literal["text", "answer", "system", "user", "assistant", "tool"]
+"""What a context ends with: plain text, an answer that nothing has closed yet, or a whole message of that role."""
 
 
 def _require(name: str, holds: bool, wanted: str, value: object) -> None:
@@ -120,12 +123,46 @@ class Constraint(Protocol):
 
 
 @dataclass(frozen=True)
+class Outline:
+    """What the ids of a prompt do not tell. A session keeps it for requests that append.
+
+    Attributes:
+        end: what the prompt ends with, its opening apart; None where that is not known.
+        opening: tokens at its end that only begin an answer.
+        answered: what the context ends with once there is an answer.
+        tools: digest of the tools that it shows, 0 for none.
+    """
+
+    end: End | None = "text"
+    opening: int = 0
+    answered: End = "text"
+    tools: int = 0
+
+
+@dataclass(frozen=True)
+class Append:
+    """A prompt that begins with its session's history, whatever that is when its turn comes.
+
+    Attributes:
+        tails: ids that follow, by what the history ends with; an error where nothing can follow.
+        whole: the prompt in a session that has no history yet.
+        needs_tools: the outline's tools are in no tail, so the history must have been made with the same.
+        param: the field that is at fault where the prompt becomes too long.
+    """
+
+    tails: Mapping[End, list[int] | RequestError]
+    whole: list[int] | RequestError
+    needs_tools: bool = False
+    param: str = "messages"
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
     """One request to the engine.
 
     Attributes:
         request_id: unique among the requests that run.
-        prompt: token ids of the whole prompt.
+        prompt: token ids of the whole prompt; of its longest tail where it appends.
         sampling: how to generate.
         session: (tenant, session id), or None for a request that leaves nothing behind.
         tenant: whose request it is; kept progress is never shared between tenants. A session's tenant goes first.
@@ -136,6 +173,7 @@ class GenerationRequest:
         n: choices; each goes on from a copy of the state after the prompt, and the first is what a session keeps.
         ce_density: part of the experts that decoded tokens use; None is the engine's.
         experts: report expert activity.
+        outline: of the prompt. append: makes the prompt out of the session's history.
         arrival: monotonic seconds.
     """
 
@@ -151,6 +189,8 @@ class GenerationRequest:
     constraint: Constraint | None = None
     ce_density: float | None = None
     experts: bool = False
+    outline: Outline = Outline()
+    append: Append | None = None
     arrival: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -207,11 +247,28 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class Kinship:
+    """What a prompt has of its session's history.
+
+    Attributes:
+        history_tokens: the history's length before this request; 0 without a session.
+        dropped_tokens: of them, those that the prompt does not begin with.
+        drops_most: they are more than half of what the last prompt had, so it was not the last answer alone that was
+            made anew, or written another way.
+    """
+
+    history_tokens: int = 0
+    dropped_tokens: int = 0
+    drops_most: bool = False
+
+
+@dataclass(frozen=True)
 class Admitted:
     """The request left the queue. ``cached_tokens`` of the prompt need not be computed again."""
 
     session: SessionStatus
     cached_tokens: int
+    kinship: Kinship = Kinship()
 
 
 @dataclass(frozen=True)
@@ -264,6 +321,7 @@ class Finished:
     stop_reason: str | int | None = None
     note: str | None = None
     experts: dict[int, list[float]] | None = None
+    kinship: Kinship = Kinship()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from pacellm.errors import Aborted, PaceError
+from pacellm.types import Admitted
 from server import sse
 from server.errors import body_of
 from server.service import Generation, Service
@@ -58,7 +59,19 @@ async def session_headers(service: Service, generation: Generation) -> dict[str,
         PaceError: the request failed before that.
     """
     found = await generation.admitted(service.settings.header_wait)
-    return {"X-PaceLLM-Session": found.session if found is not None else "queued"}
+    return headers_of(found) if found is not None else {"X-PaceLLM-Session": "queued"}
+
+
+def headers_of(found: Admitted, session: str | None = None) -> dict[str, str]:
+    """What admission found, as headers.
+
+    Args:
+        session: what became of it, where the endpoint knows better.
+    """
+    headers = {"X-PaceLLM-Session": session or found.session}
+    if found.session != "none":
+        headers["X-PaceLLM-Dropped-Tokens"] = str(found.kinship.dropped_tokens)
+    return headers
 
 
 async def _events(service: Service, chunks: ChunkSource, wants_usage: bool) -> AsyncIterator[bytes]:
@@ -75,12 +88,12 @@ async def _events(service: Service, chunks: ChunkSource, wants_usage: bool) -> A
 
 
 async def whole(
-    request: Request, generation: Closable, answer: Awaitable[Chunk], found: Callable[[], str | None] = lambda: None
+    request: Request, generation: Closable, answer: Awaitable[Chunk], found: Callable[[], dict[str, str]]
 ) -> Response:
     """The answer in one piece.
 
     Args:
-        found: once the answer is there: what admission found of the session.
+        found: once the answer is there: what admission found, as headers.
 
     Raises:
         PaceError: the request failed, or its client disconnected.
@@ -91,9 +104,7 @@ async def whole(
         await asyncio.wait({folded, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not folded.done():
             raise Aborted("the client disconnected")
-        session = found()
-        headers = {"X-PaceLLM-Session": session} if session is not None else {}
-        return JSONResponse(folded.result(), headers=headers)
+        return JSONResponse(folded.result(), headers=found())
     finally:
         for task in (folded, gone):
             task.cancel()

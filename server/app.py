@@ -15,6 +15,8 @@ from server.auth import Keys
 from server.edge import Edge
 from server.service import Service
 
+_EXPOSED = ("X-Request-ID", "X-PaceLLM-Session", "X-PaceLLM-Dropped-Tokens", "Retry-After", "x-should-retry")
+
 
 def create_app(service: Service, keys: Keys | None = None) -> ASGIApp:
     """An app that starts the service's engine when it starts, and ends it when it ends.
@@ -41,7 +43,7 @@ def create_app(service: Service, keys: Keys | None = None) -> ASGIApp:
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["X-Request-ID", "X-PaceLLM-Session", "Retry-After", "x-should-retry"],
+            expose_headers=_EXPOSED,
         )
     return Edge(app, settings.allowed_hosts, service.metrics.count_response)
 

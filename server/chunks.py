@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from pacellm.types import Admitted, ChoiceEnded, Delta, Failed, Finished, FinishReason, TokenLogprob
+from server.answer import headers_of
 from server.calls import Delta as Piece
 from server.progress import events_of
 from server.readers import Reader
@@ -41,7 +42,7 @@ class Chunks:
             "model": service.settings.model_name,
         }
         self._several = generation.request.n > 1
-        self.found: str | None = None  # what admission found of the session
+        self.headers: dict[str, str] = {}  # what admission found of the session
         self._has_role: set[int] = set()  # choices that have begun
 
     async def __call__(self, timeout: float | None = None) -> AsyncIterator[Chunk | None]:
@@ -58,7 +59,7 @@ class Chunks:
                 case dict():
                     yield {**self._head, "choices": [], "prompt_progress": event}
                 case Admitted():
-                    self.found = self.found or event.session
+                    self.headers = self.headers or headers_of(event)
                 case Delta():
                     pieces = self._readers[event.index].push(event.text)
                     for chunk in self._deltas(event.index, pieces, event.logprobs):

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from pacellm.types import Admitted, Delta, Event, Failed, Finished, PromptScores, TokenLogprob
+from server.answer import headers_of
 from server.progress import events_of
 from server.report import report
 from server.schema.completions import CompletionRequest
@@ -37,7 +38,7 @@ class Completions:
             "created": int(time.time()),
             "model": service.settings.model_name,
         }
-        self.found: str | None = None  # what admission found of the session
+        self.headers: dict[str, str] = {}  # what admission found of the session
 
     async def __call__(self, timeout: float | None = None) -> AsyncIterator[Chunk | None]:
         """Every chunk as it comes; None after ``timeout`` seconds of silence.
@@ -58,7 +59,7 @@ class Completions:
                 case dict():
                     yield {**self._head, "choices": [], "prompt_progress": {"index": index, **event}}
                 case Admitted():
-                    self.found = self.found or event.session
+                    self.headers = self.headers or headers_of(event)
                 case PromptScores():
                     yield self._chunk(index, "", self._logprobs(index, event.logprobs))
                 case Delta():

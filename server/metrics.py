@@ -103,6 +103,14 @@ class _EngineCollector(Collector):
         yield self._gauge("session_log_bytes", "Bytes of session logs.", engine.sessions.log_bytes)
         yield self._counter("session_evictions", "Idle sessions dropped from the device.", engine.sessions.evictions)
         yield self._counter("sessions_lost", "Sessions whose log was dropped.", engine.sessions.losses)
+        yield self._counter(
+            "session_dropped_tokens", "Tokens of histories that the next prompt did not begin with.",
+            stats.dropped_tokens,
+        )  # fmt: skip
+        yield self._counter(
+            "session_dropped_histories", "Prompts that left most of their session's history out.",
+            stats.dropped_histories,
+        )  # fmt: skip
         yield self._counter("prompt_tokens", "Prompt tokens computed, replays included.", stats.prompt_tokens)
         yield self._counter("generation_tokens", "Tokens generated.", stats.generation_tokens)
         yield self._counter("cached_prompt_tokens", "Prompt tokens not computed again.", stats.cached_tokens)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from pacellm.errors import RequestError
 from pacellm.tokenizer import ChatTokenizer
+from pacellm.types import Append, End
 from server.conversation import for_template
 from server.schema.completions import CompletionRequest
 from server.schema.messages import Message
@@ -70,6 +71,16 @@ def text_prompt(
     check_text(prompt, "prompt")
     limit = None if body.truncate_prompt_tokens is not None else limit
     return tokenizer.encode(prompt, limit=limit, add_special_tokens=body.add_special_tokens)
+
+
+def text_append(tokenizer: ChatTokenizer, prompt: str | list[int], whole: list[int]) -> Append:
+    """A completion's prompt as it follows a session's history, right behind its last token.
+
+    Args:
+        whole: ids of the prompt alone.
+    """
+    ids = prompt if isinstance(prompt, list) else tokenizer.encode_behind(prompt)
+    return Append(dict.fromkeys(get_args(End), ids), whole, param="prompt")
 
 
 def check_text(text: str, param: str) -> None:

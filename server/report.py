@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from pacellm.types import Finished, GenerationRequest
+from pacellm.types import Finished, GenerationRequest, Kinship
 
 
 def report(request: GenerationRequest, event: Finished) -> dict[str, Any]:
@@ -13,7 +13,9 @@ def report(request: GenerationRequest, event: Finished) -> dict[str, Any]:
     return {
         "session_id": request.session[1] if request.session is not None else None,
         "session": event.session,
-        "note": event.note,
+        "note": "; ".join(note for note in (event.note, _left_out(event.kinship)) if note is not None) or None,
+        "history_tokens": event.kinship.history_tokens,
+        "dropped_tokens": event.kinship.dropped_tokens,
         "cached_tokens": event.usage.cached_tokens,
         "replayed_tokens": event.usage.replayed_tokens,
         "pa": event.pa,
@@ -25,6 +27,17 @@ def report(request: GenerationRequest, event: Finished) -> dict[str, Any]:
             "decode_ms": round(1000 * event.decode_seconds, 1),
         },
     }
+
+
+def _left_out(kinship: Kinship) -> str | None:
+    """For prompts that left most of the history out; a last answer made anew, or written another way, is no news."""
+    if not kinship.drops_most:
+        return None
+    shared = kinship.history_tokens - kinship.dropped_tokens
+    return (
+        f"the session's history had {kinship.history_tokens:,} tokens; this prompt begins with {shared:,} of them and "
+        "leaves the others out"
+    )
 
 
 def _rounded(experts: dict[int, list[float]]) -> dict[int, list[float]]:

@@ -10,6 +10,7 @@ from typing import Any
 from pacellm.errors import PaceError, RequestError
 from pacellm.types import Admitted, Delta, Failed, Finished, FinishReason
 from server import sse
+from server.answer import headers_of
 from server.calls import Delta as Piece
 from server.continuation import Continuation
 from server.items import Items
@@ -56,7 +57,7 @@ class Responses:
         self._reader, self._items = reader, Items()
         self._number = -1
         self._num_tokens = self._num_reasoning = 0
-        self.found: str | None = None  # what admission found of the session
+        self.headers: dict[str, str] = {}  # what admission found of the session
 
     async def __call__(self, timeout: float | None = None) -> AsyncIterator[Event | None]:
         """Every event in order; None after ``timeout`` seconds of silence.
@@ -74,7 +75,7 @@ class Responses:
                 case dict():
                     yield self._event("pacellm.prompt_progress", prompt_progress=event)
                 case Admitted():
-                    self.found = self.status(event.session)
+                    self.headers = self._headers(event)
                 case Delta():
                     for one in self._delta(event):
                         yield one
@@ -95,8 +96,11 @@ class Responses:
         except BaseException:
             self.close()
             raise
-        session = "queued" if found is None else self.status(found.session)
-        return sse.EventStream(self._bytes(), self.close, {"X-PaceLLM-Session": session}, _ENDS)
+        headers = {"X-PaceLLM-Session": "queued"} if found is None else self._headers(found)
+        return sse.EventStream(self._bytes(), self.close, headers, _ENDS)
+
+    def _headers(self, found: Admitted) -> dict[str, str]:
+        return headers_of(found, self.status(found.session))
 
     async def _bytes(self) -> AsyncIterator[bytes]:
         """Whole events; a failure is one too."""

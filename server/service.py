@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from pacellm import modes
+from pacellm.calibration.gate import Gate
 from pacellm.engine.engine import Engine
 from pacellm.engine.grammar import Grammars
 from pacellm.engine.session_ops import Operation
@@ -34,6 +36,7 @@ from server.histories import Histories, Key
 from server.idempotency import Idempotency
 from server.inbox import Inbox
 from server.metrics import Metrics
+from server.schema.base import RESPONSE_PREFIX
 from server.schema.chat import ChatCompletionRequest
 from server.schema.sampling import GenerationFields, SamplingFields
 from server.schema.turn import TurnRequest
@@ -95,12 +98,18 @@ class Service:
         tokenizer: of the same model.
         settings: of the HTTP side.
         traces: gets a span of every request; None makes none.
+        gate: what requests may ask for; None lets them ask for everything.
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: ChatTokenizer, settings: Settings, traces: Traces | None = None
+        self,
+        engine: Engine,
+        tokenizer: ChatTokenizer,
+        settings: Settings,
+        traces: Traces | None = None,
+        gate: Gate | None = None,
     ) -> None:
-        self.engine, self.tokenizer, self.settings = engine, tokenizer, settings
+        self.engine, self.tokenizer, self.settings, self.gate = engine, tokenizer, settings, gate
         self.thread = EngineThread(engine, self._deliver)
         self.metrics, self.traces = Metrics(self.thread, settings.model_name), traces
         self.grammars = Grammars(tokenizer.backend, frozenset(engine.model.eos_token_ids))
@@ -111,6 +120,7 @@ class Service:
         self.idempotency = Idempotency()
         self.histories = Histories(settings.response_memory, settings.response_ttl, self.delete_later, tokenizer.forget)
         self.conversations: set[Key] = set()  # those of which a response is being made
+        self._writing: dict[str, Key] = {}  # by request, sessions that others than responses commit to
         self.prefill_rate: float | None = None  # tokens per second, of late
         self.created = int(time.time())
 
@@ -156,7 +166,8 @@ class Service:
         scope = None if session_id is None else f"{caller.tenant}/{session_id}"
         turn = await self.turn(body.turn, body.sampling(), scope)
         request = self.request("chatcmpl", body, turn.prompt, turn.sampling, caller, session_id, body.n or 1)
-        request = dataclasses.replace(request, constraint=await self.compile(turn.grammar))
+        constraint = await self.compile(turn.grammar)
+        request = dataclasses.replace(request, constraint=constraint, outline=turn.outline, append=turn.append)
         return await self.submit(request, caller), turn
 
     async def turn(self, asked: Callable[[], TurnRequest], sampling: SamplingParams, scope: str | None) -> Turn:
@@ -207,9 +218,12 @@ class Service:
         self.check_generation(body)
         if body.truncate_prompt_tokens is not None and session_id is not None:
             raise RequestError("a session's prompt cannot be truncated", param="truncate_prompt_tokens")
+        if body.pacellm.append and session_id is None:
+            raise RequestError("pacellm.append needs a session: name one with session_id or X-Session-ID",
+                               param="pacellm.append", code="invalid_value")  # fmt: skip
 
     def check_generation(self, body: GenerationFields) -> None:
-        """Refuse another model, and banks where there are none.
+        """Refuse another model, banks where there are none, and what would make answers worse unasked.
 
         Raises:
             RequestError: names the field.
@@ -217,6 +231,10 @@ class Service:
         self.check_model(body.model)
         if body.pacellm.pa not in (None, "off") and not self.engine.config.pa:
             raise UnsupportedParameter("this server runs with --no-pa", param="pacellm.pa")
+        if self.gate is not None:
+            config = self.engine.config
+            mode = modes.resolve(body.pacellm.pa or "on", config.bank.preset) if config.pa else "off"
+            self.gate.check_request(modes.preset_of(mode), body.pacellm.ce_density)
 
     def request(
         self,
@@ -259,6 +277,8 @@ class Service:
         if left is not None and left <= 0:
             raise _late()
         self.thread.submit(request)  # its first event needs this loop, so it cannot come before the next line
+        if request.session is not None and request.commit and not request.request_id.startswith(RESPONSE_PREFIX):
+            self._writing[request.request_id] = request.session
         self._generations[request.request_id] = generation = Generation(self, request, caller)
         if self.traces is not None:
             self.traces.start(request, caller.request_id, caller.traceparent)
@@ -327,6 +347,12 @@ class Service:
             self.metrics.observe(request_id, event)
             if self.traces is not None:
                 self.traces.observe(request_id, event)
+            if isinstance(event, Finished | Failed):
+                written = self._writing.pop(request_id, None)
+                if written is not None and isinstance(event, Finished):
+                    self.histories.drop(
+                        written
+                    )  # a conversation's messages are not what its session stands for any more
             if isinstance(event, Finished) and event.prefill_seconds > 0:
                 computed = event.usage.prompt_tokens - event.usage.cached_tokens + event.usage.replayed_tokens
                 rate = computed / event.prefill_seconds

@@ -144,6 +144,7 @@ def _asked(request: GenerationRequest, operation: str, model: str, http_id: str 
         "pacellm.request_id": http_id,
         "pacellm.pa": request.pa,
         "pacellm.has_session": request.session is not None,
+        "pacellm.append": request.append is not None,
     }
     return {name: value for name, value in found.items() if value is not None}
 
@@ -158,6 +159,7 @@ def _answered(event: Finished, reasons: list[str]) -> dict[str, Any]:
         "gen_ai.response.time_to_first_chunk": event.queue_seconds + event.prefill_seconds,
         "pacellm.replayed_tokens": usage.replayed_tokens,
         "pacellm.session.status": event.session,
+        "pacellm.session.dropped_tokens": event.kinship.dropped_tokens,
         "pacellm.pa": event.pa,
         "pacellm.queue_seconds": event.queue_seconds,
         "pacellm.prefill_seconds": event.prefill_seconds,

@@ -11,7 +11,8 @@ from pacellm.engine.grammar import Grammars
 from pacellm.errors import UnsupportedParameter
 from pacellm.grammar import Function, Grammar, Mark
 from pacellm.tokenizer import ChatTokenizer
-from pacellm.types import SamplingParams
+from pacellm.types import Append, Outline, SamplingParams
+from server.appending import Following, outline_of
 from server.prompts import chat_prompt
 from server.readers import ListReader, ParsedReader, PlainReader, Reader
 from server.schema.tools import NamedTool
@@ -25,16 +26,19 @@ class Turn:
     """One turn of a conversation.
 
     Attributes:
-        prompt: ids.
+        prompt: ids; of what follows the history where it appends.
         sampling: for the engine.
         grammar: what the whole answer must look like; None where it is free.
         readers: one for each choice.
+        outline: of the prompt, for its session. append: what makes it of the session's history.
     """
 
     prompt: list[int]
     sampling: SamplingParams
     grammar: Grammar | None
     readers: list[Reader]
+    outline: Outline
+    append: Append | None
 
 
 def new_turn(
@@ -55,7 +59,13 @@ def new_turn(
         RequestError: the template refuses it, or it is too long, or its fields contradict each other.
     """
     form = _Form(tokenizer.dialect, grammars, asked)
-    text, prompt = chat_prompt(tokenizer, asked, limit, scope)
+    append = None
+    if asked.appends:
+        following = Following(tokenizer, asked)
+        text, (prompt, append) = following.text, following.encoded(limit, scope)
+    else:
+        text, prompt = chat_prompt(tokenizer, asked, limit, scope)
+    outline = Outline() if scope is None else outline_of(tokenizer, asked, prompt)
     dialect = form.dialect
     tools = [tool.shown() for tool in asked.tools]
     readers: list[Reader] = []
@@ -66,7 +76,7 @@ def new_turn(
         readers.append(ListReader(reader) if form.is_list else reader)
     if dialect.template is not None:
         sampling = dataclasses.replace(sampling, skip_special_tokens=False)  # marks may be special tokens
-    return Turn(prompt, sampling, form.grammar(text), readers)
+    return Turn(prompt, sampling, form.grammar(text), readers, outline, append)
 
 
 class _Form:

@@ -1,6 +1,5 @@
 """The command line as a user meets it: in a process of its own."""
 
-import logging
 import re
 import signal
 import socket
@@ -15,13 +14,7 @@ from pacellm.cli import main
 PACELLM = (sys.executable, "-m", "pacellm.cli")
 
 
-@pytest.fixture(autouse=True)
-def _root_logger():
-    """``serve`` sets it up for good; the stream that it writes to here ends with the test."""
-    handlers, level = logging.root.handlers[:], logging.root.level
-    yield
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
+pytestmark = pytest.mark.usefixtures("root_logger")
 
 
 def free_port():
@@ -43,7 +36,8 @@ def test_demo_shows_what_the_readme_says():
 def test_serve_answers_and_ends_on_sigterm():
     port = free_port()
     command = [*PACELLM, "serve", "--port", str(port), "--served-model-name", "mine", "--max-model-len", "4K",
-               "--kv-cache-memory-bytes", "256M", "--pa-layers", "1,3", "--pa-preset", "paper"]  # fmt: skip
+               "--kv-cache-memory-bytes", "256M", "--pa-layers", "1,3", "--pa-preset", "paper",
+               "--accept-worse-answers"]  # fmt: skip
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         log = []
         for line in server.stderr:
@@ -61,6 +55,7 @@ def test_serve_answers_and_ends_on_sigterm():
         assert server.wait(60) in (0, -signal.SIGTERM), rest
     assert (model["id"], model["max_model_len"]) == ("mine", 4096)
     assert "preset paper in layers 1,3" in "".join(log)
+    assert "accepted (--accept-worse-answers)" in "".join(log)
     assert "Traceback" not in rest
 
 

@@ -1,5 +1,5 @@
-"""Imports run one way: errors, config, modes, types, rows, transfer, kernels <- memory, experts <- model <- engine <-
-server; only ``pacellm/model`` and ``pacellm/tokenizer.py`` import transformers."""
+"""Imports run one way: errors, config, modes, types, rows, transfer, kernels <- memory, experts, calibration <- model
+<- engine <- server; only ``pacellm/model`` and ``pacellm/tokenizer.py`` import transformers."""
 
 import ast
 from pathlib import Path
@@ -21,6 +21,7 @@ LEVELS = {
     "pacellm.gguf_header": 0,
     "pacellm.memory": 1,
     "pacellm.experts": 1,
+    "pacellm.calibration": 1,
     "pacellm.model": 2,
     "pacellm.tokenizer": 2,
     "pacellm.real_models": 2,
@@ -28,7 +29,14 @@ LEVELS = {
     "server": 4,
 }
 # the command line puts everything together; the demo trains and shows its own model; the chat client speaks HTTP
-FREE = ("pacellm/cli.py", "pacellm/layout_cli.py", "pacellm/chat.py", "pacellm/__init__.py", "pacellm/demo/")
+FREE = (
+    "pacellm/cli.py",
+    "pacellm/layout_cli.py",
+    "pacellm/calibrate_cli.py",
+    "pacellm/chat.py",
+    "pacellm/__init__.py",
+    "pacellm/demo/",
+)
 FILES = sorted(
     path.relative_to(ROOT).as_posix() for top in ("pacellm", "server") for path in (ROOT / top).rglob("*.py")
 )

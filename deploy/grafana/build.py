@@ -134,6 +134,15 @@ SERVING = (
         "percentunit",
         ((f"{rate('cached_prompt_tokens')} / ({rate('cached_prompt_tokens')} + {rate('prompt_tokens')})", "cached"),),
     ),
+    Panel(
+        "Histories left out",
+        "cps",
+        (
+            (rate("session_dropped_histories"), "prompts without most of their session's history"),
+            (rate("session_dropped_tokens"), "tokens left out"),
+        ),
+        "Clients that send only what is new and do not ask for pacellm.append, or begin again under an old name.",
+    ),
     Panel("Engine heartbeat age", "s", ((gauge("engine_heartbeat_age_seconds", "instance", "max"), "{{instance}}"),)),
 )
 _ACTIVITY = rate("expert_activity", "layer, expert")

@@ -27,7 +27,17 @@ from pacellm.demo.local import running_server, sample_document
 Series = list[tuple[str, list[float], list[float]]]
 FLAGS = [
     *("--session-memory", "24M", "--session-host-memory", "24M", "--session-disk-size", "64M", "--pa-memory", "16M"),
-    *("--pa-preset", "paper", "--pa-segment", "256", "--kv-cache-memory-bytes", "512M", "--max-num-seqs", "8"),
+    *(
+        "--pa-preset",
+        "paper",
+        "--accept-worse-answers",
+        "--pa-segment",
+        "256",
+        "--kv-cache-memory-bytes",
+        "512M",
+        "--max-num-seqs",
+        "8",
+    ),
 ]
 _STEP = 2
 _INTERVAL = "20s"

@@ -3,7 +3,7 @@
 #
 # Each part is a process of its own with a limit in seconds; what it finds is added to FOLDER/results.jsonl at once, and
 # what it prints to FOLDER/log.txt. With --small: a tiny model on a CPU, to test this script. Wheels in .gpu-wheels
-# (make gpu-wheels) are installed for these processes alone.
+# (make gpu-wheels) are installed for these processes alone. The part `real` reads a model that $MODEL names.
 set -u
 cd "$(dirname "$0")/../.."
 folder=$1
@@ -39,10 +39,13 @@ limit_of() {
 command_of() {
   if [ "$1" = tests ] && [ -n "$small" ]; then
     echo python3 -m pytest -p load_tests.gpu.recorder tests/memory/test_feed.py
+  elif [ "$1" = sanitizer ]; then
+    echo compute-sanitizer --tool memcheck --error-exitcode 9 python3 -m pytest -m gpu -p load_tests.gpu.recorder \
+      tests/gpu/test_fused.py tests/gpu/test_decode.py tests/gpu/test_sets.py
   elif [ "$1" = tests ]; then
     echo python3 -m pytest -m gpu -p xdist -n 8 -p load_tests.gpu.recorder --tb=short tests/gpu
   else
-    echo python3 -m load_tests.gpu.first_light "$1" $small
+    echo python3 -m load_tests.gpu.parts "$1" $small
   fi
 }
 

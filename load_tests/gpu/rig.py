@@ -69,13 +69,11 @@ class Rig:
         model: random weights, made on the device.
         small: sizes for a test on a CPU.
         folder: for a session directory.
-        released: a checkout of the authors' released code, or None.
     """
 
     model: LoadedModel
     small: bool
     folder: Path
-    released: Path | None = None
 
     @property
     def is_cuda(self) -> bool:
@@ -135,15 +133,15 @@ class Rig:
             self.collect()
 
     @contextmanager
-    def authors(self, layers: tuple[int, ...]) -> Iterator[nn.Module]:
-        """As :meth:`peer`, with the authors' module around the FFNs of ``layers``."""
-        assert self.released is not None
+    def authors(self, released: Path, layers: tuple[int, ...]) -> Iterator[nn.Module]:
+        """As :meth:`peer`, with the authors' module around the FFNs of ``layers``; ``released`` is a checkout of their
+        released code."""
         with self.peer() as module:
             decoders: list[Any] = list(module.model.layers)  # type: ignore[union-attr,arg-type]
             own = {layer: decoders[layer].mlp for layer in layers}
             segment = 64 if self.small else 1024
             for layer, ffn in own.items():
-                decoders[layer].mlp = authors_module(self.released, ffn, 100, segment)
+                decoders[layer].mlp = authors_module(released, ffn, 100, segment)
             try:
                 yield module
             finally:
@@ -176,7 +174,7 @@ class Rig:
         return float(weights + kv + banks * len(contexts) * each)
 
 
-def build(device: torch.device, *, small: bool, folder: Path | None = None, released: Path | None = None) -> Rig:
+def build(device: torch.device, *, small: bool, folder: Path | None = None) -> Rig:
     """Random weights at Qwen2.5-7B's shape in bfloat16, or a tiny model in float32."""
     config = Qwen2Config(**(_SHAPE_SMALL if small else _SHAPE_7B), eos_token_id=2, pad_token_id=0)
     before = torch.get_default_dtype()
@@ -187,7 +185,7 @@ def build(device: torch.device, *, small: bool, folder: Path | None = None, rele
             module = Qwen2ForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
-    return Rig(prepare(module), small, folder or Path(tempfile.gettempdir()), released)
+    return Rig(prepare(module), small, folder or Path(tempfile.gettempdir()))
 
 
 # -- the device's limits -------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class Probe:
         try:
             if step is None or step.num_tokens != sequence.pending:
                 raise ValueError("a probe must fit into one step; raise max_num_batched_tokens")
-            packed = batch.build(step, engine.pool, engine.config.bank.segment, engine.model.device)
+            packed = batch.build(step, engine.pool, engine.config.bank.segment, engine.model.device, engine.runner.rows)
             rows = list(range(step.num_tokens - len(answer), step.num_tokens))
             return engine.runner.forward(step, packed, rows).double().log_softmax(-1)
         finally:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pacellm.engine.ahead import Chosen
+from pacellm.engine.history import ending_of
 from pacellm.engine.live import Live
 from pacellm.engine.runner import Output
 from pacellm.engine.sampler import choose, logprob, sample, score, shape, uniform
@@ -155,6 +156,7 @@ class Answers:
         """The request is complete: commit and say so, or first have the session directory take note."""
         sequence = live.sequence
         sequence.finish_reason = reason
+        sequence.ending = ending_of(sequence, live.text, self._engine.model.eos_token_ids)
         live.last = self._finished(sequence, reason, bank_reads(self._engine.pool, sequence, self._engine.stats))
         activity = expert_activity(self._engine.pool, sequence, self._engine.stats)
         if sequence.request.experts:
@@ -188,7 +190,7 @@ class Answers:
                 self._engine.scheduler.hold(sequence)
             live.is_recorded = True
             pool = self._engine.pool
-            files.record(session, sequence.fed(), pool, sequence.row, lambda done: self._recorded(live, done))
+            files.record(sequence, session, pool, lambda done: self._recorded(live, done))
             return []
         return [self._end(live)]
 
@@ -224,6 +226,7 @@ class Answers:
         self._engine.stats.finished[last.reason.value] += 1
         self._engine.stats.modes[last.pa] += 1
         self._engine.stats.cached_tokens += sequence.cached
+        self._engine.stats.count_dropped(sequence)
         return dataclasses.replace(last, session=sequence.session_status)
 
     def _note_banks(self, session: Session, sequence: Sequence) -> None:
@@ -248,4 +251,5 @@ class Answers:
             decode_seconds=now - first,
             stop_reason=sequence.stop_reason,
             note=sequence.note,
+            kinship=sequence.kinship,
         )

@@ -25,7 +25,7 @@ class Batch:
     """One forward pass.
 
     Attributes:
-        ids, positions: [1, T] int64, padded to a multiple of ``ROWS`` rows.
+        ids, positions: [1, T] int64, padded to a multiple of the rows that products want.
         wanted: rows whose logits are needed.
         chunks: one per sequence of the step, in row order.
         sampled: the sequences that get a token, in the order of ``wanted``.
@@ -40,8 +40,8 @@ class Batch:
     scored: list[tuple[Sequence, int]]
 
 
-def build(step: Step, pool: BankPool | None, segment: int, device: torch.device) -> Batch:
-    """Pack a step."""
+def build(step: Step, pool: BankPool | None, segment: int, device: torch.device, multiple: int) -> Batch:
+    """Pack a step into a multiple of ``multiple`` rows."""
     ids, positions, chunks = array("i"), [], []
     wanted: list[int] = []
     sampled: list[Sequence] = []
@@ -54,7 +54,7 @@ def build(step: Step, pool: BankPool | None, segment: int, device: torch.device)
             wanted.append(len(ids) - 1)
             sampled.append(sequence)
     scored = _add_scored(step, wanted)
-    missing = missing_rows(len(ids))
+    missing = missing_rows(len(ids), multiple)
     ids.extend([0] * missing)
     positions.append(np.zeros(missing, dtype=np.int64))
     return Batch(
@@ -92,9 +92,9 @@ def choose_sets(sequences: list[Sequence], pool: BankPool) -> None:
             sequence.working_sets.update(pool.sets.write_all(sequence.row, activity, sequence.turn.density))
 
 
-def padded(rows: list[int], device: torch.device) -> Tensor:
-    """[R] int64 on the device, at least ``ROWS`` of them and a multiple: what is missing is row 0."""
-    missing = missing_rows(len(rows)) if rows else ROWS
+def padded(rows: list[int], device: torch.device, multiple: int = ROWS) -> Tensor:
+    """[R] int64 on the device, at least ``multiple`` of them and a multiple: what is missing is row 0."""
+    missing = missing_rows(len(rows), multiple) if rows else multiple
     return to_device(torch.tensor([*rows, *[0] * missing]), device)
 
 

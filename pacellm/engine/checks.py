@@ -23,6 +23,8 @@ def check(request: GenerationRequest, engine: Engine) -> None:
         raise RequestError(f"n must be 1 to {engine.config.max_num_seqs} here, not {request.n}", param="n")
     if request.sampling.prompt_logprobs is not None and request.session is not None:
         raise RequestError("log-probabilities of a prompt are not available in a session", param="echo")
+    if request.append is not None and request.session is None:
+        raise RequestError("there is no session to append to; name one", param="pacellm.append", code="invalid_value")
     if request.constraint is not None and request.sampling.ignore_eos:
         raise RequestError("ignore_eos contradicts a constrained answer", param="ignore_eos", code="invalid_value")
     if request.pa not in ("on", "read_only", "off") and not engine.config.pa:

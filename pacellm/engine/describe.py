@@ -8,7 +8,6 @@ from pacellm.config import EngineConfig
 from pacellm.engine.engine import Engine
 from pacellm.engine.kv import BLOCK
 from pacellm.engine.session_files import SessionFiles
-from pacellm.model.exactness import inexact_products
 
 logger = logging.getLogger("pacellm")
 
@@ -30,12 +29,7 @@ def describe(engine: Engine, path: str, wanted_context: int) -> None:
             f"{config.max_model_len:,}",
             f"{wanted_context:,}",
         )
-    if inexact := inexact_products(model.module):
-        logger.warning(
-            "on this machine the last bits of products of sizes %s depend on batch mates and chunk sizes, so answers "
-            "may; OMP_NUM_THREADS=1 usually cures it",
-            ", ".join(f"{size[0]} x {size[1]}" for size in inexact),
-        )
+    _describe_products(engine)
     _describe_tiers(engine)
     if model.layout is not None:
         logger.info(
@@ -62,6 +56,26 @@ def describe(engine: Engine, path: str, wanted_context: int) -> None:
         engine.pool.num_rows - config.max_num_seqs,
         config.max_num_seqs,
     )
+
+
+def _describe_products(engine: Engine) -> None:
+    if engine.model.device.type != "cpu":
+        return
+    products = engine.products
+    logger.info(
+        "linear layers by %s, steps in multiples of %d rows; %.2f GiB of packed weights",
+        products.kernel,
+        products.rows,
+        products.packed / 2**30,
+    )
+    if not engine.config.exact_products:
+        logger.warning("exact products are off: answers may depend on batch mates and chunk sizes")
+    elif products.inexact:
+        logger.warning(
+            "on this machine the last bits of products of sizes %s depend on batch mates and chunk sizes, so answers "
+            "may; OMP_NUM_THREADS=1 usually cures it",
+            ", ".join(f"{size[0]} x {size[1]}" for size in products.inexact),
+        )
 
 
 def _describe_tiers(engine: Engine) -> None:

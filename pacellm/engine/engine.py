@@ -82,6 +82,7 @@ class Engine:
         check_density((config or EngineConfig()).ce_density, model.module, model.layout, "ce_density")
         self.model, self.tokenizer = model, tokenizer
         self.kernel = setup.attention_kernel(model, config or EngineConfig())
+        self.products = setup.products(model, config or EngineConfig())
         self.config = setup.resolve(model, config or EngineConfig())
         self.block_bytes = BLOCK * model.bytes_per_token
         self.num_blocks = (self.config.kv_cache_memory or 0) // self.block_bytes
@@ -99,7 +100,7 @@ class Engine:
             fold_after=4 * (self.config.max_model_len or 0) if model.ranks is None else sys.maxsize,
         )
         self.scheduler = Scheduler(self.config, self.allocator, self.sessions, self.pool)
-        self.runner = setup.new_runner(model, self.pool, self.num_blocks, self.config, self.kernel)
+        self.runner = setup.new_runner(model, self.pool, self.num_blocks, self.config, self.kernel, self.products.rows)
         self.scheduler.room.copy_now = self.runner.copy
         self.stats = EngineStats()
         self.worker = Worker()
@@ -200,6 +201,7 @@ class Engine:
             prompt=array("i", request.prompt),
             max_tokens=room if asked is None else asked,
             seed=int.from_bytes(os.urandom(8), "little") if seed is None else seed,
+            tools=request.outline.tools,
         )
         live = self.live[sequence.id] = Live(sequence, self._new_text(request))
         self.scheduler.add(sequence)
@@ -250,12 +252,16 @@ class Engine:
             self.ops.expire(session)
         self.ops.run()
         flight, self._ahead = self._ahead, None
+        preempted = self.scheduler.preemptions
         step = self.scheduler.schedule() if flight is None else flight.step
-        events, self.late = self.late + self._refused() + self._admissions(), []
+        refused = self._refused()
+        events, self.late = self.late + refused + self._admissions(), []
         if step is None:
             if self.worker.num_open:
                 self.worker.wait(_WAIT)
                 return events
+            if refused or self.scheduler.preemptions > preempted:
+                return events  # there is room now, or those behind have their turn
             return events + self._stuck()
         parts = [(work.position, work.count) for work in step.work if not work.sequence.is_decoding]
         if flight is None:
@@ -304,7 +310,9 @@ class Engine:
 
     def _admissions(self) -> list[tuple[str, Event]]:
         admitted, self.scheduler.admitted = self.scheduler.admitted, []
-        return [(sequence.id, Admitted(sequence.session_status, sequence.cached)) for sequence in admitted]
+        return [
+            (sequence.id, Admitted(sequence.session_status, sequence.cached, sequence.kinship)) for sequence in admitted
+        ]
 
     def _commit(self, flight: Flight) -> list[tuple[str, Event]]:
         step, logits, chosen = flight.step, flight.output.logits, flight.chosen
@@ -374,7 +382,8 @@ class Engine:
         return [self.fail(first, RequestError("this request does not fit in KV memory", param="messages"))]
 
     def _refused(self) -> list[tuple[str, Event]]:
-        refused, self.mover.openings.refused = self.mover.openings.refused, []
+        refused = [*self.mover.openings.refused, *self.scheduler.refused]
+        self.mover.openings.refused, self.scheduler.refused = [], []
         return [self.fail(sequence, error) for sequence, error in refused if sequence.id in self.live]
 
     def forget_progress(self, tenant: str, session: Key | None = None) -> None:

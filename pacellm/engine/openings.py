@@ -171,7 +171,7 @@ class Openings:
         if written != found.owner.generation:
             missing = found.owner.generation - written
             session.note = f"{missing} later commit(s) were not on disk when their server ended"
-            session.stored = None
+            session.stored = session.ending = None
             logger.warning("session %r of tenant %r: %s", key[1], key[0], session.note)
         session.saved = session.generation if written == session.generation else None
 

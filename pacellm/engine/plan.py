@@ -6,6 +6,7 @@ from array import array
 from dataclasses import dataclass
 
 from pacellm.config import Preset
+from pacellm.engine.history import kinship
 from pacellm.engine.prefix import Entry, PrefixCache
 from pacellm.engine.sequence import Lineage, Sequence
 from pacellm.engine.session import Session
@@ -88,6 +89,7 @@ def describe(sequence: Sequence, session: Session | None, plan: Plan) -> None:
     is_replayed = len(plan.work) > 1
     sequence.replayed = sum(len(turn.ids) for turn in plan.work[:-1]) - (plan.cursor if is_replayed else 0)
     sequence.cached = 0 if is_replayed else plan.position
+    sequence.kinship = kinship(sequence.prompt, session)
     if session is not None and session.note is not None:
         sequence.note = session.note
     if session is None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pacellm.config import Preset
+from pacellm.engine.history import Ending
 from pacellm.engine.session import Session
 from pacellm.engine.turn import Turn
 from pacellm.errors import SnapshotRefused
@@ -59,6 +60,7 @@ class Records:
             "commits": str(session.commits),
             "folds": str(session.folds),
             "banks": json.dumps(session.banks),
+            **ending_metadata(session.ending),
             **({"keep_foreign": "1"} if session.foreign else {}),
         }
 
@@ -132,6 +134,8 @@ class Records:
             session.commits, session.folds = int(metadata["commits"]), int(metadata["folds"])
             found = json.loads(metadata["banks"])
             session.banks = {int(layer): {str(k): int(v) for k, v in facts.items()} for layer, facts in found.items()}
+            ending = metadata.get("ending")
+            session.ending = None if ending is None else Ending.from_json(ending, self._vocab_size)
         except (KeyError, ValueError, TypeError, AttributeError):
             raise SnapshotRefused("snapshot's metadata is malformed") from None
 
@@ -233,6 +237,11 @@ class Records:
             "saved": session.saved,
             "banks": session.banks,
         }
+
+
+def ending_metadata(ending: Ending | None) -> dict[str, str]:
+    """How a history ends; nothing where that is not known."""
+    return {} if ending is None else {"ending": ending.to_json()}
 
 
 def _place(tensor: Tensor, start: int, target: Tensor, spans: list[Span]) -> None:

@@ -21,6 +21,7 @@ from pacellm.model.beside import join
 from pacellm.model.context import Chunk, DecodeRows, StepContext, step_context
 from pacellm.model.load import LoadedModel
 from pacellm.model.prefill_kernels import Kernel
+from pacellm.modes import preset_of
 from pacellm.rows import ROWS, missing_rows
 
 logger = logging.getLogger("pacellm.engine")
@@ -65,6 +66,7 @@ class Runner:
         pa: the banks' config.
         deterministic: sums are split the same whatever else is in a step.
         kernel: of prompts' chunks on CUDA; None is flash.
+        rows: steps are padded to a multiple of them.
     """
 
     def __init__(
@@ -76,7 +78,9 @@ class Runner:
         *,
         deterministic: bool = False,
         kernel: Kernel | None = None,
+        rows: int = ROWS,
     ) -> None:
+        self.rows = rows
         self.model, self.pool, self.pa, self.deterministic, self.kernel = model, pool, pa, deterministic, kernel
         self.decoder: graphs.Decoder | None = None
         self._beside = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
@@ -113,7 +117,11 @@ class Runner:
             except graphs.CaptureFailed as error:
                 logger.warning("CUDA graphs are off, decoding is slower: %s", error)
                 self.decoder = None
-        packed = batch.build(step, self.pool, self.pa.segment, self.model.device)
+        try:
+            packed = batch.build(step, self.pool, self.pa.segment, self.model.device, self.rows)
+        except torch.OutOfMemoryError as error:  # for the stage of a first request by `paper`
+            by_paper = (work.sequence for work in step.work if preset_of(work.sequence.turn.pa) == "paper")
+            raise StepFailed(f"no memory for its stage: {error}", next(by_paper, None)) from error
         return Output(self.forward(step, packed, packed.wanted), packed.sampled, packed.scored)
 
     def run_ahead(self, step: Step, tokens: Tensor) -> Output | None:
@@ -139,7 +147,7 @@ class Runner:
         context = self._context(packed.chunks, wanted=sorted(set(rows)))
         try:
             self._copy(step.copies)
-            kept = batch.padded(rows, self.model.device)
+            kept = batch.padded(rows, self.model.device, self.rows)
             with step_context(context):
                 output = self.model.module(
                     input_ids=packed.ids,
@@ -165,6 +173,7 @@ class Runner:
             deterministic=self.deterministic,
             total=total,
             kernel=self.kernel,
+            rows=self.rows,
             **more,
         )
 

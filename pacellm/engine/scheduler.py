@@ -16,6 +16,7 @@ from collections import deque
 from typing import Literal
 
 from pacellm.config import EngineConfig
+from pacellm.engine.history import bind
 from pacellm.engine.kv import BLOCK, BlockAllocator, OutOfBlocks, blocks_for
 from pacellm.engine.mover import Mover
 from pacellm.engine.pace import Pace
@@ -51,6 +52,7 @@ class Scheduler:
         self.finishing: list[Sequence] = []  # complete, but their commit is not yet on disk
         self.mover: Mover | None = None
         self.admitted: list[Sequence] = []  # since the last step
+        self.refused: list[tuple[Sequence, RequestError]] = []  # since the last step
         self.preemptions = 0
         self.progress = PrefixCache(allocator, pool, segment=config.bank.segment, max_seqs=config.max_num_seqs)
         self.pace = Pace()
@@ -61,8 +63,8 @@ class Scheduler:
 
     # -- requests come and go ------------------------------------------------------------------------------
 
-    def check(self, prompt_tokens: int, max_tokens: int | None) -> None:
-        """Refuse what can never run.
+    def check(self, prompt_tokens: int, max_tokens: int | None) -> int:
+        """Refuse what can never run. Returns how many tokens may be generated.
 
         Raises:
             RequestError: no prompt, a prompt (with max_tokens) longer than the context.
@@ -83,6 +85,7 @@ class Scheduler:
                 f"of {limit:,} tokens; at most {room:,} are left",
                 param="max_tokens",
             )
+        return room if max_tokens is None else max_tokens
 
     def add(self, sequence: Sequence) -> None:
         """Queue a checked request, behind those of its priority, those of its own session and the choices of running
@@ -210,9 +213,11 @@ class Scheduler:
                 continue
             if session is not None and (session.busy or session.moving):
                 continue
+            if self.mover is not None and not self.mover.openings.is_open(sequence):
+                continue
+            if sequence.request.append is not None and not self._is_bound(sequence, session):
+                continue
             if self.mover is not None:
-                if not self.mover.openings.is_open(sequence):
-                    continue
                 is_stored = session is not None and self.mover.stored_tokens(session) is not None
                 if session is not None and is_stored and not self.planner.has_own_progress(sequence, session):
                     match self._bring_back(sequence, session):
@@ -222,6 +227,22 @@ class Scheduler:
                             return
             if not self._try_admit(sequence, session):
                 return
+
+    def _is_bound(self, sequence: Sequence, session: Session | None) -> bool:
+        """The prompt is whole: a request that appends has got its session's history. Notes it as refused where there
+        is none."""
+        request = sequence.request
+        assert request.append is not None
+        assert request.session is not None
+        try:
+            bind(sequence, session, was_lost=self.sessions.was_lost(request.session))
+            sequence.max_tokens = self.check(len(sequence.prompt), request.sampling.max_tokens)
+        except RequestError as error:
+            if error.param == "messages":
+                error.param = request.append.param
+            self.refused.append((sequence, error))
+            return False
+        return True
 
     @property
     def seats(self) -> int:
@@ -233,6 +254,7 @@ class Scheduler:
         """Let a choice go on from a copy of its parent's state at the prompt's end. False where there is no room: it is
         queued, first in line, and gets there by feeding the prompt as its parent did."""
         parent.num_branches -= 1
+        sequence.prompt, sequence.max_tokens = parent.prompt, parent.max_tokens
         if self.has_room(1) and self.room.make_row():
             turn = parent.turn
             own = Turn(turn.start, turn.prompt_end, turn.ids[: parent.cursor], turn.pa, turn.density)

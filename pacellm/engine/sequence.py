@@ -8,10 +8,11 @@ from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pacellm.engine.history import Ending
 from pacellm.engine.kv import KVTable
 from pacellm.engine.session import Session
 from pacellm.engine.turn import Turn
-from pacellm.types import FinishReason, GenerationRequest, Matcher, SessionStatus
+from pacellm.types import FinishReason, GenerationRequest, Kinship, Matcher, SessionStatus
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +35,10 @@ class Sequence:
 
     Attributes:
         request: as it came.
-        prompt: its ids as an array.
+        prompt: its ids as an array; of a request that appends, once it is bound.
+        bound: generation of the session that such a prompt was made from.
+        tools: digest of the tools that the prompt shows. ending: how its session's history ends if it is committed.
+        kinship: what the prompt has of its session's history.
         generated: sampled ids, the last of which has not been fed.
         work: turns still to feed: those of the log that must be replayed, then the request's own.
         index: number of ``work[0]`` among the turns since the lineage's beginning.
@@ -80,6 +84,10 @@ class Sequence:
     is_branch: bool = False
     num_branches: int = 0
     claimed: bool = False
+    bound: int | None = None
+    tools: int = 0
+    ending: Ending | None = None
+    kinship: Kinship = field(default_factory=Kinship)
     note: str | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None

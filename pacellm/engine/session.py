@@ -7,6 +7,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pacellm.engine.history import Ending
 from pacellm.engine.kv import KVTable
 from pacellm.engine.turn import Turn
 from pacellm.memory.state import BankState
@@ -24,7 +25,7 @@ class Session:
     Attributes:
         key: (tenant, id).
         log: turns since creation or the last fold.
-        context: the ids that its KV stands for.
+        context: the ids that its KV stands for. ending: how its history ends, None where that is not known.
         table, row: its committed KV blocks and bank row, None where dropped or never used.
         origin: host copies of its banks at the last fold, by layer.
         host: KV and banks in host memory.
@@ -42,6 +43,7 @@ class Session:
     key: Key
     log: list[Turn] = field(default_factory=list)
     context: array[int] = field(default_factory=lambda: array("i"))
+    ending: Ending | None = None
     table: KVTable | None = None
     row: int | None = None
     origin: dict[int, BankState] | None = None

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pacellm.engine.disk_budget import DiskBudget
 from pacellm.engine.openings import Openings
-from pacellm.engine.records import Records
+from pacellm.engine.records import Records, ending_metadata
+from pacellm.engine.sequence import Sequence
 from pacellm.engine.session import Key, Session
 from pacellm.engine.sessions import SessionStore
 from pacellm.engine.stats import MoverStats
@@ -138,22 +139,26 @@ class SessionFiles:
 
     # -- commits -------------------------------------------------------------------------------------------
 
-    def record(self, session: Session, turn: Turn, pool: BankPool | None, row: int | None, then: Then) -> None:
+    def record(self, sequence: Sequence, session: Session, pool: BankPool | None, then: Then) -> None:
         """Take note of a commit, with its log where commits are synced; ``then`` gets the future.
 
         Args:
-            pool, row: the working copy's banks, which become the origin if the log is folded now.
+            sequence: is committed to the session.
+            pool: has the working copy's banks, which become the origin if the log is folded now.
         """
         disk, records = self.disk, self.records
+        turn, row = sequence.fed(), sequence.row
         expected = (session.epoch, session.generation)
         owner = self._owner(session)
         owner.generation += 1
         owner.about |= {"stored": None, "saved": owner.generation if disk.sync else session.saved}
         owner.about |= {"tokens": turn.end, "commits": session.commits + 1}
-        meta = {
-            **records.metadata(session, owner.generation),
+        meta = records.metadata(session, owner.generation)
+        meta.pop("ending", None)
+        meta |= {
             "tokens": str(turn.end),
             "commits": str(session.commits + 1),
+            **ending_metadata(sequence.ending),
         }
         log, origin = [*session.log, turn], session.origin
         if self.store.will_fold(session, turn):

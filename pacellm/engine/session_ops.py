@@ -306,6 +306,7 @@ class SessionOps:
     def _copy_log(self, source: Session, fork: Session) -> None:
         fork.log, fork.context = list(source.log), array("i", source.context)
         fork.origin, fork.folds, fork.commits = source.origin, source.folds, source.commits
+        fork.ending = source.ending
         fork.banks, fork.kept, fork.status = dict(source.banks), True, "new"
         fork.num_tokens = len(fork.context)
         fork.generation += 1

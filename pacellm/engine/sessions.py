@@ -117,6 +117,10 @@ class SessionStore:
         self.touch(session)
         return session
 
+    def was_lost(self, key: Key) -> bool:
+        """There was such a session, and its log is gone."""
+        return key in self._lost
+
     def touch(self, session: Session) -> None:
         """It is the one used last."""
         session.last_used = time.time()
@@ -162,6 +166,7 @@ class SessionStore:
         del session.context[turn.start :]
         session.context.extend(turn.ids)
         session.log.append(turn)
+        session.ending = sequence.ending
         session.commits += 1
         session.generation += 1
         session.status, session.found, session.note = "new", None, None
@@ -181,7 +186,7 @@ class SessionStore:
         """Empty log, KV and banks."""
         self.drop(session)
         self._log_bytes -= session.log_bytes
-        session.log, session.context, session.origin = [], array("i"), None
+        session.log, session.context, session.origin, session.ending = [], array("i"), None, None
         session.stub, session.num_tokens, session.commits, session.banks = False, 0, 0, {}
         session.status, session.kept = "new", True
         session.generation += 1

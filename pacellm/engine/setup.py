@@ -28,6 +28,8 @@ from pacellm.model.fixed_rows import fix_rows
 from pacellm.model.load import LoadedModel, probe_step
 from pacellm.model.patch import patch
 from pacellm.model.prefill_kernels import Kernel
+from pacellm.model.products import Products, choose
+from pacellm.rows import ROWS
 
 logger = logging.getLogger("pacellm.engine")
 _MAX_SESSION_ROWS = 256
@@ -195,8 +197,29 @@ def attention_kernel(model: LoadedModel, config: EngineConfig) -> Kernel | None:
     return trial.kernel
 
 
+def products(model: LoadedModel, config: EngineConfig) -> Products:
+    """How linear layers are computed on a CPU; packed weights take at most half of what KV and banks would get.
+
+    Raises:
+        ConfigError: bits are to be given up where none are promised.
+    """
+    if model.device.type != "cpu" or model.ranks is not None:
+        if not config.exact_products:
+            raise ConfigError(
+                "exact_products is about a CPU; on a GPU leave deterministic off instead", param="exact_products"
+            )
+        return Products(is_exact=config.deterministic)
+    found = choose(model.module, available_memory(model, config) // 2)
+    return found if config.exact_products else dataclasses.replace(found, rows=1, is_exact=False)
+
+
 def new_runner(
-    model: LoadedModel, pool: BankPool | None, num_blocks: int, config: EngineConfig, kernel: Kernel | None
+    model: LoadedModel,
+    pool: BankPool | None,
+    num_blocks: int,
+    config: EngineConfig,
+    kernel: Kernel | None,
+    rows: int = ROWS,
 ) -> Runner:
     """The engine's runner; with a tensor-parallel model the other ranks get theirs."""
     kind: type[Runner] = Runner
@@ -205,7 +228,7 @@ def new_runner(
             parallel.tell(model.ranks, parallel.Patch(None))
         parallel.tell(model.ranks, _begin(config, pool.num_rows if pool is not None else 0, num_blocks, kernel))
         kind = parallel.LeadingRunner
-    runner = kind(model, pool, num_blocks, config.bank, deterministic=config.deterministic, kernel=kernel)
+    runner = kind(model, pool, num_blocks, config.bank, deterministic=config.deterministic, kernel=kernel, rows=rows)
     start_decoder(runner, config)
     return runner
 
@@ -223,7 +246,7 @@ def start_decoder(runner: Runner, config: EngineConfig) -> None:
     elif config.cuda_graphs:
         tokens = config.max_model_len or 0
         runner.use_static_decode(max_seqs=config.max_num_seqs, max_tokens=tokens, capture=True)
-        logger.info("decode attention by %s, decode steps as CUDA graphs", attention_cuda.decode_kernel_name())
+        logger.info("decode steps as CUDA graphs")
 
 
 def fingerprint_of(model: LoadedModel, config: EngineConfig, tokenizer: Tokenizer | None) -> str:

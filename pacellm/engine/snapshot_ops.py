@@ -125,6 +125,7 @@ class SnapshotOps:
             self._store.reset(session)
             facts: Session = checked["facts"]
             session.commits, session.folds, session.banks = facts.commits, facts.folds, facts.banks
+            session.ending = facts.ending
             session.generation, session.ttl = generation + 1, ttl if ttl is not None else session.ttl
             self._engine.forget_progress(key[0], key)
             self._store.put_log_in(session, checked["log"], checked["origin"])

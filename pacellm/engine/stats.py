@@ -49,6 +49,8 @@ class EngineStats:
     """Totals since the start.
 
     Attributes:
+        dropped_tokens: of sessions' histories, those that the next prompt did not begin with.
+        dropped_histories: prompts that left most of their session's history out.
         steps: forward passes; steps_ahead: of them launched before the tokens of the last one were read.
         prompt_tokens, generation_tokens, cached_tokens: fed from prompts (replays included), sampled, not computed
             again.
@@ -64,6 +66,8 @@ class EngineStats:
     prompt_tokens: int = 0
     generation_tokens: int = 0
     cached_tokens: int = 0
+    dropped_tokens: int = 0
+    dropped_histories: int = 0
     aborted: int = 0
     failed: int = 0
     finished: Counter[str] = field(default_factory=Counter)
@@ -73,6 +77,18 @@ class EngineStats:
     slot_age: dict[int, float] = field(default_factory=dict)
     filled: dict[int, int] = field(default_factory=dict)
     experts: Tensor | None = None
+
+    def count_dropped(self, sequence: Sequence) -> None:
+        """A request has ended: what its prompt left out of its session's history."""
+        kinship, key = sequence.kinship, sequence.request.session
+        self.dropped_tokens += kinship.dropped_tokens
+        if kinship.drops_most and key is not None:
+            self.dropped_histories += 1
+            logger.warning(
+                "session %r of tenant %r: its history had %d tokens, and a prompt of %d begins with %d of them only; "
+                "pacellm.append goes on from the history", key[1], key[0], kinship.history_tokens,
+                len(sequence.prompt), kinship.history_tokens - kinship.dropped_tokens,
+            )  # fmt: skip
 
 
 def expert_activity(pool: BankPool | None, sequence: Sequence, stats: EngineStats) -> dict[int, list[float]]:

@@ -13,6 +13,9 @@ class TextStream:
         tokenizer: the fast tokenizer's backend.
         stop: strings that end the answer and are cut from it.
         skip_special: leave special tokens out.
+
+    Attributes:
+        stopped_by: the stop string that ended it.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], *, skip_special: bool = True) -> None:
@@ -20,12 +23,26 @@ class TextStream:
         self._stream = DecodeStream(skip_special_tokens=skip_special)
         self._undecoded: list[int] = []
         self._held = ""
+        self._texts: list[str] = []  # what each token brought; kept for stop strings only
+        self._length = 0  # characters released, or held
         self.stopped_by: str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the text before the stop string; one that reaches into it counts if it is more than white space."""
+        count, left = 0, self._length
+        for number, text in enumerate(self._texts, 1):
+            if text[:left] and (len(text) <= left or text[:left].strip()):
+                count = number
+            left = max(0, left - len(text))
+        return count
 
     def push(self, token: int) -> str:
         """Text that is now certain. Sets ``stopped_by`` where a stop string is complete."""
         self._undecoded.append(token)
         text = self._stream.step(self._tokenizer, token)
+        if self._stop:
+            self._texts.append(text or "")
         if text is None:
             return ""
         self._undecoded.clear()
@@ -46,10 +63,12 @@ class TextStream:
 
     def _release(self, text: str) -> str:
         held = self._held + text
+        self._length += len(text)
         found = [(held.find(stop), stop) for stop in self._stop if stop in held]
         if found:
             at, self.stopped_by = min(found)
             self._held = ""
+            self._length -= len(held) - at
             return held[:at]
         keep = max((_overlap(held, stop) for stop in self._stop), default=0)
         self._held = held[len(held) - keep :]

@@ -15,7 +15,9 @@ from torch import Tensor
 from pacellm.config import PAConfig
 from pacellm.memory.bank import Rule, Total, Verdict, cosines_of_parts, judge, mix, selected, weigh, written
 from pacellm.memory.state import EMPTY, FUSES, HITS, MERGES, MISSES, REPLACEMENTS, BankState, compute_dtype
-from pacellm.rows import ROWS, pad_rows
+from pacellm.rows import pad_rows
+
+_TOGETHER = 4  # rows of a product of one of them; a single row's bits would depend on where in memory it lies
 
 
 def feed(
@@ -41,7 +43,7 @@ def feed(
     """
     rule = Rule.of(config)
     filled = torch.stack([bank.filled for bank in banks])[:, None]
-    similarity = cosines([bank.keys for bank in banks], pad_rows(x).to(compute_dtype(x.dtype)), total, masks)
+    similarity = cosines([bank.keys for bank in banks], x.to(compute_dtype(x.dtype)), total, masks)
     found = judge(similarity, filled, config, rule)
     output = _recalled(banks, similarity, filled, found, y, config, rule)
 
@@ -81,7 +83,7 @@ def _recalled(
         similarity, filled, found, y = similarity[rows], filled[rows], found.at(rows), y[rows]
         banks = [banks[row] for row in rows.tolist()]
     weights = weigh(similarity, filled, found, config)
-    recalled = each(pad_rows(weights), [bank.values.to(wide) for bank in banks])
+    recalled = each(weights, [bank.values.to(wide) for bank in banks])
     output = mix(recalled, y.to(wide), found, config, rule).to(y.dtype)
     return output if rows is None else plain.index_copy(0, rows, output)
 
@@ -92,25 +94,32 @@ def cosines(
     total: Total | None = None,
     masks: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
-    """[N, M] cosines of each row with its own bank's keys; x is padded."""
-    keys = [one.to(x.dtype) for one in stored]
+    """[N, M] cosines of each row with its own bank's keys."""
+    x, products, lengths = pad_rows(x, _TOGETHER), [], []
+    for row, keys in enumerate(stored):  # one bank after the other: what was just read is still near
+        keys = keys.to(x.dtype)
+        if masks is not None and (mask := masks[row]) is not None and total is None:
+            keys = keys * mask
+        lengths.append((keys * keys).sum(1) if total is not None else torch.linalg.vector_norm(keys, dim=1))
+        products.append(_product(x, row, keys.T))
+    own = x[: len(products)]
     if total is not None:
-        squares = torch.stack([(one * one).sum(1) for one in keys])
-        own = (x * x).sum(1, keepdim=True)[: len(keys)]
-        return cosines_of_parts(each(x, [one.T for one in keys]), own, squares, total)
-    seen = keys if masks is None else [one if m is None else one * m for one, m in zip(keys, masks, strict=True)]
-    lengths = torch.stack([torch.linalg.vector_norm(one, dim=1) for one in seen])
-    lengths = torch.linalg.vector_norm(x, dim=1, keepdim=True)[: len(keys)] * lengths
-    return each(x, [one.T for one in keys]) / lengths.clamp(min=1e-12)
+        squares = (own * own).sum(1, keepdim=True)
+        return cosines_of_parts(torch.stack(products), squares, torch.stack(lengths), total)
+    both = torch.linalg.vector_norm(x, dim=1, keepdim=True)[: len(products)] * torch.stack(lengths)
+    return torch.stack(products) / both.clamp(min=1e-12)
 
 
 def each(rows: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """Row i times matrix i, as one row of a product of ``ROWS`` rows: that fixes its bits."""
-    products = []
-    for row, matrix in enumerate(matrices):
-        first = row - row % ROWS
-        products.append((rows[first : first + ROWS] @ matrix)[row - first])
-    return torch.stack(products)
+    """Row i times matrix i."""
+    rows = pad_rows(rows, _TOGETHER)
+    return torch.stack([_product(rows, row, matrix) for row, matrix in enumerate(matrices)])
+
+
+def _product(rows: Tensor, row: int, matrix: Tensor) -> Tensor:
+    """One row times a matrix, as one of ``_TOGETHER`` rows: that fixes its bits."""
+    first = row - row % _TOGETHER
+    return (rows[first : first + _TOGETHER] @ matrix)[row - first]
 
 
 def _merge(bank: BankState, slots: Tensor, x: Tensor, output: Tensor, config: PAConfig) -> None:

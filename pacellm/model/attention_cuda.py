@@ -29,8 +29,7 @@ _LEAST_PIECE = 1024  # keys of a short chunk's piece
 DETERMINISTIC_SPLITS = 32  # of a sequence's keys in decode, whatever the batch
 _TOLERANCE = 0.03
 DecodeKernel = Callable[..., Tensor]
-_DECODE_KERNELS = {"Triton": "decode_triton", "flash_attn_with_kvcache": "decode_flash"}
-_decode_kernel: tuple[str, DecodeKernel] | None = None  # its name, once one was found right
+_decode_kernel: DecodeKernel | None = None  # once it was found right
 
 
 def why_not(dtype: torch.dtype, key_size: int, value_size: int) -> str | None:
@@ -79,35 +78,27 @@ def attend_decoded(step: StepContext, layer: int, query: Tensor, scale: float, w
 
 def _attend_rows(query: Tensor, *arguments: object) -> Tensor:
     assert _decode_kernel is not None
-    return _decode_kernel[1](query, *arguments)
+    return _decode_kernel(query, *arguments)
 
 
 def no_decode_kernel(shapes: list[KVShape], dtype: torch.dtype, device: torch.device) -> str | None:
-    """Try decode kernels out on every size of the model's heads, and use the first right one from here on.
+    """Try Triton's kernel out on every size of the model's heads, and use it from here on where it is right.
 
     Returns:
-        Why none is used, or None.
+        Why it is not used, or None.
     """
     global _decode_kernel
-    _decode_kernel, problems = None, []
-    for name in _DECODE_KERNELS:
-        try:
-            kernel = _load_decode_kernel(name)
-            errors = [_error(kernel, shape, dtype, device) for shape in set(shapes)]
-        except Exception as error:
-            problems.append(f"{name}: {type(error).__name__}: {error}")
-            continue
-        wrong = next((found for found in errors if not found <= _TOLERANCE), None)
-        if wrong is None:
-            _decode_kernel = name, kernel
-            return None
-        problems.append(f"{name}: it is off by {wrong:.2g}")
-    return "; ".join(problems)
-
-
-def decode_kernel_name() -> str | None:
-    """The kernel in use."""
-    return None if _decode_kernel is None else _decode_kernel[0]
+    _decode_kernel = None
+    try:
+        kernel = _load_decode_kernel()
+        errors = [_error(kernel, shape, dtype, device) for shape in set(shapes)]
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    wrong = next((found for found in errors if not found <= _TOLERANCE), None)  # also what is not a number
+    if wrong is not None:
+        return f"it is off by {wrong:.2g}"
+    _decode_kernel = kernel
+    return None
 
 
 def _error(kernel: DecodeKernel, shape: KVShape, dtype: torch.dtype, device: torch.device) -> float:
@@ -138,9 +129,8 @@ def _error(kernel: DecodeKernel, shape: KVShape, dtype: torch.dtype, device: tor
     return float(torch.stack(worst).max())  # which keeps what is not a number, as Python's max would not
 
 
-def _load_decode_kernel(name: str) -> DecodeKernel:
-    kernel: DecodeKernel = importlib.import_module(f"pacellm.model.{_DECODE_KERNELS[name]}").attend
-    return kernel
+def _load_decode_kernel() -> DecodeKernel:
+    return importlib.import_module("pacellm.model.decode_triton").attend  # not everywhere
 
 
 def _decoded(step: StepContext, device: torch.device) -> tuple[Tensor, DecodeRows] | None:
@@ -261,9 +251,9 @@ def _merge(
     if total is None or lse is None:
         if len(part) == len(queries):
             return part, part_lse
-        total = queries.new_zeros(queries.shape)
+        total = torch.zeros(queries.shape, dtype=torch.float32, device=queries.device)
         lse = torch.full(queries.shape[:2], -torch.inf, dtype=torch.float32, device=queries.device)
-        total[rows], lse[rows] = part, part_lse
+        total[rows], lse[rows] = part.to(total.dtype), part_lse
         return total, lse
     mixed, both = merge(total[rows], lse[rows], part, part_lse)
     total[rows] = mixed.to(total.dtype)
@@ -274,7 +264,7 @@ def _merge(
 def _scatter(output: Tensor, total: Tensor | None, chunks: list[Chunk], everything: bool) -> Tensor:
     assert total is not None
     if everything:
-        return total
+        return total.to(output.dtype)
     for chunk in chunks:
         output[chunk.start : chunk.stop] = total[chunk.start : chunk.stop]
     return output

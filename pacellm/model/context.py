@@ -23,6 +23,7 @@ from pacellm.memory.bank import Total
 from pacellm.memory.feed import Tokens
 from pacellm.memory.state import BankState, Stage
 from pacellm.modes import PAMode, preset_of, writes
+from pacellm.rows import ROWS
 
 if TYPE_CHECKING:
     from pacellm.model.prefill_kernels import Kernel
@@ -194,6 +195,7 @@ class StepContext:
     step is one token of each sequence; a CPU's attention still goes by the chunks. ``deterministic`` fixes how sums are
     split, whatever else is in the step. ``total`` sums over the ranks of a tensor-parallel model. ``kernel`` attends
     prompts' chunks on CUDA; None is flash. ``beside`` is a stream for what the step's result does not need.
+    A CPU's products have a multiple of ``rows`` rows.
     """
 
     chunks: list[Chunk]
@@ -211,6 +213,7 @@ class StepContext:
     total: Total | None = None
     kernel: Kernel | None = None
     beside: torch.cuda.Stream | None = None
+    rows: int = ROWS
 
     def first_row(self, chunk: Chunk, layer: int) -> int:
         """The first of a chunk's rows whose attention in ``layer`` anybody reads; ``chunk.stop`` where nobody does.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pacellm.model.context import StepContext, current_step
-from pacellm.rows import ROWS, missing_rows
+from pacellm.rows import missing_rows
 
 _KEY = "narrow"
 
@@ -54,7 +54,7 @@ def _rows(step: StepContext, layer: int, hidden: Tensor) -> Tensor | None:
         return None
     if any(chunk.experts is not None for chunk in step.chunks):  # they are counted in every row
         return None
-    length = len(step.wanted) + missing_rows(len(step.wanted)) or ROWS
+    length = len(step.wanted) + missing_rows(len(step.wanted), step.rows) or step.rows
     if hidden.ndim != 3 or hidden.shape[0] != 1 or 2 * length > hidden.shape[1]:
         return None
     rows = [*step.wanted, *[0] * (length - len(step.wanted))]

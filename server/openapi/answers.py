@@ -58,6 +58,8 @@ SCHEMAS: dict[str, Schema] = {
         session_id=maybe(TEXT),
         session=_SESSION,
         note=maybe(TEXT),
+        history_tokens=COUNT,
+        dropped_tokens=COUNT,
         cached_tokens=COUNT,
         replayed_tokens=COUNT,
         pa=one_of(*MODES),
@@ -149,5 +151,10 @@ SCHEMAS: dict[str, Schema] = {
     "Cancelled": fields(id=TEXT, object=one_of("request.cancelled"), cancelled=COUNT),
     "Health": fields(status=one_of("ok", "dead"), heartbeat_age_seconds=NUMBER),
     "Ready": fields(status=one_of("ready", "not ready")),
-    "Version": fields(version=TEXT, attention_kernel=one_of("cpu", *ATTENTION_KERNELS[1:]), pa=one_of("off", *PRESETS)),
+    "Version": fields(
+        version=TEXT,
+        attention_kernel=one_of("cpu", *ATTENTION_KERNELS[1:]),
+        pa=one_of("off", *PRESETS),
+        products=fields(kernel=one_of("torch", "onednn"), rows=COUNT, exact=FLAG),
+    ),
 }

@@ -26,6 +26,10 @@ _ERRORS = {
     503: "The server is shutting down, or the engine has stopped",
     504: "The request's deadline passed",
 }
+_SESSION_HEADERS = {
+    "X-PaceLLM-Session": "What became of the session; `queued` in a stream that waited for more than a second",
+    "X-PaceLLM-Dropped-Tokens": "Tokens of the session's history that the prompt does not begin with",
+}
 _KEY = {"bearer": {"type": "http", "scheme": "bearer", "description": "Where the server was started with keys"}}
 
 
@@ -59,7 +63,12 @@ def _complete(described: dict[str, Any], operation: Operation, schemas: dict[str
         content = {JSON: {"schema": ref(operation.answer)}}
     if operation.streams:
         content["text/event-stream"] = {}
-    whole = {"description": described["description"].splitlines()[0], "content": content}
+    headers = {name: _told(text) for name, text in _SESSION_HEADERS.items()} if operation.streams else {}
+    whole = {
+        "description": described["description"].splitlines()[0],
+        "content": content,
+        **({"headers": headers} if headers else {}),
+    }
     errors = (400, 500, *operation.errors, *(() if operation.is_public else (401,)))
     answers: dict[int, Any] = {status: {"$ref": f"#/components/responses/Error{status}"} for status in errors}
     answers |= dict.fromkeys((operation.status, *operation.also), whole)
@@ -67,6 +76,10 @@ def _complete(described: dict[str, Any], operation: Operation, schemas: dict[str
     described["security"] = [] if operation.is_public else [{"bearer": []}]
     if operation.body is not None:
         described["requestBody"] = _body(operation, schemas)
+
+
+def _told(text: str) -> dict[str, Any]:
+    return {"description": text, "required": False, "schema": {"type": "string"}}
 
 
 def _header(name: str, pattern: str) -> dict[str, Any]:

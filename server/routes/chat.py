@@ -28,6 +28,6 @@ async def chat_completions(request: Request) -> Response:
         chunks = Chunks(generation, turn.readers, body, service)
         if body.stream:
             return await answer.streamed(service, generation, chunks, wants_usage=body.wants_usage())
-        return await answer.whole(request, generation, fold(chunks()), lambda: chunks.found)
+        return await answer.whole(request, generation, fold(chunks()), lambda: chunks.headers)
 
     return await service.idempotency.answer(request, caller, raw, start)

@@ -12,7 +12,7 @@ from server import answer
 from server.body import parsed, session_of
 from server.callers import Caller
 from server.completions import Completions, fold
-from server.prompts import text_prompt
+from server.prompts import text_append, text_prompt
 from server.schema.completions import CompletionRequest, parse_completion
 from server.service import Generation, Service
 
@@ -32,7 +32,7 @@ async def completions(request: Request) -> Response:
         chunks = Completions(generations, body, service)
         if body.stream:
             return await answer.streamed(service, generations[0], chunks, wants_usage=body.wants_usage(), whole=chunks)
-        return await answer.whole(request, chunks, fold(chunks()), lambda: chunks.found)
+        return await answer.whole(request, chunks, fold(chunks()), lambda: chunks.headers)
 
     return await service.idempotency.answer(request, caller, raw, start)
 
@@ -50,7 +50,10 @@ async def _submit(service: Service, body: CompletionRequest, caller: Caller, ses
         for prompt in prompts:
             ids = await service.off_loop(text_prompt, service.tokenizer, prompt, body, limit)
             request = service.request("cmpl", body, ids, sampling, caller, session)
-            request = dataclasses.replace(request, constraint=constraint)
+            append = (
+                await service.off_loop(text_append, service.tokenizer, prompt, ids) if body.pacellm.append else None
+            )
+            request = dataclasses.replace(request, constraint=constraint, append=append)
             generations.append(await service.submit(request, caller))
     except BaseException as error:
         for generation in generations:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -35,13 +36,15 @@ async def ready(request: Request) -> Response:
 
 
 @router.get("/version")
-async def version(request: Request) -> dict[str, str]:
-    """The server's version, what attends prompts on its device, and how banks take part where requests do not say."""
+async def version(request: Request) -> dict[str, Any]:
+    """The server's version, what attends prompts on its device, how its linear layers are computed, and how banks take
+    part where requests do not say."""
     service: Service = request.app.state.service
-    kernel, config = service.engine.kernel, service.engine.config
+    engine, config = service.engine, service.engine.config
     return {
         "version": pacellm.__version__,
-        "attention_kernel": "cpu" if kernel is None else kernel.name,
+        "attention_kernel": "cpu" if engine.kernel is None else engine.kernel.name,
+        "products": {"kernel": engine.products.kernel, "rows": engine.products.rows, "exact": engine.products.is_exact},
         "pa": config.bank.preset if config.pa else "off",
     }
 

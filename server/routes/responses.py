@@ -36,7 +36,7 @@ async def create_response(request: Request) -> Response:
             responses = await _submit(service, body, caller)
             if body.stream:
                 return await responses.stream()
-            return await answer.whole(request, responses, responses.whole(), lambda: responses.found)
+            return await answer.whole(request, responses, responses.whole(), lambda: responses.headers)
         except RequestError as error:
             raise named(error) from None
 
@@ -102,6 +102,7 @@ async def _submit(service: Service, body: ResponseRequest, caller: Caller) -> Re
             experts=body.pacellm.experts,
             priority=body.priority,
             constraint=constraint,
+            outline=turn.outline,
         )
         generation = await service.submit(request, caller)
     except BaseException:

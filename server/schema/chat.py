@@ -95,6 +95,7 @@ class ChatCompletionRequest(SamplingFields):
             variables=self.chat_template_kwargs,
             is_truncated=self.truncate_prompt_tokens is not None,
             skip_special_tokens=self.skip_special_tokens,
+            appends=self.pacellm.append,
         )
 
     def sampling(self) -> SamplingParams:
@@ -122,7 +123,7 @@ def parse_chat(body: bytes) -> ChatCompletionRequest:
     """
     request = parse(ChatCompletionRequest, body)
     refuse_unless_neutral(request, NEUTRAL)
-    check_messages(request.messages)
+    check_messages(request.messages, appends=request.pacellm.append)
     check_tools(request.tools or [], request.tool_choice)
     if request.continue_final_message:
         if request.add_generation_prompt:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from pacellm.errors import RequestError
 from pacellm.types import SamplingParams
 from server.schema.base import parse, refuse_unless_neutral
 from server.schema.formats import StructuredOutputs
@@ -63,4 +64,7 @@ def parse_completion(body: bytes) -> CompletionRequest:
     """
     request = parse(CompletionRequest, body)
     refuse_unless_neutral(request, NEUTRAL)
+    if request.echo and request.pacellm.append:
+        raise RequestError("echo does not go with pacellm.append: the history stays where it is", param="echo",
+                           code="invalid_value")  # fmt: skip
     return request

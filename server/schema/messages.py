@@ -60,8 +60,11 @@ class Message(Strict):
             raise RequestError(message, param=f"{field}.tool_call_id", code="invalid_value")
 
 
-def check_messages(messages: Sequence[Message]) -> None:
+def check_messages(messages: Sequence[Message], *, appends: bool = False) -> None:
     """Refuse a conversation that does not fit together.
+
+    Args:
+        appends: calls may lie in a session's history, which has no ids and no names: results say their function's.
 
     Raises:
         RequestError: names the message and its field.
@@ -71,5 +74,11 @@ def check_messages(messages: Sequence[Message]) -> None:
         message.check(f"messages.{number}")
         called |= {call.id: call.function.name for call in message.tool_calls or ()}
         if message.tool_call_id is not None and message.tool_call_id not in called:
+            if appends and message.name is not None:
+                continue
+            if appends:
+                field = f"messages.{number}.name"
+                problem = f"{field} is missing: with pacellm.append a result says which function it is of"
+                raise RequestError(problem, param=field, code="invalid_value")
             field = f"messages.{number}.tool_call_id"
             raise RequestError(f"{field} is of no call in an earlier message", param=field, code="invalid_value")

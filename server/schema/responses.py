@@ -155,6 +155,8 @@ def parse_response(body: bytes) -> ResponseRequest:
     if request.store and not request.pacellm.commit:
         raise RequestError("a response that is stored is committed; send store: false", param="pacellm.commit",
                            code="invalid_value")  # fmt: skip
+    if request.pacellm.append:
+        raise UnsupportedParameter("conversation and previous_response_id append by themselves", param="pacellm.append")
     if request.text is not None and request.text.verbosity not in (None, "medium"):
         raise UnsupportedParameter("text.verbosity is not supported here with this value", param="text.verbosity")
     return request

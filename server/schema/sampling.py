@@ -25,10 +25,11 @@ class StreamOptions(Strict):
 
 
 class PaceOptions(Strict):
-    """How this request uses its session's banks and experts, and whether it reports on the latter."""
+    """How this request uses its session, banks and experts, and whether it reports on the latter."""
 
     pa: PAChoice | None = None
     commit: bool = True
+    append: bool = False
     ce_density: Annotated[float, Field(ge=1e-6, le=1)] | None = None
     experts: bool = False
 

@@ -23,12 +23,13 @@ class TurnRequest:
         choice: what is to be done with them; "none" where there are none.
         only_one: at most one call.
         format: what the answer must look like where it is no call; None where it is free.
-            n: choices.
+        n: choices.
         continues: the last message is to be gone on with, not answered.
         adds_prompt: the template begins the answer.
         variables: for the template.
         is_truncated: the prompt is cut to a length later, so it may be too long here.
         skip_special_tokens: special tokens are left out of the text.
+        appends: the messages go on from a session's history.
     """
 
     messages: Sequence[Message]
@@ -42,3 +43,4 @@ class TurnRequest:
     variables: Mapping[str, bool | int | str] | None = None
     is_truncated: bool = False
     skip_special_tokens: bool = True
+    appends: bool = False

@@ -19,7 +19,8 @@ TOKENIZER = ChatTokenizer(MODEL_PATH)
 
 @pytest.fixture(scope="module")
 def reader():
-    config = EngineConfig(kv_cache_memory=2**26, bank=PAConfig(segment=256), pa_layers=(2, 3), check_integrity=True)
+    bank = PAConfig(preset="reference", segment=256)
+    config = EngineConfig(kv_cache_memory=2**26, bank=bank, pa_layers=(2, 3), check_integrity=True)
     return DocumentReader(Engine(load(MODEL_PATH), config, TOKENIZER.backend), TOKENIZER)
 
 

@@ -1,6 +1,7 @@
 """How banks take part, chosen by the engine or by a request: what is observed changes nothing, what acts acts alone."""
 
 import pytest
+import torch
 
 from pacellm import PAConfig
 from pacellm.config import PRESETS
@@ -197,3 +198,16 @@ def test_numbers_that_are_given_hold_for_every_preset():
         (0.9, 0.25), (0.9, 0.25), (0.9, 0.3)
     ]  # fmt: skip
     assert [config.of(preset).acts for preset in PRESETS] == [False, True, True]
+
+
+def test_no_memory_for_a_stage_fails_the_request_that_needs_it(monkeypatch):
+    engine = new_engine(prepare(tiny("llama")))
+
+    def full(stages):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(engine.pool, "_with_paper_sums", full)
+    found = run(engine, request("a", prompt(200, 1), pa="reference"), request("b", prompt(60, 2), pa="paper"))
+    finish(found["a"])
+    assert "no memory for its stage" in str(found["b"][-1].error)
+    assert_nothing_held(engine)

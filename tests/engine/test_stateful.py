@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 from pacellm.engine.engine import run_until_idle
 from pacellm.engine.integrity import check_integrity
 from pacellm.model.load import prepare
-from pacellm.types import Finished, SamplingParams
+from pacellm.types import Append, Finished, SamplingParams
 from tests.engine.helpers import (
     assert_nothing_held,
     assert_same_banks,
@@ -33,6 +33,7 @@ from tests.engine.helpers import (
 from tests.models import tiny
 
 NAMES = "abcd"
+ENDS = ("text", "answer", "system", "user", "assistant", "tool")
 MODEL = prepare(tiny("smollm3"))
 ANSWER = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
 names = st.sampled_from(NAMES)
@@ -106,6 +107,28 @@ class Sessions(RuleBasedStateMachine):
         events = run_until_idle(self.engine)
         for name, ids in asked.items():
             self._compare(name, ids, events[name])
+
+    @rule(name=names, length=st.integers(1, 200), again=st.booleans())
+    def append(self, name, length, again):
+        """Only what is new is sent, twice in a row where the second one has to wait for the first."""
+        history = self.history.get(name)
+        if not history or len(history) + 2 * length > 900:
+            return
+        tails = []
+        for number in range(1 + again):
+            self.number += 1
+            tails.append(prompt(length, self.number))
+            made = Append(dict.fromkeys(ENDS, tails[-1]), tails[-1])
+            self.engine.add(request(str(number), tails[-1], ANSWER, session=name, append=made))
+        events = run_until_idle(self.engine)
+        for number, tail in enumerate(tails):
+            assert events[str(number)][-1].kinship.dropped_tokens == 0
+            asked = [*self.history[name], *tail]
+            if number == again:
+                self._compare(name, asked, events[str(number)])
+            else:
+                assert tokens(events[str(number)]) == self.oracles[name].ask(asked)
+                self.history[name] = asked + tokens(events[str(number)])
 
     @rule(name=names, length=st.integers(1, 400), steps=st.integers(0, 8))
     def abort(self, name, length, steps):

@@ -21,7 +21,7 @@ NAME = "pacellm-demo"
 
 
 class Live:
-    """A running server."""
+    """A running server, on a service that is not yet running."""
 
     def __init__(self, service, keys=None):
         self.service, self.engine = service, service.engine
@@ -71,8 +71,7 @@ def start(config=None, keys=None, files=None, traces=None, model=None, **setting
         traces: gets spans.
         model: another than the bundled one as it is.
     """
-    config = config or EngineConfig(kv_cache_memory=2**31)
-    tokenizer = ChatTokenizer(MODEL_PATH)
+    config, tokenizer = config or EngineConfig(kv_cache_memory=2**31), ChatTokenizer(MODEL_PATH)
     for name, value in (files or {}).items():
         setattr(tokenizer._tokenizer, name, value)
     engine = Engine(model or load(MODEL_PATH), config, tokenizer.backend)

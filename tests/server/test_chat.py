@@ -1,5 +1,7 @@
 """Chat completions through the real client."""
 
+from unittest.mock import ANY
+
 import openai
 import pytest
 
@@ -122,14 +124,17 @@ def test_models(live):
 def test_health_ready_version_metrics(live):
     assert live.http.get("/health").json()["status"] == "ok"
     assert live.http.get("/ready").status_code == 200
-    assert live.http.get("/version").json() == {"version": pacellm.__version__, "attention_kernel": "cpu"}
+    version = live.http.get("/version").json()
+    assert version.pop("products") == {"kernel": ANY, "rows": ANY, "exact": True}
+    assert version == {"version": pacellm.__version__, "attention_kernel": "cpu", "pa": "observe"}
     live.client.chat.completions.create(model=NAME, messages=user("hello"), max_tokens=2)
     text = live.http.get("/metrics").text
     for name in (
         "pacellm_num_requests_running",
         "pacellm_kv_cache_usage_perc",
         "pacellm_time_to_first_token_seconds_bucket",
-        'pacellm_bank_reads_total{layer="1",model_name="pacellm-demo",outcome="hit"}',
+        'pacellm_bank_reads_total{layer="1",model_name="pacellm-demo",outcome="hit",preset="observe"}',
+        'pacellm_requests_by_pa_total{model_name="pacellm-demo",pa="observe"}',
         "pacellm_bank_effective_rank",
         "pacellm_sessions_resident",
     ):
@@ -141,9 +146,33 @@ def test_off_and_read_only_and_commit_false(live):
         model=NAME, messages=user("hello"), max_tokens=2, extra_body={"pacellm": {"pa": "off"}}
     )
     assert off.pacellm["bank"] is None
+    assert off.pacellm["pa"] == "off"
     read = live.client.chat.completions.create(
         model=NAME, messages=user("hello"), max_tokens=2,
         extra_body={"session_id": "peek", "pacellm": {"pa": "read_only", "commit": False}},
     )  # fmt: skip
     assert read.pacellm["bank"]["replacements"] == 0
+    assert read.pacellm["pa"] == "observe_read_only"
     assert live.engine.sessions.get(("default", "peek")) is None
+
+
+def test_presets_by_request_in_one_session(live, document):
+    """Observed by default, which changes nothing; presets that act are asked for by name, in any session."""
+    question = user(f"{document.text}\n\n{document.facts[0].question}")
+
+    def ask(session, pa=None):
+        body = {"session_id": session, **({} if pa is None else {"pacellm": {"pa": pa}})}
+        answer = live.client.chat.completions.create(
+            model=NAME, messages=question, temperature=0, logprobs=True, max_tokens=8, extra_body=body
+        )
+        return answer.pacellm, [token.logprob for token in answer.choices[0].logprobs.content]
+
+    default, plain = ask("observed"), ask("plain", "off")
+    assert default[0]["pa"] == "observe"
+    assert default[0]["bank"]["replacements"]
+    assert default[1] == plain[1]
+    assert ask("paper", "paper")[1] != plain[1]
+    for pa, done in (("reference", "reference"), ("on", "observe"), ("paper_read_only", "paper_read_only")):
+        assert ask("observed", pa)[0]["pa"] == done
+    session = live.engine.sessions.get(("default", "observed"))
+    assert [turn.pa for turn in session.log] == ["observe", "reference", "observe", "paper_read_only"]

@@ -11,9 +11,11 @@ import pytest
 
 from pacellm.chat import Conversation, Terminal
 from pacellm.cli import main
+from pacellm.config import EngineConfig
 from pacellm.demo import MODEL_PATH
 from pacellm.demo.generator import make_document
 from pacellm.tokenizer import ChatTokenizer
+from tests.server.conftest import start
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +108,32 @@ def test_ctrl_c_cancels_the_answer_and_keeps_the_session(live):
         rest = client.stdout.read()
         assert client.wait(30) == 0
     assert "session resident" in rest
+
+
+def test_a_conversation_goes_on_after_a_restart(tmp_path, document):
+    config = EngineConfig(kv_cache_memory=2**28, max_model_len=2**14, session_dir=tmp_path)
+    first, second = document.facts[1], document.facts[4]
+    with start(config) as server:
+        assert "session new" in run(server, [first.question], "kept", document=document.text)[1]
+    with start(config) as server:
+        status, shown = run(server, [second.question], "kept")
+        assert (status, "session restored" in shown, second.answer in shown) == (0, True, True)
+        assert len(server.sessions()) == 1  # nothing else is left behind
+
+
+def test_a_session_that_goes_while_one_talks(live):
+    live.http.delete("/v1/sessions")
+    conversation = Conversation(live.http, "gone")
+
+    def talk(*lines):
+        screen = io.StringIO()
+        assert Terminal(conversation, io.StringIO("\n".join(lines) + "\n"), screen).run() == 0
+        return screen.getvalue()
+
+    assert "session new" in talk("hello")
+    live.http.delete("/v1/sessions/gone")
+    shown = talk("hello", "/reset", "hello", "hello")
+    assert shown.index("no session 'gone'") < shown.index("session new") < shown.index("session resident")
 
 
 def test_what_cannot_be_read_is_said(tmp_path, capsys):

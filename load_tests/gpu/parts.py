@@ -1,4 +1,4 @@
-"""The parts of ``first_light.sh``: ``python -m load_tests.gpu.first_light PART [--small]``.
+"""The parts of ``first_light.sh`` and ``second_look.sh``: ``python -m load_tests.gpu.parts PART [--small]``.
 
 Results go to the file that the environment variable ``RESULTS`` names, each as soon as it is there. Floors: prefill is
 FLOPs over the measured matrix rate, decode bytes over the measured copy rate; ``of_limit`` is floor over time. A part
@@ -23,10 +23,11 @@ from typing import Any
 import torch
 import transformers
 
-from load_tests.gpu import kernels, looks
+from load_tests.gpu import kernels, looks, more
 from load_tests.gpu import rig as rigs
 from load_tests.gpu.results import Results
 from load_tests.gpu.rig import Rig, request, run
+from load_tests.gpu.sets import sets
 from pacellm.demo import MODEL_PATH
 from pacellm.demo.evaluate import opening
 from pacellm.demo.generator import make_document
@@ -118,10 +119,8 @@ def real(bench: Bench) -> None:
     else:
         path, limit = Path(os.environ["MODEL"]), 48
     tokenizer = ChatTokenizer(path)
-    longer = "".join(
-        f"Note {n}: the {word} is kept in room {n * 7 % 90}. " for n, word in enumerate(["lamp", "map"] * 60)
-    )
-    questions = [*_QUESTIONS, f"{longer}\n\nWhich room is the first lamp in?"][: bench.pick(2, None)]
+    notes = [f"Note {n}: the {word} is kept in room {n * 7 % 90}." for n, word in enumerate(["lamp", "map"] * 60)]
+    questions = [*_QUESTIONS, " ".join([*notes, "Which room is the first lamp in?"])][: bench.pick(2, None)]
     asked = [tokenizer.encode(tokenizer.render([{"role": "user", "content": text}])) for text in questions]
     model = load(path, device=bench.device)
     ways: dict[str, tuple[Any, Cells]] = {
@@ -136,35 +135,26 @@ def real(bench: Bench) -> None:
     for name, (loaded, settings) in ways.items():
         rig = Rig(loaded, bench.small, Path())
         found[name] = _answers(rig, asked, {"max_num_seqs": len(asked), **settings}, limit)
-        bench.add(
-            name,
-            asked=len(asked),
-            as_on_cpu=_same(found[name], found["cpu"]),
-            text=tokenizer.backend.decode(found[name][0]),
-        )
+        text = tokenizer.backend.decode(found[name][0])
+        bench.add(name, asked=len(asked), as_on_cpu=_same(found[name], found["cpu"]), text=text)
     bench.add("observed beside none", same=_same(found["default"], found["no_banks"]))
     with Rig(model, bench.small, Path()).peer() as module:
         generated = []
         for ids in asked:
             prompt = torch.tensor([ids], device=bench.device)
-            output = module.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=limit,
-                min_new_tokens=limit,
-                do_sample=False,
-                pad_token_id=0,
-            )
+            options = {"max_new_tokens": limit, "min_new_tokens": limit, "do_sample": False, "pad_token_id": 0}
+            output = module.generate(prompt, attention_mask=torch.ones_like(prompt), **options)  # type: ignore[operator]
             generated.append(output[0, len(ids) :].tolist())
     bench.add("generate", default_same=_same(found["default"], generated), cpu_same=_same(found["cpu"], generated))
 
 
 def _same(mine: list[list[int]], other: list[list[int]]) -> list[int]:
     """For each answer how many of its first tokens are the same."""
-    return [
-        next((n for n, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), len(one))
-        for one, two in zip(mine, other, strict=True)
-    ]
+    found = []
+    for one, two in zip(mine, other, strict=True):
+        differs = (number for number, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)
+        found.append(next(differs, min(len(one), len(two))))
+    return found
 
 
 def _answers(rig: Rig, asked: list[list[int]], settings: Cells, new: int = 16) -> list[list[int]]:
@@ -293,6 +283,16 @@ def _p99(seconds: list[float]) -> float:
     return sorted(seconds)[min(len(seconds) - 1, int(0.99 * len(seconds)))]
 
 
+def _whole(measured: Callable[[Rig, Cells], Cells]) -> Callable[[Bench], None]:
+    """A part of one line for each thing that is measured."""
+
+    def part(bench: Bench) -> None:
+        for name, cell in measured(bench.rig(), bench.limits).items():
+            bench.add(name, **(cell if isinstance(cell, dict) else {"value": cell}))
+
+    return part
+
+
 PARTS: dict[str, Callable[[Bench], None]] = {
     "card": card,
     "bundled": bundled,
@@ -301,6 +301,11 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "real": real,
     "prefill": prefill,
     "beside": beside,
+    "deterministic": _whole(looks.deterministic),
+    "forks": _whole(more.forks),
+    "growth": _whole(more.growth),
+    "sets": _whole(sets),
+    "authors": _whole(more.authors),
 }
 
 

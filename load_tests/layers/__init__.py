@@ -1,0 +1,1 @@
+"""The parts of ``load_tests/bank_layers.py``."""

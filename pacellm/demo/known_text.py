@@ -1,0 +1,25 @@
+"""A text that the bundled model can predict, for its calibration: other prose means nothing to its 2,048 words."""
+
+from __future__ import annotations
+
+import itertools
+
+from pacellm.demo import MODEL_PATH
+from pacellm.demo.generator import make_document
+from pacellm.tokenizer import ChatTokenizer
+
+_DOCUMENT, _FACTS, _SEED = 2600, 60, 7_000_000  # not a seed of training, tests or evaluation
+
+
+def known_text() -> str:
+    """A document with its facts asked for one after another, as the chat template writes it; about 3,900 tokens, the
+    last third of them questions and answers."""
+    tokenizer = ChatTokenizer(MODEL_PATH)
+    document = make_document(_DOCUMENT, _FACTS, _SEED, tokenizer)
+    pairs = [
+        [{"role": "user", "content": fact.question}, {"role": "assistant", "content": fact.answer}]
+        for fact in document.facts
+    ]
+    messages = list(itertools.chain.from_iterable(pairs))
+    messages[0]["content"] = f"{document.text}\n\n{messages[0]['content']}"
+    return tokenizer.render(messages, add_generation_prompt=False)
