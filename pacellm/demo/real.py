@@ -7,11 +7,10 @@ its own, since it mixes up facts that share one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import httpx
 
-from pacellm import calibration
+from pacellm.calibration.file import text
 from pacellm.demo.generator import Document, Fact
 from pacellm.demo.local import running_server
 from pacellm.demo.show import Answer, ask, report_bank
@@ -33,14 +32,12 @@ _FACTS = (
 )  # fmt: skip
 
 
-def prose() -> str:
-    """The text that comes with the calibration, about 3,850 tokens of SmolLM2's."""
-    return (Path(calibration.__file__).parent / "text.txt").read_text(encoding="utf-8")
-
-
 def real_document(share: float = 1.0) -> Document:
-    """The beginning of the prose, a ``share`` of its paragraphs, with ten facts as paragraphs of their own."""
-    paragraphs = prose().strip().split("\n\n")
+    """The beginning of the calibration's prose, a ``share`` of its paragraphs, with ten facts as paragraphs between.
+
+    All of it has about 4,000 tokens of SmolLM2's.
+    """
+    paragraphs = text().strip().split("\n\n")
     paragraphs = paragraphs[: round(share * len(paragraphs))]
     parts = list(paragraphs)
     facts: list[Fact] = []

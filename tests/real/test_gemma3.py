@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pacellm import cli
-from pacellm.demo import real
+from pacellm.calibration.file import text as calibration_text
 from tests.server.conftest import Live
 from tests.server.talk import user
 
@@ -21,7 +21,7 @@ def expected(gemma3):
     """(prompt, text that greedy `generate` adds) by length in tokens."""
     tokenizer = AutoTokenizer.from_pretrained(gemma3)
     model = AutoModelForCausalLM.from_pretrained(gemma3).eval()
-    ids, found = tokenizer(real.prose())["input_ids"], {}
+    ids, found = tokenizer(calibration_text())["input_ids"], {}
     for length in LENGTHS:
         prompt = torch.tensor([ids[:length]])
         with torch.inference_mode():

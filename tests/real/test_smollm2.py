@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pacellm import cli
+from pacellm.calibration.file import text as calibration_text
 from pacellm.demo import real
 from pacellm.model.gguf_check import check_gguf
 from pacellm.model.load import load
@@ -20,7 +21,7 @@ from tests.server.conftest import Live
 from tests.server.talk import WEATHER, user
 
 NEW = 12
-PROSE = real.prose()
+PROSE = calibration_text()
 PROMPTS = {
     "short": user("What is the capital of France?"),
     "list": user("Name three animals that live in the sea."),
