@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pacellm.dialect import Dialect, detect
 from pacellm.errors import ConfigError, ContextLengthExceeded, ModelError, RequestError, UnsupportedParameter
+from pacellm.literals import Literals, structure_of
 from pacellm.pieces import PieceMemo
 
 # what the template is given by other means; a request sets none of these as a variable
@@ -72,13 +74,20 @@ class ChatTokenizer:
             tokenizer.chat_template = read_template(chat_template)
         self._tokenizer = tokenizer
         self.backend = backend
-        self._memo = PieceMemo(backend)
+        structure = structure_of(backend, tokenizer.all_special_tokens, self._template_source)
+        self._memo = PieceMemo(backend, structure.values())
+        self.literals = Literals(backend, structure, self._memo)
         self._longest = max((len(token) for token in backend.get_vocab()), default=1)
 
     @property
     def has_chat_template(self) -> bool:
         """Chat requests can be rendered."""
         return bool(self._tokenizer.chat_template)
+
+    @property
+    def _template_source(self) -> str:
+        template = self._tokenizer.chat_template
+        return "\n".join(template.values()) if isinstance(template, dict) else template or ""
 
     @cached_property
     def template_variables(self) -> frozenset[str]:
@@ -93,15 +102,27 @@ class ChatTokenizer:
     @cached_property
     def dialect(self) -> Dialect:
         """How the model writes reasoning and calls."""
-        template = self._tokenizer.chat_template
-        source = "\n".join(template.values()) if isinstance(template, dict) else template or ""
-        return detect(source, self.template_variables, getattr(self._tokenizer, "response_template", None))
+        return detect(
+            self._template_source, self.template_variables, getattr(self._tokenizer, "response_template", None)
+        )
 
     @cached_property
     def special_texts(self) -> tuple[str, ...]:
         """Tokens that are left out of text, as they are written."""
         added = self.backend.get_added_tokens_decoder().values()
         return tuple(token.content for token in added if token.special)
+
+    @cached_property
+    def splits_answers(self) -> bool:
+        """The chat template looks for the marks of reasoning in the content of earlier answers."""
+        if self.dialect.think is None or not self.has_chat_template:
+            return False
+        said = "{} a {} b".format(*self.dialect.think)
+        talk = [("user", "c"), ("assistant", said), ("user", "d")]
+        try:
+            return said not in self.render([{"role": role, "content": content} for role, content in talk])
+        except RequestError:
+            return False
 
     def response_parser(
         self, dialect: Dialect, prompt: str, tools: Sequence[dict[str, Any]], *, continues: bool
@@ -165,10 +186,9 @@ class ChatTokenizer:
     def encode(
         self, text: str, *, limit: int | None = None, scope: str | None = None, add_special_tokens: bool = False
     ) -> list[int]:
-        """Ids of a rendered prompt. The interpreter is not held meanwhile.
+        """Ids of a text, in which special tokens are what they look like. The interpreter is not held meanwhile.
 
         Args:
-            text: may contain special tokens.
             limit: refuse before tokenising what cannot have so few tokens.
             scope: whose texts these are, as a session's name; long pieces are remembered within it.
             add_special_tokens: add those that the tokenizer puts around a text.
@@ -176,15 +196,35 @@ class ChatTokenizer:
         Raises:
             ContextLengthExceeded: the text has more than ``limit`` tokens for certain.
         """
+        self._check_length(text, limit)
+        if add_special_tokens:
+            return self.backend.encode_batch_fast([text], add_special_tokens=True)[0].ids
+        return self._memo.encode(text, scope)
+
+    def encode_chat(
+        self, rendered: str, *, limit: int | None = None, scope: str | None = None, logged: array[int] | None = None
+    ) -> list[int]:
+        """Ids of a conversation that was rendered from texts shielded by :attr:`literals`: special tokens in these are
+        text, those that the template wrote are what they look like. The interpreter is not held meanwhile.
+
+        Args:
+            limit, scope: as for :meth:`encode`.
+            logged: ids of the session that it goes on; special tokens in answers are again what they are there.
+
+        Raises:
+            ContextLengthExceeded: the text has more than ``limit`` tokens for certain.
+            RequestError: the template wrote the texts so that they cannot be kept apart.
+        """
+        self._check_length(rendered, limit)
+        return self.literals.encode(rendered, scope, logged)
+
+    def _check_length(self, text: str, limit: int | None) -> None:
         at_least = len(text) // self._longest
         if limit is not None and at_least > limit:
             raise ContextLengthExceeded(
                 f"the prompt has at least {at_least:,} tokens; this model's context is {limit:,} tokens",
                 param="messages",
             )
-        if add_special_tokens:
-            return self.backend.encode_batch_fast([text], add_special_tokens=True)[0].ids
-        return self._memo.encode(text, scope)
 
     def forget(self, scope: str, *, below: bool = False) -> None:
         """Drop the pieces remembered for a scope; with ``below`` for every scope whose name begins so."""
