@@ -25,6 +25,7 @@ from pacellm.pieces import PieceMemo, Pieces, pattern_of
 # noncharacters: Unicode keeps them for such use, and texts do not have them; those that do keep theirs (_ESCAPE)
 _JOINT, _OWN, _ESCAPE, _ALIAS = _RESERVED = "\ufdd0\ufdd1\ufdd2\ufdd3"
 _FIRST_ALIAS = 0x100000
+_ESCAPED = re.compile(f"{_ESCAPE}([0-2]|3(?![{chr(_FIRST_ALIAS)}-\U0010ffff]))")  # all but what looks like an alias
 _WITHIN = "\x02"  # no tokenizer joins it to what follows
 _CONTROLS = {"<s>": 1, "</s>": 2}  # sentencepiece's, which not every model's files call special
 _MAX_READINGS = 4  # times that a prompt's text is encoded to compare it with a session's log
@@ -86,6 +87,7 @@ class Literals:
         joint = _OWN if own else _JOINT
         if any(character in text for character in _RESERVED):
             text = re.sub(f"[{_RESERVED}]", lambda found: _ESCAPE + str(_RESERVED.index(found[0])), text)
+        text = text.replace("\\ufdd", f"\\{_JOINT}ufdd")  # what a joint would be in ASCII
         text, count = self._said.subn(lambda found: found[0][0] + joint + found[0][1:], text)
         if not count and self._normalizer is not None:
             normal = self._normalizer.normalize_str(text.encode("utf-8", "replace").decode())
@@ -139,13 +141,13 @@ class Literals:
         Raises:
             RequestError: the template has changed joints.
         """
-        if not any(character in rendered for character in _RESERVED):
-            return self._memo.encode(rendered, scope)
-        if re.search(r"\\ufdd[0-3]", rendered, re.IGNORECASE):
+        if "\\ufdd" in rendered:
             raise RequestError(
                 "the model's chat template escapes characters, so special tokens in texts cannot be kept apart",
                 param="messages",
             )
+        if not any(character in rendered for character in _RESERVED):
+            return self._memo.encode(rendered, scope)
         if logged is not None and _OWN in rendered:
             rendered = self._as_logged(rendered, scope, logged)
         return self._apart(rendered, scope)
@@ -156,7 +158,9 @@ class Literals:
 
     def _apart(self, rendered: str, scope: str | None) -> list[int]:
         text = self._written.sub(lambda found: self._second.aliases[found[0]], rendered)
-        return self._second.ids(self._memo, text.replace(_JOINT, "").replace(_OWN, ""), scope)
+        text = text.replace(_JOINT, "").replace(_OWN, "")
+        text = _ESCAPED.sub(lambda found: _RESERVED[int(found[1])], text)
+        return self._second.ids(self._memo, text, scope)
 
     def _as_logged(self, rendered: str, scope: str | None, logged: array[int]) -> str:
         """The prompt, with those of the model's own special tokens restored that its session's log has in their
@@ -194,23 +198,25 @@ class _Second:
     def __init__(self, backend: Tokenizer, structure: dict[int, AddedToken]) -> None:
         self._first, self._texts = backend, {number: token.content for number, token in structure.items()}
         self.aliases = {text: _ALIAS + chr(_FIRST_ALIAS + place) for place, text in enumerate(self._texts.values())}
-        escapes = {_ESCAPE + str(place): character for place, character in enumerate(_RESERVED)}
+        escape = _ESCAPE + str(_RESERVED.index(_ALIAS))
         description = json.loads(backend.to_str())
         known = description["added_tokens"]
         aliased = [{**token, "content": self.aliases[token["content"]]} for token in known if token["id"] in structure]
         plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        escaped = [{"content": text, **plain} for text in escapes]
         for token in known:
             token["special"] = token["id"] in structure  # what is special here is not looked for
         start = backend.get_vocab_size(with_added_tokens=True)
-        more = [{**token, "id": start + place, "special": False} for place, token in enumerate(aliased + escaped)]
+        more = [
+            {**token, "id": start + place, "special": False}
+            for place, token in enumerate([*aliased, {"content": escape, **plain}])
+        ]
         second = Tokenizer.from_str(json.dumps({**description, "added_tokens": known + more}))
         if any(second.token_to_id(token["content"]) != token["id"] for token in known):
             raise ModelError("the tokenizer cannot be told to read its special tokens as text")
         second.encode_special_tokens = True
-        self._pieces = Pieces(second, [*self.aliases.values(), *escapes])
+        self._pieces = Pieces(second, [*self.aliases.values(), escape])
         meaning = {self.aliases[text]: [number] for number, text in self._texts.items()}
-        meaning |= {text: self._spelled(character) for text, character in escapes.items()}
+        meaning[escape] = self._spelled(_ALIAS)
         vocabulary = {token.content: number for number, token in second.get_added_tokens_decoder().items()}
         self._meaning = {vocabulary[text]: ids for text, ids in meaning.items()}
 

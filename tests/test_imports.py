@@ -14,6 +14,7 @@ LEVELS = {
     "pacellm.rows": 0,
     "pacellm.transfer": 0,
     "pacellm.pieces": 0,
+    "pacellm.literals": 0,
     "pacellm.grammar": 0,
     "pacellm.dialect": 0,
     "pacellm.memory": 1,
