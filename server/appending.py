@@ -15,8 +15,8 @@ from typing import Any, get_args
 from pacellm.errors import NotAppendable, RequestError
 from pacellm.tokenizer import ChatTokenizer
 from pacellm.types import Append, End, Outline
-from server.conversation import for_template
-from server.prompts import chat_prompt, check_text
+from server.conversation import Talk
+from server.prompts import check_text, rendered_turn
 from server.schema.tools import Tool
 from server.schema.turn import TurnRequest
 
@@ -68,10 +68,12 @@ def append_of(
     known: dict[str, list[int]] = {}
     for text in texts.values():
         if isinstance(text, str) and text not in known:
-            known[text] = tokenizer.encode_behind(text, limit=limit, scope=scope)
+            known[text] = tokenizer.encode_behind(text, limit=limit, scope=scope, is_chat=True)
     tails = {end: known[text] if isinstance(text, str) else text for end, text in texts.items()}
     try:
-        whole: list[int] | RequestError = chat_prompt(tokenizer, asked, limit, scope)[1]
+        whole: list[int] | RequestError = tokenizer.encode_chat(
+            rendered_turn(tokenizer, asked), limit=limit, scope=scope
+        )
     except RequestError as error:
         whole = error
     return found, max(known.values(), key=len), Append(tails, whole, needs_tools=follower.needs_tools)
@@ -90,8 +92,10 @@ class _Follower:
     def __init__(self, tokenizer: ChatTokenizer, asked: TurnRequest) -> None:
         self._tokenizer, self._asked = tokenizer, asked
         self._reads_tools = tokenizer.dialect.reads_tools
-        self._tools: list[dict[str, Any]] | None = [tool.shown() for tool in asked.tools] or None
-        self._new = for_template(asked.messages, (), tokenizer.dialect)
+        literals = tokenizer.literals
+        self._tools = [literals.shielded_value(tool.shown()) for tool in asked.tools] or None
+        self._variables = literals.shielded_value(dict(asked.variables or {}))
+        self._new = Talk(tokenizer, asked.messages, (), is_open=asked.continues).messages()
 
     def attempt(self, end: End) -> str | RequestError:
         """What follows a history that ends so, or why nothing can."""
@@ -100,7 +104,8 @@ class _Follower:
         except RequestError as error:
             return error
         for number, message in enumerate(self._asked.messages):
-            if message.role in ("system", "developer") and message.text().strip() not in text:
+            content = self._tokenizer.literals.shielded(message.text()).strip()
+            if message.role in ("system", "developer") and content not in text:
                 return RequestError(
                     "the model's chat template shows a system message at the beginning only; it cannot be appended",
                     param=f"messages.{number}.role",
@@ -164,7 +169,9 @@ class _Follower:
 
     def _render(self, entries: list[Entry], **options: Any) -> str:
         tools = self._tools if self._reads_tools else None
-        return self._tokenizer.render(entries, tools=tools, variables=self._asked.variables, **options)
+        rendered = self._tokenizer.render(entries, tools=tools, variables=self._variables, **options)
+        check_text(rendered, "messages")
+        return rendered
 
 
 def _call(call_id: str, name: str) -> Entry:
@@ -200,14 +207,15 @@ def _opening(tokenizer: ChatTokenizer, asked: TurnRequest) -> list[int] | None:
     """Ids behind a prompt's last message; None where the template writes that another way before them."""
 
     def render(entries: list[Entry], **options: Any) -> str:
-        return tokenizer.render(entries, variables=asked.variables, **options)
+        return tokenizer.render(entries, variables=variables, **options)
 
+    variables = tokenizer.literals.shielded_value(dict(asked.variables or {}))
     try:
         closed = _closed(tokenizer, [_QUESTION], render)
         whole = render([_QUESTION], add_generation_prompt=asked.adds_prompt)
     except RequestError:
         return None
-    return tokenizer.encode_behind(whole[len(closed) :]) if whole.startswith(closed) else None
+    return tokenizer.encode_behind(whole[len(closed) :], is_chat=True) if whole.startswith(closed) else None
 
 
 def _digest(tools: Sequence[Tool]) -> int:
