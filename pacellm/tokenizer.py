@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from pacellm.errors import (
     RequestError,
     UnsupportedParameter,
 )
+from pacellm.literals import Literals, structure_of
 from pacellm.model.gguf_check import check_gguf
 from pacellm.pieces import PieceMemo
 
@@ -91,13 +93,20 @@ class ChatTokenizer:
             tokenizer.chat_template = read_template(chat_template)
         self._tokenizer = tokenizer
         self.backend = backend
-        self._memo = PieceMemo(backend)
+        structure = structure_of(backend, tokenizer.all_special_tokens, self._template_source)
+        self._memo = PieceMemo(backend, structure.values())
+        self.literals = Literals(backend, structure, self._memo)
         self._longest = max((len(token) for token in backend.get_vocab()), default=1)
 
     @property
     def has_chat_template(self) -> bool:
         """Chat requests can be rendered."""
         return bool(self._tokenizer.chat_template)
+
+    @property
+    def _template_source(self) -> str:
+        template = self._tokenizer.chat_template
+        return "\n".join(template.values()) if isinstance(template, dict) else template or ""
 
     @cached_property
     def template_variables(self) -> frozenset[str]:
@@ -112,9 +121,9 @@ class ChatTokenizer:
     @cached_property
     def dialect(self) -> Dialect:
         """How the model writes reasoning and calls."""
-        template = self._tokenizer.chat_template
-        source = "\n".join(template.values()) if isinstance(template, dict) else template or ""
-        return detect(source, self.template_variables, getattr(self._tokenizer, "response_template", None))
+        return detect(
+            self._template_source, self.template_variables, getattr(self._tokenizer, "response_template", None)
+        )
 
     @cached_property
     def special_texts(self) -> tuple[str, ...]:
@@ -126,6 +135,18 @@ class ChatTokenizer:
     def end_text(self) -> str:
         """The end token as it is written; empty where there is none."""
         return self._tokenizer.eos_token or ""
+
+    @cached_property
+    def splits_answers(self) -> bool:
+        """The chat template looks for the marks of reasoning in the content of earlier answers."""
+        if self.dialect.think is None or not self.has_chat_template:
+            return False
+        said = "{} a {} b".format(*self.dialect.think)
+        talk = [("user", "c"), ("assistant", said), ("user", "d")]
+        try:
+            return said not in self.render([{"role": role, "content": content} for role, content in talk])
+        except RequestError:
+            return False
 
     def response_parser(
         self, dialect: Dialect, prompt: str, tools: Sequence[dict[str, Any]], *, continues: bool
@@ -189,10 +210,9 @@ class ChatTokenizer:
     def encode(
         self, text: str, *, limit: int | None = None, scope: str | None = None, add_special_tokens: bool = False
     ) -> list[int]:
-        """Ids of a rendered prompt. The interpreter is not held meanwhile.
+        """Ids of a text, in which special tokens are what they look like. The interpreter is not held meanwhile.
 
         Args:
-            text: may contain special tokens.
             limit: refuse before tokenising what cannot have so few tokens.
             scope: whose texts these are, as a session's name; long pieces are remembered within it.
             add_special_tokens: add those that the tokenizer puts around a text.
@@ -200,24 +220,51 @@ class ChatTokenizer:
         Raises:
             ContextLengthExceeded: the text has more than ``limit`` tokens for certain.
         """
+        self._check_length(text, limit)
+        if add_special_tokens:
+            return self.backend.encode_batch_fast([text], add_special_tokens=True)[0].ids
+        return self._memo.encode(text, scope)
+
+    def encode_chat(
+        self, rendered: str, *, limit: int | None = None, scope: str | None = None, logged: array[int] | None = None
+    ) -> list[int]:
+        """Ids of a conversation that was rendered from texts shielded by :attr:`literals`: special tokens in these are
+        text, those that the template wrote are what they look like. The interpreter is not held meanwhile.
+
+        Args:
+            limit, scope: as for :meth:`encode`.
+            logged: ids of the session that it goes on; special tokens in answers are again what they are there.
+
+        Raises:
+            ContextLengthExceeded: the text has more than ``limit`` tokens for certain.
+            RequestError: the template wrote the texts so that they cannot be kept apart.
+        """
+        self._check_length(rendered, limit)
+        return self.literals.encode(rendered, scope, logged)
+
+    def _check_length(self, text: str, limit: int | None) -> None:
         at_least = len(text) // self._longest
         if limit is not None and at_least > limit:
             raise ContextLengthExceeded(
                 f"the prompt has at least {at_least:,} tokens; this model's context is {limit:,} tokens",
                 param="messages",
             )
-        if add_special_tokens:
-            return self.backend.encode_batch_fast([text], add_special_tokens=True)[0].ids
-        return self._memo.encode(text, scope)
 
-    def encode_behind(self, text: str, *, limit: int | None = None, scope: str | None = None) -> list[int]:
+    def encode_behind(
+        self, text: str, *, limit: int | None = None, scope: str | None = None, is_chat: bool = False
+    ) -> list[int]:
         """Ids of a text that stands behind others: without what a tokenizer puts in front of a text's first word.
 
-        Args and raises as for :meth:`encode`.
+        Args:
+            limit, scope: as for :meth:`encode`.
+            is_chat: it is rendered as for :meth:`encode_chat`.
+
+        Raises as :meth:`encode` and :meth:`encode_chat`.
         """
+        encode = self.encode_chat if is_chat else self.encode
         if self._anchor is None:
-            return self.encode(text, limit=limit, scope=scope)
-        return self.encode(self._anchor + text, limit=limit, scope=scope)[1:]
+            return encode(text, limit=limit, scope=scope)
+        return encode(self._anchor + text, limit=limit, scope=scope)[1:]
 
     @cached_property
     def _anchor(self) -> str | None:

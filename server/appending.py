@@ -15,8 +15,8 @@ from typing import Any, get_args
 from pacellm.errors import NotAppendable, RequestError
 from pacellm.tokenizer import ChatTokenizer
 from pacellm.types import Append, End, Outline
-from server.conversation import for_template
-from server.prompts import chat_prompt, check_text
+from server.conversation import Talk
+from server.prompts import check_text, rendered_turn
 from server.schema.tools import Tool
 from server.schema.turn import TurnRequest
 
@@ -62,8 +62,10 @@ class Following:
         self._reads_tools = tokenizer.dialect.reads_tools
         for number, message in enumerate(asked.messages):
             check_text(message.text(), f"messages.{number}.content")
-        self._tools: list[dict[str, Any]] | None = [tool.shown() for tool in asked.tools] or None
-        self._new = for_template(asked.messages, (), tokenizer.dialect)
+        literals = tokenizer.literals
+        self._tools = [literals.shielded_value(tool.shown()) for tool in asked.tools] or None
+        self._variables = literals.shielded_value(dict(asked.variables or {}))
+        self._new = Talk(tokenizer, asked.messages, (), is_open=asked.continues).messages()
         self._texts = {end: self._attempt(end) for end in _ENDS}
         found = [text for text in self._texts.values() if isinstance(text, str)]
         if not found:
@@ -83,10 +85,11 @@ class Following:
         known: dict[str, list[int]] = {}
         for text in self._texts.values():
             if isinstance(text, str) and text not in known:
-                known[text] = self._tokenizer.encode_behind(text, limit=limit, scope=scope)
+                known[text] = self._tokenizer.encode_behind(text, limit=limit, scope=scope, is_chat=True)
         tails = {end: known[text] if isinstance(text, str) else text for end, text in self._texts.items()}
         try:
-            whole: list[int] | RequestError = chat_prompt(self._tokenizer, self._asked, limit, scope)[1]
+            rendered = rendered_turn(self._tokenizer, self._asked)
+            whole: list[int] | RequestError = self._tokenizer.encode_chat(rendered, limit=limit, scope=scope)
         except RequestError as error:
             whole = error
         return max(known.values(), key=len), Append(tails, whole, needs_tools=self._needs_tools)
@@ -167,7 +170,9 @@ class Following:
 
     def _render(self, entries: list[Entry], **options: Any) -> str:
         tools = self._tools if self._reads_tools else None
-        return self._tokenizer.render(entries, tools=tools, variables=self._asked.variables, **options)
+        rendered = self._tokenizer.render(entries, tools=tools, variables=self._variables, **options)
+        check_text(rendered, "messages")
+        return rendered
 
 
 def _call(call_id: str, name: str) -> Entry:
@@ -203,14 +208,15 @@ def _opening(tokenizer: ChatTokenizer, asked: TurnRequest) -> list[int] | None:
     """Ids behind a prompt's last message; None where the template writes that another way before them."""
 
     def render(entries: list[Entry], **options: Any) -> str:
-        return tokenizer.render(entries, variables=asked.variables, **options)
+        return tokenizer.render(entries, variables=variables, **options)
 
+    variables = tokenizer.literals.shielded_value(dict(asked.variables or {}))
     try:
         closed = _closed(tokenizer, [_QUESTION], render)
         whole = render([_QUESTION], add_generation_prompt=asked.adds_prompt)
     except RequestError:
         return None
-    return tokenizer.encode_behind(whole[len(closed) :]) if whole.startswith(closed) else None
+    return tokenizer.encode_behind(whole[len(closed) :], is_chat=True) if whole.startswith(closed) else None
 
 
 def _digest(tools: Sequence[Tool]) -> int:

@@ -60,6 +60,12 @@ class Continuation:
         return self._session
 
     @property
+    def source(self) -> Key | None:
+        """The session that it goes on from, where there is one; it may be gone."""
+        name = self._body.previous_response_id or self._body.conversation_id
+        return None if name is None else (self._tenant, name)
+
+    @property
     def _conversation(self) -> Key | None:
         name = self._body.conversation_id
         return None if name is None else (self._tenant, name)

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from pacellm.errors import RequestError
 from pacellm.tokenizer import ChatTokenizer
 from pacellm.types import Append, End
-from server.conversation import for_template
+from server.conversation import Talk
 from server.schema.completions import CompletionRequest
 from server.schema.messages import Message
 from server.schema.tools import Tool
 from server.schema.turn import TurnRequest
 
 
-def chat_prompt(
-    tokenizer: ChatTokenizer, asked: TurnRequest, limit: int | None, scope: str | None = None
-) -> tuple[str, list[int]]:
-    """A conversation's prompt, as text and ids.
-
-    Args:
-        limit: the model's context; a prompt that is longer for certain is refused before tokenising.
-        scope: whose texts these are, as tenant and session; long pieces are remembered within it.
+def rendered_turn(tokenizer: ChatTokenizer, asked: TurnRequest) -> str:
+    """A turn as :meth:`ChatTokenizer.encode_chat` takes it.
 
     Raises:
-        RequestError: the template refuses it, or it is too long.
+        RequestError: the template refuses it.
     """
-    rendered = rendered_chat(
+    return rendered_chat(
         tokenizer,
         asked.messages,
         asked.tools,
@@ -35,25 +29,29 @@ def chat_prompt(
         continue_final_message=asked.continues,
         variables=asked.variables,
     )
-    return rendered, tokenizer.encode(rendered, limit=None if asked.is_truncated else limit, scope=scope)
 
 
 def rendered_chat(
-    tokenizer: ChatTokenizer, messages: Sequence[Message], tools: Sequence[Tool], **options: Any
-) -> str:  # fmt: skip
-    """A conversation as the model gets it.
+    tokenizer: ChatTokenizer,
+    messages: Sequence[Message],
+    tools: Sequence[Tool],
+    *,
+    variables: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> str:
+    """A conversation as :meth:`ChatTokenizer.encode_chat` takes it.
 
     Args:
-        options: of :meth:`ChatTokenizer.render`.
+        variables, options: of :meth:`ChatTokenizer.render`.
 
     Raises:
         RequestError: the template refuses it.
     """
-    dialect = tokenizer.dialect
-    shown = [tool.shown() for tool in tools] if dialect.reads_tools and tools else None
     for number, message in enumerate(messages):
         check_text(message.text(), f"messages.{number}.content")
-    rendered = tokenizer.render(for_template(messages, tools, dialect), tools=shown, **options)
+    talk = Talk(tokenizer, messages, tools, is_open=bool(options.get("continue_final_message")))
+    variables = tokenizer.literals.shielded_value(dict(variables or {}))
+    rendered = tokenizer.render(talk.messages(), tools=talk.tools(), variables=variables, **options)
     check_text(rendered, "messages")
     return rendered
 

@@ -41,7 +41,7 @@ from server.schema.chat import ChatCompletionRequest
 from server.schema.sampling import GenerationFields, SamplingFields
 from server.schema.turn import TurnRequest
 from server.settings import Settings
-from server.turns import Turn, new_turn
+from server.turns import Draft, Turn
 
 if TYPE_CHECKING:
     from server.traces import Traces
@@ -164,28 +164,31 @@ class Service:
         """
         self.check_options(body, session_id)
         scope = None if session_id is None else f"{caller.tenant}/{session_id}"
-        turn = await self.turn(body.turn, body.sampling(), scope)
+        session = None if session_id is None else (caller.tenant, session_id)
+        turn = await self.turn(body.turn, body.sampling(), scope, session)
         request = self.request("chatcmpl", body, turn.prompt, turn.sampling, caller, session_id, body.n or 1)
         constraint = await self.compile(turn.grammar)
         request = dataclasses.replace(request, constraint=constraint, outline=turn.outline, append=turn.append)
         return await self.submit(request, caller), turn
 
-    async def turn(self, asked: Callable[[], TurnRequest], sampling: SamplingParams, scope: str | None) -> Turn:
+    async def turn(
+        self, asked: Callable[[], TurnRequest], sampling: SamplingParams, scope: str | None, session: Key | None
+    ) -> Turn:
         """What a conversation comes to.
 
         Args:
             asked: called off the event loop.
-            scope: as for :func:`new_turn`.
+            scope: as for :meth:`Draft.turn`.
+            session: that it goes on.
 
         Raises:
             RequestError: names the field.
         """
-        limit = self.engine.config.max_model_len
-
-        def made() -> Turn:
-            return new_turn(self.tokenizer, self.grammars, asked(), sampling, limit, scope)
-
-        return await self.off_loop(made)
+        draft = await self.off_loop(lambda: Draft(self.tokenizer, self.grammars, asked()))
+        logged = None
+        if session is not None and draft.needs_log:
+            logged = await self.operate(self.engine.ops.context(session))
+        return await self.off_loop(draft.turn, sampling, self.engine.config.max_model_len, scope, logged)
 
     async def compile(self, grammar: Grammar | None) -> Constraint | None:
         """What an answer must look like, for the engine.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from dataclasses import dataclass
 
 from pacellm import grammar
@@ -13,7 +14,7 @@ from pacellm.grammar import Function, Grammar, Mark
 from pacellm.tokenizer import ChatTokenizer
 from pacellm.types import Append, Outline, SamplingParams
 from server.appending import Following, outline_of
-from server.prompts import chat_prompt
+from server.prompts import rendered_turn
 from server.readers import ListReader, ParsedReader, PlainReader, Reader
 from server.schema.tools import NamedTool
 from server.schema.turn import TurnRequest
@@ -41,42 +42,61 @@ class Turn:
     append: Append | None
 
 
-def new_turn(
-    tokenizer: ChatTokenizer,
-    grammars: Grammars,
-    asked: TurnRequest,
-    sampling: SamplingParams,
-    limit: int | None,
-    scope: str | None,
-) -> Turn:
-    """All that a turn comes to. Slow on long prompts: called off the event loop.
+class Draft:
+    """A turn that is rendered and not yet tokenised. Slow on long prompts: used off the event loop.
 
     Args:
-        limit: the model's context; a prompt that is longer for certain is refused before tokenising.
-        scope: whose texts these are, as tenant and session; long pieces are remembered within it.
+        tokenizer: of the model.
+        grammars: knows which texts are special tokens.
+        asked: the request.
 
     Raises:
-        RequestError: the template refuses it, or it is too long, or its fields contradict each other.
+        RequestError: the template refuses it, or behind any history, or its fields contradict each other.
     """
-    form = _Form(tokenizer.dialect, grammars, asked)
-    append = None
-    if asked.appends:
-        following = Following(tokenizer, asked)
-        text, (prompt, append) = following.text, following.encoded(limit, scope)
-    else:
-        text, prompt = chat_prompt(tokenizer, asked, limit, scope)
-    outline = Outline() if scope is None else outline_of(tokenizer, asked, prompt)
-    dialect = form.dialect
-    tools = [tool.shown() for tool in asked.tools]
-    readers: list[Reader] = []
-    for _ in range(asked.n):
-        parser = tokenizer.response_parser(dialect, text, tools, continues=asked.continues)
-        special = tokenizer.special_texts if asked.skip_special_tokens else ()
-        reader: Reader = PlainReader() if parser is None else ParsedReader(parser, dialect, special)
-        readers.append(ListReader(reader) if form.is_list else reader)
-    if dialect.template is not None:
-        sampling = dataclasses.replace(sampling, skip_special_tokens=False)  # marks may be special tokens
-    return Turn(prompt, sampling, form.grammar(text), readers, outline, append)
+
+    def __init__(self, tokenizer: ChatTokenizer, grammars: Grammars, asked: TurnRequest) -> None:
+        self._tokenizer, self._asked = tokenizer, asked
+        self._form = _Form(tokenizer.dialect, grammars, asked)
+        self._following = Following(tokenizer, asked) if asked.appends else None
+        self._rendered = rendered_turn(tokenizer, asked) if self._following is None else self._following.text
+
+    @property
+    def needs_log(self) -> bool:
+        """Which tokens it comes to depends on what its session has generated."""
+        return self._following is None and self._tokenizer.literals.has_own(self._rendered)
+
+    def turn(
+        self, sampling: SamplingParams, limit: int | None, scope: str | None, logged: array[int] | None
+    ) -> Turn:  # fmt: skip
+        """All that it comes to.
+
+        Args:
+            limit: the model's context; a prompt that is longer for certain is refused before tokenising.
+            scope: whose texts these are, as tenant and session; long pieces are remembered within it.
+            logged: ids of the session that it goes on.
+
+        Raises:
+            RequestError: it is too long.
+        """
+        asked, tokenizer, form = self._asked, self._tokenizer, self._form
+        limit = None if asked.is_truncated else limit
+        append, rendered = None, self._rendered
+        if self._following is not None:
+            prompt, append = self._following.encoded(limit, scope)
+        else:
+            prompt = tokenizer.encode_chat(rendered, limit=limit, scope=scope, logged=logged)
+        outline = Outline() if scope is None else outline_of(tokenizer, asked, prompt)
+        dialect = form.dialect
+        tools = [tool.shown() for tool in asked.tools]
+        readers: list[Reader] = []
+        for _ in range(asked.n):
+            parser = tokenizer.response_parser(dialect, rendered, tools, continues=asked.continues)
+            special = tokenizer.special_texts if asked.skip_special_tokens else ()
+            reader: Reader = PlainReader() if parser is None else ParsedReader(parser, dialect, special)
+            readers.append(ListReader(reader) if form.is_list else reader)
+        if dialect.template is not None:
+            sampling = dataclasses.replace(sampling, skip_special_tokens=False)  # marks may be special tokens
+        return Turn(prompt, sampling, form.grammar(rendered), readers, outline, append)
 
 
 class _Form:

@@ -29,6 +29,10 @@ class Counting:
         return self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
 
 
+def memo_of(backend, **options):
+    return PieceMemo(backend, backend.get_added_tokens_decoder().values(), **options)
+
+
 def text_of(rng, pieces=6):
     parts = ["a bc ", "  ", "\n", "48213", "Ünï 漢", "word word. ", "<|"]
     specials = ["<|user|>", "<|end|>", "<|assistant|>", "<|bos|>"]
@@ -38,7 +42,7 @@ def text_of(rng, pieces=6):
 
 
 def test_a_scope_can_be_forgotten():
-    memo = PieceMemo(ChatTokenizer(MODEL_PATH).backend)
+    memo = memo_of(ChatTokenizer(MODEL_PATH).backend)
     text = "word " * 1000
     for scope in ("one/a", "one/b", "two/a"):
         memo.encode(text, scope)
@@ -50,7 +54,7 @@ def test_a_scope_can_be_forgotten():
 
 
 def test_pieces_give_the_whole(backend):
-    memo, rng = PieceMemo(backend), random.Random(0)
+    memo, rng = memo_of(backend), random.Random(0)
     assert memo.is_exact
     for _ in range(20):
         text = text_of(rng)
@@ -62,7 +66,7 @@ def test_pieces_give_the_whole(backend):
 
 def test_a_follow_up_encodes_what_is_new_only(backend):
     counting = Counting(backend)
-    memo = PieceMemo(counting)
+    memo = memo_of(counting)
     history = "<|bos|><|user|>" + "a long document. " * 1000 + "<|end|><|assistant|>yes<|end|>"
     memo.encode(history, "s")
     before = counting.characters
@@ -73,7 +77,7 @@ def test_a_follow_up_encodes_what_is_new_only(backend):
 
 
 def test_memory_is_bounded(backend):
-    memo = PieceMemo(backend, max_tokens=5000)
+    memo = memo_of(backend, max_tokens=5000)
     for number in range(20):
         memo.encode("<|user|>" + f"{number} words and words " * 300, "s")
     assert memo._num_tokens <= 5000
@@ -84,4 +88,4 @@ def test_a_tokenizer_whose_special_tokens_eat_spaces_is_not_trusted():
     strange = Tokenizer(models.BPE({"a": 0, " ": 1}, []))
     strange.pre_tokenizer = pre_tokenizers.Whitespace()
     strange.add_special_tokens([AddedToken("<s>", lstrip=True, rstrip=True, special=True)])
-    assert not PieceMemo(strange).is_exact
+    assert not PieceMemo(strange, strange.get_added_tokens_decoder().values()).is_exact

@@ -106,6 +106,19 @@ class SessionOps:
 
         return operation
 
+    def context(self, key: Key) -> Operation:
+        """The ids that a session stands for; none where there is no such session."""
+        find = self.finder(key)
+
+        def operation() -> Any:
+            try:
+                session = find()
+            except SessionNotFound:
+                return array("i")
+            return WAIT if session is None else array("i", session.context)
+
+        return operation
+
     def list(self, tenant: str) -> Operation:
         """Metadata of a tenant's sessions, most recently used first."""
         return lambda: [self.describe(session) for session in self._store.of(tenant) if session.commits or session.kept]

@@ -87,7 +87,7 @@ async def _submit(service: Service, body: ResponseRequest, caller: Caller) -> Re
     continuation = Continuation(service, body, caller.tenant)
     try:
         messages = continuation.prompt_messages()
-        turn = await service.turn(lambda: body.turn(messages), body.sampling(), continuation.scope)
+        turn = await service.turn(lambda: body.turn(messages), body.sampling(), continuation.scope, continuation.source)
         constraint = await service.compile(turn.grammar)
         await continuation.open()
         request = GenerationRequest(

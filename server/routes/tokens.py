@@ -45,6 +45,7 @@ def _ids(service: Service, body: TokenizeRequest) -> list[int]:
     if body.prompt is not None:
         check_text(body.prompt, "prompt")
         return service.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
-    options = {"add_generation_prompt": body.add_generation_prompt}
-    rendered = rendered_chat(service.tokenizer, body.messages or (), body.tools or (), **options)
-    return service.tokenizer.encode(rendered)
+    rendered = rendered_chat(
+        service.tokenizer, body.messages or (), body.tools or (), add_generation_prompt=body.add_generation_prompt
+    )
+    return service.tokenizer.encode_chat(rendered)
