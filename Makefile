@@ -26,7 +26,7 @@ demo: venv  ## a question about a document of TOKENS tokens, over HTTP
 serve: venv  ## a server on the bundled model
 	$(BIN)/pacellm serve --port $(PORT)
 
-test: venv models lint  ## everything that runs in minutes on a CPU
+test: venv lint models  ## everything that runs in minutes on a CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 test-slow: venv  ## recall at length and other checks of minutes

@@ -154,6 +154,9 @@ def _lock(name: str) -> Iterator[None]:
 
 
 def _make(name: str, tell: Callable[[str], None]) -> None:
+    from pacellm.model.gguf_check import check_packages
+
+    check_packages()
     model = MODELS[name]
     for left in cache().glob(f".{name}.making-*"):  # of a process that was killed: the lock is ours
         shutil.rmtree(left)

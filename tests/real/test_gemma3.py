@@ -34,7 +34,7 @@ def expected(gemma3):
 
 @pytest.fixture(scope="module")
 def live(gemma3, expected):
-    service, keys, _ = cli.build(cli.serve_options([str(gemma3), "--max-model-len", "8K"]))
+    service, keys, _ = cli.build(cli.serve_options([str(gemma3), "--device", "cpu", "--max-model-len", "8K"]))
     with Live(service, keys) as server:
         server.http.timeout = 300
         yield server

@@ -47,8 +47,8 @@ PERSON = {
 
 
 def serve(path, *flags):
-    """A live server, made as the command line makes it."""
-    service, keys, _ = cli.build(cli.serve_options([str(path), *flags]))
+    """A live server, made as the command line makes it; on a CPU also where there is a GPU, whose type is bfloat16."""
+    service, keys, _ = cli.build(cli.serve_options([str(path), "--device", "cpu", *flags]))
     return Live(service, keys)
 
 
