@@ -54,7 +54,8 @@ class Form:
             return output
         rows = torch.arange(output.shape[2]) % group
         sinks = self.sinks.view(-1, group)[:, rows]
-        return (output * torch.sigmoid(lse - sinks)[..., None]).to(output.dtype)
+        share = 1.0 + (sinks - lse).exp()  # not by ``sigmoid``, whose bits depend on where in a loop a row lies
+        return (output / share[..., None]).to(output.dtype)
 
 
 def _capped(
