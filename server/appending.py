@@ -37,7 +37,7 @@ def outline_of(tokenizer: ChatTokenizer, asked: TurnRequest, prompt: list[int]) 
         return Outline("answer", 0, "answer", tools)
     role = asked.messages[-1].role
     end: End = "system" if role == "developer" else role
-    if end == "tool" and not tokenizer.dialect.reads_results:
+    if end == "tool" and not tokenizer.dialect.has_tools:
         end = "user"
     answered: End = "answer" if asked.adds_prompt else "text"
     opening = _opening(tokenizer, asked)
@@ -91,11 +91,11 @@ class _Follower:
 
     def __init__(self, tokenizer: ChatTokenizer, asked: TurnRequest) -> None:
         self._tokenizer, self._asked = tokenizer, asked
-        self._reads_tools = tokenizer.dialect.reads_tools
+        self._has_tools = tokenizer.dialect.has_tools
         literals = tokenizer.literals
         self._tools = [literals.shielded_value(tool.shown()) for tool in asked.tools] or None
         self._variables = literals.shielded_value(dict(asked.variables or {}))
-        self._new = Talk(tokenizer, asked.messages, (), is_open=asked.continues).messages()
+        self._new = Talk(tokenizer, asked.messages, asked.tools, is_open=asked.continues, is_behind=True).messages()
 
     def attempt(self, end: End) -> str | RequestError:
         """What follows a history that ends so, or why nothing can."""
@@ -117,8 +117,8 @@ class _Follower:
         """The tools are shown, and not behind the history."""
         if self._tools is None:
             return False
-        with_tools, self._reads_tools = self.attempt("answer"), False
-        without, self._reads_tools = self.attempt("answer"), self._tokenizer.dialect.reads_tools
+        with_tools, self._has_tools = self.attempt("answer"), False
+        without, self._has_tools = self.attempt("answer"), self._tokenizer.dialect.has_tools
         return with_tools == without
 
     def _behind(self, end: End) -> str:
@@ -126,6 +126,11 @@ class _Follower:
         calls = [_call(entry["tool_call_id"], entry["name"]) for entry in results]
         answer = [_QUESTION, {"role": "assistant", "content": _MARK}]
         if end == "tool":
+            if not self._tokenizer.dialect.has_tools:
+                raise NotAppendable(
+                    "with this model's chat template no history ends with a result; send the whole history without "
+                    "pacellm.append", param="pacellm.append",
+                )  # fmt: skip
             result = {"role": "tool", "content": _MARK, "tool_call_id": "standin00", "name": "f"}
             return self._after([_QUESTION, self._calling([_call("standin00", "f"), *calls]), result])
         if end in ("system", "user"):
@@ -141,10 +146,7 @@ class _Follower:
         return text if end != "answer" else self._end_of(answer) + text
 
     def _calling(self, calls: list[Entry]) -> Entry:
-        """A message with calls; where the template shows none, they are text."""
-        if self._tokenizer.dialect.reads_calls:
-            return {"role": "assistant", "content": "", "tool_calls": calls}
-        return {"role": "assistant", "content": json.dumps([call["function"] for call in calls])}
+        return {"role": "assistant", "content": "", "tool_calls": calls}
 
     def _after(self, before: list[Entry], *, with_end: bool = False) -> str:
         """What the template writes behind a stand-in, or already behind the stand-in's text."""
@@ -168,7 +170,7 @@ class _Follower:
         return _behind_mark(_closed(self._tokenizer, before, self._render))
 
     def _render(self, entries: list[Entry], **options: Any) -> str:
-        tools = self._tools if self._reads_tools else None
+        tools = self._tools if self._has_tools else None
         rendered = self._tokenizer.render(entries, tools=tools, variables=self._variables, **options)
         check_text(rendered, "messages")
         return rendered

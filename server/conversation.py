@@ -20,13 +20,20 @@ class Talk:
         tokenizer: of the model.
         messages, tools: as the client sent them.
         is_open: the last message is to be gone on with.
+        is_behind: messages before these have told the model of the tools.
     """
 
     def __init__(
-        self, tokenizer: ChatTokenizer, messages: Sequence[Message], tools: Sequence[Tool], *, is_open: bool = False
+        self,
+        tokenizer: ChatTokenizer,
+        messages: Sequence[Message],
+        tools: Sequence[Tool],
+        *,
+        is_open: bool = False,
+        is_behind: bool = False,
     ) -> None:
         self._tokenizer, self._dialect, self._literals = tokenizer, tokenizer.dialect, tokenizer.literals
-        self._messages, self._tools, self._is_open = messages, tools, is_open
+        self._messages, self._tools, self._is_open, self._is_behind = messages, tools, is_open, is_behind
         self._names = {call.id: call.function.name for message in messages for call in message.tool_calls or ()}
         has_calls = bool(self._names) or any(message.role == "tool" for message in messages)
         self._form = None if self._dialect.has_tools or not (tools or has_calls) else GenericForm(tokenizer.literals)
@@ -79,10 +86,11 @@ class Talk:
                 if entry["role"] == "assistant" and (calls or self._tools):  # without tools an answer is text alone
                     entry["content"] = form.answer(entry["content"], calls)
                 found.append(entry)
-        if self._tools:
+        if self._tools and not self._is_behind:
             shown = [self._literals.shielded_value(tool.shown()["function"]) for tool in self._tools]
             found = with_system(found, form.introduction(shown))
-        return fitted(found, takes_system=self._tokenizer.takes_system, takes_runs=self._tokenizer.takes_runs)
+        takes_system = self._is_behind or self._tokenizer.takes_system  # behind others the template decides
+        return fitted(found, takes_system=takes_system, takes_runs=self._tokenizer.takes_runs)
 
     def _content(self, number: int, message: Message) -> str:
         if message.role != "assistant":

@@ -233,3 +233,24 @@ def test_without_tools_in_the_request_the_history_is_shown(tmp_path):
     assert "Result of get_weather: rain" in text
     assert "<answer>" not in text
     assert text.count("<tool_call>") == 2
+
+
+def test_only_a_result_is_sent(clean, scripted):
+    whole, messages = {}, user("How is the weather in Oslo?")
+    for name in ("whole", "only"):
+        scripted(clean, OSLO)
+        message = ask(clean, messages=messages, **TOOLS, extra_body={"session_id": name}).choices[0].message
+        result = {
+            "role": "tool",
+            "tool_call_id": message.tool_calls[0].id,
+            "content": "x<|end|>",
+            "name": "get_weather",
+        }
+        scripted(clean, "<answer>Sunny.")
+        sent, more = [*messages, message, result], {}
+        if name == "only":
+            sent, more = [result], {"pacellm": {"append": True}}
+        answer = ask(clean, messages=sent, **TOOLS, extra_body={"session_id": name, **more})
+        assert parts(answer.choices[0]) == ("Sunny.", "", [], "stop")
+        whole[name] = list(clean.engine.sessions.get(("default", name)).context)
+    assert whole["whole"] == whole["only"]
