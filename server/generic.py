@@ -42,8 +42,8 @@ class GenericForm:
             f"You can call functions:\n{listed}\n\n"
             f"If a function helps with the request, call it:\n{example}\n"
             f'The result of {call} comes as "Result of NAME: ...", and you answer the user with it:\n'
-            f"{self._answer}TEXT\n"
-            f"If no function helps, answer by yourself:\n{self._answer}TEXT"
+            f"{self._answer}...\n"
+            f"If no function helps, answer by yourself:\n{self._answer}..."
         )
 
     def answer(self, content: str, calls: Iterable[dict[str, Any]]) -> str:

@@ -160,6 +160,7 @@ class _Form:
         only_one = self._asked.only_one or isinstance(self._choice, NamedTool)
         if self._is_generic:
             functions = [] if self._choice == "none" else self._functions()
+            only_one |= self._choice == "auto" and not self._asked.several  # weak models do not stop calling
             return grammar.of_generic_answer(
                 functions, only_one=only_one, is_forced=self._is_forced, otherwise=self._format
             )

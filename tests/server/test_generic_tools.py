@@ -17,6 +17,7 @@ OSLO = '<tool_call>{"name": "get_weather", "arguments": {"place": "Oslo", "unit"
 ROLL = '<tool_call>{"name": "roll-dice", "arguments": {}}</tool_call>'
 HEARD = ("get_weather", '{"place": "Oslo", "unit": "C"}')
 TOOLS = {"tools": [WEATHER, DICE]}
+SEVERAL = {**TOOLS, "parallel_tool_calls": True}
 
 
 @pytest.mark.parametrize(
@@ -24,29 +25,38 @@ TOOLS = {"tools": [WEATHER, DICE]}
     [
         ("<answer>It is 5 < 7.\nReally.", ("It is 5 < 7.\nReally.", "", [], "stop")),
         ("<answer>", ("", "", [], "stop")),
-        ("<answer> <tool_call>", (" <tool_call>", "", [], "stop")),
+        ("<answer><tool_call>", ("<tool_call>", "", [], "stop")),
         (OSLO, ("", "", [HEARD], "tool_calls")),
         (f"{OSLO}\n{ROLL}", ("", "", [HEARD, ("roll-dice", "{}")], "tool_calls")),
     ],
 )
 def test_auto(live, scripted, said, heard):
     scripted(live, said)
-    assert parts(ask(live, **TOOLS).choices[0]) == heard
-    assert folded(ask(live, **TOOLS, stream=True)) == heard
+    assert parts(ask(live, **SEVERAL).choices[0]) == heard
+    assert folded(ask(live, **SEVERAL, stream=True)) == heard
 
 
 def test_an_answer_is_text_or_calls_that_fit(live, scripted):
-    wrong = ("Text.", "<answer", OSLO.replace("get", "set"), OSLO.replace('"C"', '"K"'), f"{OSLO} Text.", "\n<answer>")
+    wrong = (
+        "Text.",
+        "<answer",
+        OSLO.replace("get", "set"),
+        OSLO.replace('"C"', '"K"'),
+        f"{OSLO} Text.",
+        "\n<answer>",
+        "<answer>\n",
+    )
     for said in wrong:
         scripted(live, said)
         with pytest.raises(openai.InternalServerError):
-            ask(live, **TOOLS)
+            ask(live, **SEVERAL)
 
 
 @pytest.mark.parametrize(
     ("changes", "good", "bad"),
     [
         ({"parallel_tool_calls": False}, OSLO, f"{OSLO}\n{ROLL}"),
+        ({}, OSLO, f"{OSLO}\n{ROLL}"),
         ({"tool_choice": "none"}, "<answer>Yes.", OSLO),
         ({"tool_choice": "required"}, f"{ROLL}\n{OSLO}", "<answer>Yes."),
         ({"tool_choice": {"type": "function", "function": {"name": "roll-dice"}}}, ROLL, OSLO),
@@ -60,7 +70,7 @@ def test_choices(live, scripted, changes, good, bad):
     assert len(calls) == good.count("<tool_call>")
     assert content == ("" if calls else good.removeprefix("<answer>"))
     scripted(live, bad)
-    if changes.get("parallel_tool_calls") is False:  # it ends behind the first
+    if bad.startswith(good):  # the answer ends behind the first call
         assert parts(ask(live, **TOOLS, **changes).choices[0])[2] == [HEARD]
         return
     with pytest.raises(openai.InternalServerError):
@@ -180,13 +190,13 @@ def test_every_template_shows_all_of_it(family, tmp_path):
     call = '<tool_call>{"name": "get_weather", "arguments": {"place": "Oslo"}}</tool_call>'
     parts = [
         "Be brief.\n\nYou can call functions:\n" + json.dumps(WEATHER["function"]),
-        '<tool_call>{"name": "get_weather", "arguments": {"place": "...", "unit": "C"}}</tool_call>',
+        '<tool_call>{"name": "get_weather", "arguments": {"place": "...", "unit": "C"}}</tool_call>', "<answer>...",
         "How is it?", f"{call}\n{call}",
         "Result of get_weather: rain\nResult of get_weather: hail\n\nAnswer the user with these results.",
         "And then?", "<answer>Fine.", "Bye",
     ]  # fmt: skip
     if family == "mistral":  # its template puts the system message before the last of the user's
-        parts = [*parts[2:-1], *parts[:2], parts[-1]]
+        parts = [*parts[3:-1], *parts[:3], parts[-1]]
     places = [text.index(part) for part in parts]
     assert places == sorted(places), text
     assert "tool" not in chat._tokenizer.chat_template or "ipython" not in text
