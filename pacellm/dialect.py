@@ -14,6 +14,8 @@ from typing import Any
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names of the field that holds reasoning, in messages and in response templates."""
+CALL, ANSWER = ("<tool_call>", "</tool_call>"), "<answer>"
+"""What an answer begins with where a template has no known form for tools: a call, or text."""
 _CALLS, _CALL = ("<tool_call>", "</tool_call>"), {"type": "function", "function": "{content}"}
 _THINK = ("<think>", "</think>")
 
@@ -44,6 +46,11 @@ class Dialect:
     def writes_calls(self) -> bool:
         """Calls can be found in what the model writes."""
         return self.template is not None and "tool_calls" in self.template["fields"]
+
+    @property
+    def has_tools(self) -> bool:
+        """The template shows tools, calls and results, and calls can be found in what the model writes."""
+        return self.reads_tools and self.reads_calls and self.reads_results and self.writes_calls
 
     def without_calls(self) -> Dialect:
         """The same, for answers in which a call is text like any other."""

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pacellm.dialect import ANSWER, CALL
+
 MAX_CALLS = 32
 """Calls in one constrained answer."""
 
@@ -148,6 +150,31 @@ def of_marked_calls(
     others = () if otherwise is None else otherwise.parts
     start += "" if otherwise is None else f" | @{otherwise.start.name}"
     return Grammar((Part("calls", "tools", lark=f"start: {start}\n{marked}{begin}{rules}"), *parts, *others))
+
+
+def of_generic_answer(
+    functions: Sequence[Function], *, only_one: bool, is_forced: bool, otherwise: Grammar | None = None
+) -> Grammar:
+    """Calls between marks, or an answer behind its own mark (``server/generic.py``).
+
+    Args:
+        functions: none where nothing may be called.
+        is_forced: calls only.
+        otherwise: what the answer must look like.
+    """
+    begin, end = (quoted(mark) for mark in CALL)
+    answer = f"answer: {quoted(ANSWER)} " + ("TEXT" if otherwise is None else f"@{otherwise.start.name}") + "\n"
+    answer += "TEXT: /([^ \\t\\r\\n](.|\\n)*)?/\n" if otherwise is None else ""
+    others = () if otherwise is None else otherwise.parts
+    if not functions:
+        return Grammar((Part("answer", "tools", lark=f"start: answer\n{answer}"), *others))
+    more = "" if only_one else f' ("\\n" marked){{0,{MAX_CALLS - 1}}}'
+    rules, parts = _call_rules(functions)
+    rules = f"marked: {begin} call {end}\n{rules}"
+    if is_forced:
+        return Grammar((Part("calls", "tools", lark=f"start: marked{more}\n{rules}"), *parts))
+    lark = f"start: answer | marked{more}\n{answer}{rules}"
+    return Grammar((Part("calls", "tools", lark=lark), *parts, *others))
 
 
 def after_reasoning(grammar: Grammar, mark: Mark, *, is_open: bool) -> Grammar:

@@ -30,6 +30,7 @@ _RESERVED = frozenset(
     ("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now", "bos_token",
      "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token", "additional_special_tokens")
 )  # fmt: skip
+_PROBE = "a text that a template shows"
 _ENVIRONMENT = Environment(extensions=["jinja2.ext.loopcontrols"])
 
 
@@ -139,14 +140,30 @@ class ChatTokenizer:
     @cached_property
     def splits_answers(self) -> bool:
         """The chat template looks for the marks of reasoning in the content of earlier answers."""
-        if self.dialect.think is None or not self.has_chat_template:
+        if self.dialect.think is None:
             return False
         said = "{} a {} b".format(*self.dialect.think)
-        talk = [("user", "c"), ("assistant", said), ("user", "d")]
+        rendered = self._tried(("user", "c"), ("assistant", said), ("user", "d"))
+        return rendered is not None and said not in rendered
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """The chat template shows a system message."""
+        return _PROBE in (self._tried(("system", _PROBE), ("user", "a")) or "")
+
+    @cached_property
+    def takes_runs(self) -> bool:
+        """The chat template lets a role speak twice in a row."""
+        talk = [(role, f"{_PROBE}{number}") for number, role in enumerate(("user", "user", "assistant", "assistant"))]
+        rendered = self._tried(*talk, ("user", "a")) or ""
+        return all(text in rendered for _, text in talk)
+
+    def _tried(self, *talk: tuple[str, str]) -> str | None:
+        """A conversation as the template renders it; None where it refuses."""
         try:
-            return said not in self.render([{"role": role, "content": content} for role, content in talk])
+            return self.render([{"role": role, "content": content} for role, content in talk])
         except RequestError:
-            return False
+            return None
 
     def response_parser(
         self, dialect: Dialect, prompt: str, tools: Sequence[dict[str, Any]], *, continues: bool

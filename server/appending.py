@@ -38,7 +38,7 @@ def outline_of(tokenizer: ChatTokenizer, asked: TurnRequest, prompt: list[int]) 
         return Outline("answer", 0, "answer", tools)
     role = asked.messages[-1].role
     end: End = "system" if role == "developer" else role
-    if end == "tool" and not tokenizer.dialect.reads_results:
+    if end == "tool" and not tokenizer.dialect.has_tools:
         end = "user"
     answered: End = "answer" if asked.adds_prompt else "text"
     opening = _opening(tokenizer, asked)
@@ -59,13 +59,13 @@ class Following:
 
     def __init__(self, tokenizer: ChatTokenizer, asked: TurnRequest) -> None:
         self._tokenizer, self._asked = tokenizer, asked
-        self._reads_tools = tokenizer.dialect.reads_tools
+        self._has_tools = tokenizer.dialect.has_tools
         for number, message in enumerate(asked.messages):
             check_text(message.text(), f"messages.{number}.content")
         literals = tokenizer.literals
         self._tools = [literals.shielded_value(tool.shown()) for tool in asked.tools] or None
         self._variables = literals.shielded_value(dict(asked.variables or {}))
-        self._new = Talk(tokenizer, asked.messages, (), is_open=asked.continues).messages()
+        self._new = Talk(tokenizer, asked.messages, asked.tools, is_open=asked.continues, is_behind=True).messages()
         self._texts = {end: self._attempt(end) for end in _ENDS}
         found = [text for text in self._texts.values() if isinstance(text, str)]
         if not found:
@@ -96,16 +96,15 @@ class Following:
 
     def _attempt(self, end: End) -> str | RequestError:
         """What follows a history that ends so, or why nothing can."""
-        if end == "tool" and not self._tokenizer.dialect.reads_results:
+        if end == "tool" and not self._tokenizer.dialect.has_tools:
             end = "user"  # it was written as a user's message
         try:
             text = self._behind(end)
         except RequestError as error:
             return error
-        said = [number for number, message in enumerate(self._asked.messages) if message.role in _SYSTEM]
-        shown = (entry["content"] for entry in self._new if entry["role"] in _SYSTEM)
-        for number, content in zip(said, shown, strict=True):
-            if content.strip() not in text:
+        for number, message in enumerate(self._asked.messages):
+            content = self._tokenizer.literals.shielded(message.text()).strip()
+            if message.role in _SYSTEM and content not in text:
                 return RequestError(
                     "the model's chat template shows a system message at the beginning only; it cannot be appended",
                     param=f"messages.{number}.role",
@@ -118,8 +117,8 @@ class Following:
         if self._tools is None:
             return False
         end = next(end for end, text in self._texts.items() if isinstance(text, str))
-        self._reads_tools = False
-        without, self._reads_tools = self._attempt(end), self._tokenizer.dialect.reads_tools
+        self._has_tools = False
+        without, self._has_tools = self._attempt(end), self._tokenizer.dialect.has_tools
         return without == self._texts[end]
 
     def _behind(self, end: End) -> str:
@@ -127,6 +126,11 @@ class Following:
         calls = [_call(entry["tool_call_id"], entry["name"]) for entry in results]
         answer = [_QUESTION, {"role": "assistant", "content": _MARK}]
         if end == "tool":
+            if not self._tokenizer.dialect.has_tools:
+                raise NotAppendable(
+                    "with this model's chat template no history ends with a result; send the whole history without "
+                    "pacellm.append", param="pacellm.append",
+                )  # fmt: skip
             result = {"role": "tool", "content": _MARK, "tool_call_id": "standin00", "name": "f"}
             return self._after([_QUESTION, self._calling([_call("standin00", "f"), *calls]), result])
         if end in ("system", "user"):
@@ -142,10 +146,7 @@ class Following:
         return text if end != "answer" else self._end_of(answer) + text
 
     def _calling(self, calls: list[Entry]) -> Entry:
-        """A message with calls; where the template shows none, they are text."""
-        if self._tokenizer.dialect.reads_calls:
-            return {"role": "assistant", "content": "", "tool_calls": calls}
-        return {"role": "assistant", "content": json.dumps([call["function"] for call in calls])}
+        return {"role": "assistant", "content": "", "tool_calls": calls}
 
     def _after(self, before: list[Entry], *, with_end: bool = False) -> str:
         """What the template writes behind a stand-in, or already behind the stand-in's text."""
@@ -169,7 +170,7 @@ class Following:
         return _behind_mark(_closed(self._tokenizer, before, self._render))
 
     def _render(self, entries: list[Entry], **options: Any) -> str:
-        tools = self._tools if self._reads_tools else None
+        tools = self._tools if self._has_tools else None
         rendered = self._tokenizer.render(entries, tools=tools, variables=self._variables, **options)
         check_text(rendered, "messages")
         return rendered

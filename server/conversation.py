@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 from pacellm.errors import UnsupportedParameter
 from pacellm.tokenizer import ChatTokenizer
+from server.generic import GenericForm, fitted, results_text, with_system
 from server.schema.messages import Message
 from server.schema.tools import Tool
-
-_INTRODUCTION = (
-    "These functions can be called. A call is written as a JSON list and nothing else: "
-    '[{"name": "NAME", "arguments": {...}}]'
-)
 
 
 class Talk:
@@ -24,18 +20,27 @@ class Talk:
         tokenizer: of the model.
         messages, tools: as the client sent them.
         is_open: the last message is to be gone on with.
+        is_behind: messages before these have told the model of the tools.
     """
 
     def __init__(
-        self, tokenizer: ChatTokenizer, messages: Sequence[Message], tools: Sequence[Tool], *, is_open: bool = False
+        self,
+        tokenizer: ChatTokenizer,
+        messages: Sequence[Message],
+        tools: Sequence[Tool],
+        *,
+        is_open: bool = False,
+        is_behind: bool = False,
     ) -> None:
         self._tokenizer, self._dialect, self._literals = tokenizer, tokenizer.dialect, tokenizer.literals
-        self._messages, self._tools, self._is_open = messages, tools, is_open
+        self._messages, self._tools, self._is_open, self._is_behind = messages, tools, is_open, is_behind
         self._names = {call.id: call.function.name for message in messages for call in message.tool_calls or ()}
+        has_calls = bool(self._names) or any(message.role == "tool" for message in messages)
+        self._form = None if self._dialect.has_tools or not (tools or has_calls) else GenericForm(tokenizer.literals)
 
     def tools(self) -> list[dict[str, Any]] | None:
-        """For the template; None where it has no place for them, or there are none."""
-        if not self._tools or not self._dialect.reads_tools:
+        """For the template; None where they are among the messages, or there are none."""
+        if not self._tools or self._form is not None:
             return None
         return [self._literals.shielded_value(tool.shown()) for tool in self._tools]
 
@@ -46,20 +51,8 @@ class Talk:
             RequestError: arguments that are no JSON object.
             UnsupportedParameter: reasoning that this model has no place for.
         """
-        found: list[dict[str, Any]] = []
-        for number, message in enumerate(self._messages):
-            entry = self._entry(number, message)
-            if message.role == "tool":
-                name = message.name or self._names[message.tool_call_id or ""]
-                if self._dialect.reads_results:
-                    entry |= self._literals.shielded_value({"tool_call_id": message.tool_call_id, "name": name})
-                elif number and self._messages[number - 1].role == "tool":
-                    found[-1]["content"] += "\n" + self._result(name, entry["content"])
-                    continue
-                else:
-                    entry = {"role": "user", "content": self._result(name, entry["content"])}
-            found.append(entry)
-        return found if self._dialect.reads_tools or not self._tools else self._introduced(found)
+        entries = [self._entry(number, message) for number, message in enumerate(self._messages)]
+        return entries if self._form is None else self._in_words(entries, self._form)
 
     def _entry(self, number: int, message: Message) -> dict[str, Any]:
         entry: dict[str, Any] = {"role": message.role, "content": self._content(number, message)}
@@ -70,15 +63,34 @@ class Talk:
             elif self._dialect.think is None:
                 raise UnsupportedParameter("this model does not reason", param=f"messages.{number}.reasoning_content")
         calls = self._calls(number, message)
-        if calls and self._dialect.reads_calls:
+        if calls:
             ids = (self._literals.shielded(call.id) for call in message.tool_calls or ())
             entry["tool_calls"] = [
                 {"id": i, "type": "function", "function": call} for i, call in zip(ids, calls, strict=True)
             ]
-        elif calls:
-            written = json.dumps(calls, ensure_ascii=False)
-            entry["content"] = f"{entry['content']}\n{written}" if entry["content"] else written
+        if message.role == "tool":
+            name = message.name or self._names[message.tool_call_id or ""]
+            entry |= self._literals.shielded_value({"tool_call_id": message.tool_call_id, "name": name})
         return entry
+
+    def _in_words(self, entries: list[dict[str, Any]], form: GenericForm) -> list[dict[str, Any]]:
+        """Tools, calls and results in plain words, and roles as the template takes them."""
+        found: list[dict[str, Any]] = []
+        for is_results, run in itertools.groupby(entries, key=lambda entry: entry["role"] == "tool"):
+            if is_results:
+                text = results_text([(entry["name"], entry["content"]) for entry in run])
+                found.append({"role": "user", "content": text})
+                continue
+            for entry in run:
+                calls = [call["function"] for call in entry.pop("tool_calls", ())]
+                if entry["role"] == "assistant" and (calls or self._tools):  # without tools an answer is text alone
+                    entry["content"] = form.answer(entry["content"], calls)
+                found.append(entry)
+        if self._tools and not self._is_behind:
+            shown = [self._literals.shielded_value(tool.shown()["function"]) for tool in self._tools]
+            found = with_system(found, form.introduction(shown))
+        takes_system = self._is_behind or self._tokenizer.takes_system  # behind others the template decides
+        return fitted(found, takes_system=takes_system, takes_runs=self._tokenizer.takes_runs)
 
     def _content(self, number: int, message: Message) -> str:
         if message.role != "assistant":
@@ -95,14 +107,3 @@ class Talk:
             )
             for place, call in enumerate(message.tool_calls or ())
         ]
-
-    def _result(self, name: str, text: str) -> str:
-        return json.dumps({"function": self._literals.shielded(name), "result": text}, ensure_ascii=False)
-
-    def _introduced(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The tools at the end of the system message, or in one of their own."""
-        shown = (self._literals.shielded_value(tool.shown()["function"]) for tool in self._tools)
-        text = "\n".join([_INTRODUCTION, *(json.dumps(function, ensure_ascii=False) for function in shown)])
-        if messages[0]["role"] in ("system", "developer"):
-            return [{**messages[0], "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
-        return [{"role": "system", "content": text}, *messages]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from pacellm.dialect import REASONING, Dialect
+from pacellm.dialect import ANSWER, CALL, REASONING, Dialect
 from server.calls import CallScanner, Delta, begun, continued
 
 
@@ -158,3 +158,50 @@ class ListReader:
             for delta in deltas
             for piece in (self._scanner.push(delta["content"]) if "content" in delta else [delta])
         ]
+
+
+class GenericReader:
+    """Content that begins with the mark of an answer or of a call (``server/generic.py``).
+
+    Args:
+        reader: tells content from reasoning.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader, self._held = reader, ""
+        self._scanner: CallScanner | None = None
+        self._is_text = False
+
+    @property
+    def num_calls(self) -> int:
+        """Calls so far, one that is being written included."""
+        return 0 if self._scanner is None else self._scanner.num_calls + self._scanner.is_inside
+
+    def push(self, text: str) -> list[Delta]:
+        """What is certain by now, without marks."""
+        return self._read(self._reader.push(text))
+
+    def finish(self) -> list[Delta]:
+        """What is left; a mark that was cut is nothing."""
+        out = self._read(self._reader.finish())
+        rest = "" if self._scanner is None or self.num_calls else CALL[0] + self._scanner.finish()
+        return [*out, {"content": rest}] if rest else out
+
+    def _read(self, deltas: list[Delta]) -> list[Delta]:
+        return [
+            piece for delta in deltas for piece in (self._take(delta["content"]) if "content" in delta else [delta])
+        ]
+
+    def _take(self, text: str) -> list[Delta]:
+        if self._is_text:
+            return [{"content": text}]
+        if self._scanner is not None:
+            return self._scanner.push(text)
+        self._held += text
+        if self._held.startswith(CALL[0]):
+            self._scanner = CallScanner()
+            return self._scanner.push(self._held.removeprefix(CALL[0]))
+        if any(mark.startswith(self._held) and mark != self._held for mark in (CALL[0], ANSWER)):
+            return []
+        self._is_text = True
+        return [{"content": self._held.removeprefix(ANSWER)}]

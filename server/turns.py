@@ -15,7 +15,7 @@ from pacellm.tokenizer import ChatTokenizer
 from pacellm.types import Append, Outline, SamplingParams
 from server.appending import Following, outline_of
 from server.prompts import rendered_turn
-from server.readers import ListReader, ParsedReader, PlainReader, Reader
+from server.readers import GenericReader, ListReader, ParsedReader, PlainReader, Reader
 from server.schema.tools import NamedTool
 from server.schema.turn import TurnRequest
 
@@ -93,7 +93,7 @@ class Draft:
             parser = tokenizer.response_parser(dialect, rendered, tools, continues=asked.continues)
             special = tokenizer.special_texts if asked.skip_special_tokens else ()
             reader: Reader = PlainReader() if parser is None else ParsedReader(parser, dialect, special)
-            readers.append(ListReader(reader) if form.is_list else reader)
+            readers.append(form.reader(reader))
         if dialect.template is not None:
             sampling = dataclasses.replace(sampling, skip_special_tokens=False)  # marks may be special tokens
         return Turn(prompt, sampling, form.grammar(rendered), readers, outline, append)
@@ -115,20 +115,29 @@ class _Form:
         self._model, self._grammars, self._asked = dialect, grammars, asked
         self._format, self._choice = asked.format, asked.choice
         self._is_forced = self._choice == "required" or isinstance(self._choice, NamedTool)
-        self._is_marked = dialect.call is not None and dialect.reads_tools
-        if self._choice == "auto":
+        self._has_tools = dialect.has_tools or not asked.tools
+        self._is_marked = dialect.call is not None and dialect.has_tools
+        # an answer that is gone on with has begun before
+        self._is_generic = not self._has_tools and (self._is_forced or not asked.continues)
+        if self._choice == "auto" and self._has_tools and not self._is_marked:
             self._check_auto()
 
-    @property
-    def is_list(self) -> bool:
-        """Calls come as a plain JSON list."""
-        return self._is_forced and not self._is_marked
+    def reader(self, reader: Reader) -> Reader:
+        """A reader of the answer.
+
+        Args:
+            reader: tells content from reasoning, and finds calls where they are written in the model's own way.
+        """
+        if self._is_generic:
+            return GenericReader(reader)
+        is_list = self._is_forced and self._has_tools and not self._is_marked
+        return ListReader(reader) if is_list else reader
 
     @property
     def dialect(self) -> Dialect:
         """What the answer is read by."""
         finds_calls = self._choice == "auto" or (self._is_forced and self._is_marked)
-        return self._model if finds_calls else self._model.without_calls()
+        return self._model if finds_calls and self._has_tools else self._model.without_calls()
 
     def grammar(self, prompt: str) -> Grammar | None:
         """The whole answer's form.
@@ -136,29 +145,37 @@ class _Form:
         Args:
             prompt: rendered.
         """
-        found = self._calls() if self._is_forced or (self._choice == "auto" and self._is_marked) else self._format
+        found = self._found()
         if found is None or self._model.think is None:
             return found
         mark = self._mark(self._model.think)
         is_open = self._model.is_thinking(prompt, continues=self._asked.continues)
-        has_text = self._choice == "auto" and self._format is None
+        has_text = self._choice == "auto" and self._format is None and not self._is_generic
         if has_text and not is_open and mark.tokens is None:
             return found  # reasoning is text like any other
         return grammar.after_reasoning(found, mark, is_open=is_open)
 
-    def _calls(self) -> Grammar:
+    def _found(self) -> Grammar | None:
+        """The form of what follows reasoning."""
         only_one = self._asked.only_one or isinstance(self._choice, NamedTool)
-        functions = self._functions()
-        if not self._is_marked:
-            return grammar.of_calls(functions, only_one=only_one)
+        if self._is_generic:
+            functions = [] if self._choice == "none" else self._functions()
+            only_one |= self._choice == "auto" and not self._asked.several  # weak models do not stop calling
+            return grammar.of_generic_answer(
+                functions, only_one=only_one, is_forced=self._is_forced, otherwise=self._format
+            )
+        if self._is_forced and not self._is_marked:
+            return grammar.of_calls(self._functions(), only_one=only_one)
+        if not self._is_marked or self._choice == "none":
+            return self._format
         assert self._model.call is not None
         mark = self._mark(self._model.call)
         if self._is_forced:
-            return grammar.of_marked_calls(functions, mark, only_one=only_one)
+            return grammar.of_marked_calls(self._functions(), mark, only_one=only_one)
         has_text = self._format is None
         return grammar.of_marked_calls(
-            functions, mark, only_one=only_one, with_text=has_text, otherwise=self._format
-        )  # fmt: skip
+            self._functions(), mark, only_one=only_one, with_text=has_text, otherwise=self._format
+        )
 
     def _functions(self) -> list[Function]:
         """Those that may be called."""
@@ -179,15 +196,7 @@ class _Form:
         return Mark(*marks, tokens=None if begin is None or end is None else (begin, end))
 
     def _check_auto(self) -> None:
-        """Refuse what cannot be had where the model chooses by itself."""
-        if not (self._model.reads_tools and self._model.writes_calls):
-            raise UnsupportedParameter(
-                "how this model calls tools by itself is not known; tool_choice required, or a named function, works "
-                "with every model",
-                param="tool_choice",
-            )
-        if self._is_marked:
-            return
+        """Refuse what cannot be had where calls are found in free text."""
         if self._asked.only_one:
             raise UnsupportedParameter(
                 "parallel_tool_calls false with tool_choice auto is not supported with this model",

@@ -88,6 +88,7 @@ class ChatCompletionRequest(SamplingFields):
             tools=self.tools or (),
             choice=self.choice,
             only_one=self.parallel_tool_calls is False,
+            several=self.parallel_tool_calls is True,
             format=self.format(),
             n=self.n or 1,
             continues=self.continue_final_message,

@@ -102,6 +102,7 @@ class ResponseRequest(GenerationFields):
             tools=self.functions(),
             choice=self.choice,
             only_one=self.parallel_tool_calls is False,
+            several=self.parallel_tool_calls is True,
             format=self.format(),
         )
 

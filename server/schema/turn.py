@@ -21,7 +21,7 @@ class TurnRequest:
         messages: at least one.
         tools: that may be called.
         choice: what is to be done with them; "none" where there are none.
-        only_one: at most one call.
+        only_one, several: at most one call, or more than one, was asked for.
         format: what the answer must look like where it is no call; None where it is free.
         n: choices.
         continues: the last message is to be gone on with, not answered.
@@ -36,6 +36,7 @@ class TurnRequest:
     tools: Sequence[Tool] = ()
     choice: Choice = "none"
     only_one: bool = False
+    several: bool = False
     format: Grammar | None = None
     n: int = 1
     continues: bool = False

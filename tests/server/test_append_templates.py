@@ -69,6 +69,7 @@ You are helpful.<|im_end|>
 {% for message in messages if message.role != 'system' %}{{ '<' + message.role + '>' + message.content + eos_token }}\
 {% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}""",
 }
+KNOWN = "{# message.tool_calls, 'tool', <tool_call></tool_call>, arguments #}"  # makes it a template with tools
 USER, MORE = {"role": "user", "content": "One."}, {"role": "user", "content": "Two?"}
 ANSWER = {"role": "assistant", "content": "Yes, one."}
 CALL = {"id": "call00001", "type": "function", "function": {"name": "get_weather", "arguments": '{"place": "Oslo"}'}}
@@ -200,9 +201,13 @@ def test_tools_where_the_template_has_no_place_for_them():
     found = tokenizer(TEMPLATES["chatml"])
     made = tails(found, RESULT, MORE, tools=[WEATHER])
     assert made.needs_tools
-    assert '{"function": "get_weather", "result": "3 degrees"}<|im_end|>' in made.tails["answer"]
+    assert "Result of get_weather: 3 degrees\n\nAnswer the user with this result.<|im_end|>" in made.tails["answer"]
     assert made.tails["answer"].startswith("<|im_end|>\n<|im_start|>user")
     assert "Weather of a place" in made.whole
+    assert "Weather of a place" not in made.tails["answer"]
+    noted = tails(found, ANSWER, MORE, tools=[WEATHER]).tails["user"]
+    assert "<|im_start|>assistant\n<answer>Yes, one.<|im_end|>" in noted.replace("\ufdd1", "")
+    assert isinstance(made.tails["tool"], NotAppendable)
     first = outline_of(found, asked(USER, tools=[WEATHER]), whole(found, USER)).tools
     other = {**WEATHER, "function": {**WEATHER["function"], "description": "?"}}
     assert first == outline_of(found, asked(MORE, tools=[WEATHER]), whole(found, MORE)).tools
@@ -213,7 +218,7 @@ def test_tools_where_the_template_has_no_place_for_them():
 def test_tools_that_the_template_shows_before_the_last_question():
     found = tokenizer(
         "{% for message in messages %}{% if loop.last and tools %}{{ tools | tojson }}{% endif %}"
-        "{{ '<' + message.role + '>' + message.content + eos_token }}{% endfor %}"
+        "{{ '<' + message.role + '>' + message.content + eos_token }}{% endfor %}" + KNOWN
     )
     made = tails(found, MORE, tools=[WEATHER])
     assert not made.needs_tools
@@ -248,7 +253,7 @@ def test_special_tokens_in_variables_and_tools_behind_a_history_are_text():
     found = tokenizer(
         "{% for message in messages %}{% if loop.last and tools %}{{ tools[0].function.description }}{{ mood }}"
         "{% endif %}"
-        "{{ '<|' + message.role + '|>' + message.content + '<|end|>' }}{% endfor %}",
+        "{{ '<|' + message.role + '|>' + message.content + '<|end|>' }}{% endfor %}" + KNOWN,
         ChatTokenizer,
     )
     tool = {**WEATHER, "function": {**WEATHER["function"], "description": "<|system|>"}}

@@ -2,7 +2,6 @@
 
 import json
 
-import openai
 import pytest
 
 from tests.server.conftest import NAME
@@ -75,11 +74,11 @@ def test_calls_and_results_go_back_in_a_session(live):
     assert second.choices[0].message.tool_calls is None
     assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens
     call = message.tool_calls[0].function
-    shown = json.dumps([{"name": call.name, "arguments": json.loads(call.arguments)}], ensure_ascii=False)
+    shown = json.dumps({"name": call.name, "arguments": json.loads(call.arguments)}, ensure_ascii=False)
     body = {"messages": [messages[0], message.to_dict(), result], "tools": [WEATHER]}
     text = live.service.tokenizer.decode(live.http.post("/tokenize", json=body).json()["tokens"])
-    assert shown in text
-    assert '{"function": "get_weather", "result": "sunny"}' in text
+    assert f"<tool_call>{shown}</tool_call>" in text
+    assert "Result of get_weather: sunny" in text
 
 
 def test_tools_are_in_the_prompt(live):
@@ -94,13 +93,15 @@ def test_tools_are_in_the_prompt(live):
     assert "get_weather" not in text()
 
 
-def test_auto_needs_a_template_with_tools(live):
-    for choice in ({}, {"tool_choice": "auto"}):
-        with pytest.raises(openai.BadRequestError) as caught:
-            ask(live, tools=[WEATHER], **choice)
-        assert (caught.value.param, caught.value.code) == ("tool_choice", "unsupported_parameter")
-        assert "required" in caught.value.message
-    ask(live, tools=[WEATHER], tool_choice="none", max_tokens=2)
+def test_by_itself_a_model_calls_or_answers(live):
+    for choice in ({}, {"tool_choice": "auto"}, {"tool_choice": "none"}):
+        answer = ask(live, tools=[WEATHER, DICE], **choice, n=8, seed=1, max_tokens=80)
+        for one in answer.choices:
+            content, _, calls, reason = parts(one)
+            assert bool(calls) != bool(content) or reason == "length"
+            assert not content.startswith("<")
+            check(calls if reason != "length" else calls[:-1])
+            assert not (calls and choice == {"tool_choice": "none"})
     ask(live, tools=[], tool_choice="auto", max_tokens=2)
 
 
