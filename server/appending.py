@@ -96,8 +96,6 @@ class Following:
 
     def _attempt(self, end: End) -> str | RequestError:
         """What follows a history that ends so, or why nothing can."""
-        if end == "tool" and not self._tokenizer.dialect.has_tools:
-            end = "user"  # it was written as a user's message
         try:
             text = self._behind(end)
         except RequestError as error:
