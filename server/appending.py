@@ -22,6 +22,7 @@ from server.schema.turn import TurnRequest
 
 Entry = dict[str, Any]
 _ENDS: tuple[End, ...] = get_args(End)
+_SYSTEM = ("system", "developer")
 _MARK = "pacellm-stand-in-7c41"  # what is behind it in a rendering is the template's
 _QUESTION: Entry = {"role": "user", "content": "?"}
 
@@ -46,58 +47,54 @@ def outline_of(tokenizer: ChatTokenizer, asked: TurnRequest, prompt: list[int]) 
     return Outline(end, len(opening), answered, tools)
 
 
-def append_of(
-    tokenizer: ChatTokenizer, asked: TurnRequest, limit: int | None, scope: str | None
-) -> tuple[str, list[int], Append]:
-    """New messages as they follow a session's history: their text, their ids, and these by the history's end.
-
-    Args:
-        limit: the model's context; what is longer for certain is refused before tokenising.
-        scope: whose texts these are, as tenant and session.
-
-    Raises:
-        RequestError: the template refuses them behind any history.
-    """
-    for number, message in enumerate(asked.messages):
-        check_text(message.text(), f"messages.{number}.content")
-    follower = _Follower(tokenizer, asked)
-    texts = {end: follower.attempt(end) for end in _ENDS}
-    found = next((text for text in texts.values() if isinstance(text, str)), None)
-    if found is None:
-        raise next(error for error in texts.values() if isinstance(error, RequestError))
-    known: dict[str, list[int]] = {}
-    for text in texts.values():
-        if isinstance(text, str) and text not in known:
-            known[text] = tokenizer.encode_behind(text, limit=limit, scope=scope, is_chat=True)
-    tails = {end: known[text] if isinstance(text, str) else text for end, text in texts.items()}
-    try:
-        whole: list[int] | RequestError = tokenizer.encode_chat(
-            rendered_turn(tokenizer, asked), limit=limit, scope=scope
-        )
-    except RequestError as error:
-        whole = error
-    return found, max(known.values(), key=len), Append(tails, whole, needs_tools=follower.needs_tools)
-
-
-class _Follower:
-    """Renders new messages behind stand-ins.
+class Following:
+    """New messages as they follow a session's history, rendered behind stand-ins for what that may end with.
 
     Args:
         asked: has the new messages.
 
     Raises:
-        RequestError: they cannot be shown to this model.
+        RequestError: the template refuses them behind any history.
     """
 
     def __init__(self, tokenizer: ChatTokenizer, asked: TurnRequest) -> None:
         self._tokenizer, self._asked = tokenizer, asked
         self._has_tools = tokenizer.dialect.has_tools
+        for number, message in enumerate(asked.messages):
+            check_text(message.text(), f"messages.{number}.content")
         literals = tokenizer.literals
         self._tools = [literals.shielded_value(tool.shown()) for tool in asked.tools] or None
         self._variables = literals.shielded_value(dict(asked.variables or {}))
         self._new = Talk(tokenizer, asked.messages, asked.tools, is_open=asked.continues, is_behind=True).messages()
+        self._texts = {end: self._attempt(end) for end in _ENDS}
+        found = [text for text in self._texts.values() if isinstance(text, str)]
+        if not found:
+            raise next(error for error in self._texts.values() if isinstance(error, RequestError))
+        self.text = found[0]
 
-    def attempt(self, end: End) -> str | RequestError:
+    def encoded(self, limit: int | None, scope: str | None) -> tuple[list[int], Append]:
+        """The longest tail's ids, and all of them by the history's end.
+
+        Args:
+            limit: the model's context; what is longer for certain is refused before tokenising.
+            scope: whose texts these are, as tenant and session.
+
+        Raises:
+            ContextLengthExceeded: they alone are longer.
+        """
+        known: dict[str, list[int]] = {}
+        for text in self._texts.values():
+            if isinstance(text, str) and text not in known:
+                known[text] = self._tokenizer.encode_behind(text, limit=limit, scope=scope, is_chat=True)
+        tails = {end: known[text] if isinstance(text, str) else text for end, text in self._texts.items()}
+        try:
+            rendered = rendered_turn(self._tokenizer, self._asked)
+            whole: list[int] | RequestError = self._tokenizer.encode_chat(rendered, limit=limit, scope=scope)
+        except RequestError as error:
+            whole = error
+        return max(known.values(), key=len), Append(tails, whole, needs_tools=self._needs_tools)
+
+    def _attempt(self, end: End) -> str | RequestError:
         """What follows a history that ends so, or why nothing can."""
         try:
             text = self._behind(end)
@@ -105,7 +102,7 @@ class _Follower:
             return error
         for number, message in enumerate(self._asked.messages):
             content = self._tokenizer.literals.shielded(message.text()).strip()
-            if message.role in ("system", "developer") and content not in text:
+            if message.role in _SYSTEM and content not in text:
                 return RequestError(
                     "the model's chat template shows a system message at the beginning only; it cannot be appended",
                     param=f"messages.{number}.role",
@@ -113,13 +110,14 @@ class _Follower:
         return text
 
     @property
-    def needs_tools(self) -> bool:
+    def _needs_tools(self) -> bool:
         """The tools are shown, and not behind the history."""
         if self._tools is None:
             return False
-        with_tools, self._has_tools = self.attempt("answer"), False
-        without, self._has_tools = self.attempt("answer"), self._tokenizer.dialect.has_tools
-        return with_tools == without
+        end = next(end for end, text in self._texts.items() if isinstance(text, str))
+        self._has_tools = False
+        without, self._has_tools = self._attempt(end), self._tokenizer.dialect.has_tools
+        return without == self._texts[end]
 
     def _behind(self, end: End) -> str:
         results = list(itertools.takewhile(lambda entry: entry["role"] == "tool", self._new))

@@ -13,7 +13,7 @@ from pacellm.errors import UnsupportedParameter
 from pacellm.grammar import Function, Grammar, Mark
 from pacellm.tokenizer import ChatTokenizer
 from pacellm.types import Append, Outline, SamplingParams
-from server.appending import append_of, outline_of
+from server.appending import Following, outline_of
 from server.prompts import rendered_turn
 from server.readers import GenericReader, ListReader, ParsedReader, PlainReader, Reader
 from server.schema.tools import NamedTool
@@ -51,18 +51,19 @@ class Draft:
         asked: the request.
 
     Raises:
-        RequestError: the template refuses it, or its fields contradict each other.
+        RequestError: the template refuses it, or behind any history, or its fields contradict each other.
     """
 
     def __init__(self, tokenizer: ChatTokenizer, grammars: Grammars, asked: TurnRequest) -> None:
         self._tokenizer, self._asked = tokenizer, asked
         self._form = _Form(tokenizer.dialect, grammars, asked)
-        self._rendered = None if asked.appends else rendered_turn(tokenizer, asked)
+        self._following = Following(tokenizer, asked) if asked.appends else None
+        self._rendered = rendered_turn(tokenizer, asked) if self._following is None else self._following.text
 
     @property
     def needs_log(self) -> bool:
         """Which tokens it comes to depends on what its session has generated."""
-        return self._rendered is not None and self._tokenizer.literals.has_own(self._rendered)
+        return self._following is None and self._tokenizer.literals.has_own(self._rendered)
 
     def turn(
         self, sampling: SamplingParams, limit: int | None, scope: str | None, logged: array[int] | None
@@ -75,15 +76,14 @@ class Draft:
             logged: ids of the session that it goes on.
 
         Raises:
-            RequestError: it is too long, or the template refuses it behind any history.
+            RequestError: it is too long.
         """
         asked, tokenizer, form = self._asked, self._tokenizer, self._form
         limit = None if asked.is_truncated else limit
-        append = None
-        if self._rendered is None:
-            rendered, prompt, append = append_of(tokenizer, asked, limit, scope)
+        append, rendered = None, self._rendered
+        if self._following is not None:
+            prompt, append = self._following.encoded(limit, scope)
         else:
-            rendered = self._rendered
             prompt = tokenizer.encode_chat(rendered, limit=limit, scope=scope, logged=logged)
         outline = Outline() if scope is None else outline_of(tokenizer, asked, prompt)
         dialect = form.dialect

@@ -121,14 +121,12 @@ def test_a_run_ends_with_json_and_a_second_takes_what_is_there(texts, tmp_path, 
     monkeypatch.setattr(sys, "argv", arguments)
     bank_layers.main()
     first = json.loads(capsys.readouterr().out.splitlines()[-1])
-    layers = len(first["sweep"]["paper, measured"])
+    layers = len(first["layers"]["alone, own/foreign"]["paper"])
     assert [row["documents"] for row in first["rows"]] == [2] * 10
     assert all(row["alone"]["own/off"][1] <= row["alone"]["own/off"][2] for row in first["rows"])
 
     lines = (tmp_path / "run.jsonl").read_text().splitlines(keepends=True)
-    assert len(lines) == 4 * layers + 30
-    related = [record for line in lines if (record := json.loads(line))["kind"] == "kin"]
-    assert {(record["other"], record["document"]) for record in related} == {("essays/one.0", "essays/two.0")}
+    assert len(lines) == 6 * layers + 20
     (tmp_path / "run.jsonl").write_text("".join(lines[:-7]))  # as if it had been stopped
     bank_layers.main()
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == first

@@ -1,6 +1,5 @@
 """The command line as a user meets it: in a process of its own."""
 
-import logging
 import re
 import signal
 import socket
@@ -15,13 +14,7 @@ from pacellm.cli import main
 PACELLM = (sys.executable, "-m", "pacellm.cli")
 
 
-@pytest.fixture(autouse=True)
-def _root_logger():
-    """``serve`` sets it up for good; the stream that it writes to here ends with the test."""
-    handlers, level = logging.root.handlers[:], logging.root.level
-    yield
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
+pytestmark = pytest.mark.usefixtures("root_logger")
 
 
 def free_port():

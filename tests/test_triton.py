@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_kernels_through_the_interpreter():
-    pytest.importorskip("triton", reason="Triton is there for Linux only")
+    if sys.platform != "linux":
+        pytest.skip("Triton is there for Linux only")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton_cases.py"]
     found = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=900

@@ -274,6 +274,29 @@ def test_a_fused_model_computes_the_same(family, joins, monkeypatch):
     assert all(torch.equal(weight, weights[name]) for name, weight in module.named_parameters())
 
 
+def test_what_computes_something_else_keeps_its_own(monkeypatch):
+    """A limit that only large numbers meet, a norm with a bias, positions in another order."""
+    monkeypatch.setattr(fused, "has_triton", lambda device: True)
+    module = tiny("llama")
+    mlp, norm, attention = module.model.layers[0].mlp, module.model.layers[1].input_layernorm, module.model.layers[2]
+
+    class Limited(type(mlp)):
+        def forward(self, x):
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x).clamp(-7, 7))
+
+    class BiasedRMSNorm(type(norm)):
+        def forward(self, hidden):
+            return super().forward(hidden) + self.bias
+
+    mlp.__class__ = Limited
+    norm.__class__, norm.bias = BiasedRMSNorm, torch.nn.Parameter(torch.zeros_like(norm.weight))
+    found = fused.fuse(module)
+    assert found["ffns"] == found["rotary"] - 1 == 2
+    assert "forward" not in mlp.__dict__
+    assert "forward" not in norm.__dict__
+    assert "forward" in attention.input_layernorm.__dict__
+
+
 def test_an_engine_on_the_kernel():
     """Up to rounding the answers of torch's form, which reads whole experts' weights one after the other."""
     found, expected = (logprobs_by_kernel(kernel, static=True, new=3) for kernel in ("silu", None))

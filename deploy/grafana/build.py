@@ -135,13 +135,16 @@ SERVING = (
         ((f"{rate('cached_prompt_tokens')} / ({rate('cached_prompt_tokens')} + {rate('prompt_tokens')})", "cached"),),
     ),
     Panel(
-        "Histories left out",
+        "Prompts without most of their session's history",
         "cps",
-        (
-            (rate("session_dropped_histories"), "prompts without most of their session's history"),
-            (rate("session_dropped_tokens"), "tokens left out"),
-        ),
+        ((rate("session_dropped_histories"), "prompts"),),
         "Clients that send only what is new and do not ask for pacellm.append, or begin again under an old name.",
+    ),
+    Panel(
+        "Tokens of histories left out",
+        "cps",
+        ((rate("session_dropped_tokens"), "tokens"),),
+        "Few are usual: last answers made anew, or sent back another way.",
     ),
     Panel("Engine heartbeat age", "s", ((gauge("engine_heartbeat_age_seconds", "instance", "max"), "{{instance}}"),)),
 )

@@ -67,14 +67,15 @@ class Load:
         print(file=sys.stderr)
 
     def _talk(self) -> None:
-        """Questions about documents, in sessions; the last ones are asked more often."""
+        """Questions about documents, in sessions; the last ones are asked more often. Some forget the document."""
         chosen = random.Random(threading.get_ident())
         with httpx.Client(base_url=self._url, timeout=None) as client:
             while not self._ended.is_set():
                 number = min(chosen.randrange(24), len(self._documents) - 1)
                 document = self._documents[number]
                 question = chosen.choice(document.facts).question
-                messages = [{"role": "user", "content": f"{document.text}\n\n{question}"}]
+                text = question if chosen.random() < 0.05 else f"{document.text}\n\n{question}"
+                messages = [{"role": "user", "content": text}]
                 body = {"messages": messages, "max_tokens": 12, "session_id": f"s{number}"}
                 client.post("/v1/chat/completions", json=body)
                 time.sleep(chosen.random())

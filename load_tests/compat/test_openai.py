@@ -1,6 +1,7 @@
 """openai-python against a running server: ``pytest load_tests/compat/test_openai.py``, see docs/compatibility.md."""
 
 import json
+import uuid
 from typing import Literal
 
 import openai
@@ -240,3 +241,24 @@ def test_async_client(question):
     import asyncio
 
     assert "48213" in asyncio.run(_ask(question))
+
+
+def test_forks_of_a_document_that_append(client):
+    """Both by ``extra_body`` and by the client's own way to reach other endpoints."""
+    name = f"compat-{uuid.uuid4().hex}"
+
+    def send(text, session, append, **changes):
+        extra = {"session_id": session, "pacellm": {"append": append}}
+        messages = [{"role": "user", "content": text}]
+        return client.chat.completions.create(model=MODEL, messages=messages, extra_body=extra, **changes)
+
+    send("The access code of the amber archive is 48213.", name, False, max_tokens=0)
+    client.post(f"/sessions/{name}/fork", body={"session_id": f"{name}-1"}, cast_to=object)
+    answer = send("What is the access code of the amber archive?", f"{name}-1", True)
+    assert "48213" in answer.choices[0].message.content
+    assert answer.model_extra["pacellm"]["dropped_tokens"] == 0
+    with pytest.raises(openai.NotFoundError) as caught:
+        send("And?", f"{name}-2", True)
+    assert (caught.value.code, caught.value.param) == ("session_not_found", "session_id")
+    for session in (name, f"{name}-1"):
+        client.delete(f"/sessions/{session}", cast_to=object)

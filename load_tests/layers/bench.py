@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,6 +103,12 @@ class Bench:
             ]
         )
 
+    def rest_alone(self, banks: dict[int, Bank]) -> float:
+        """Nats per token of the prose alone."""
+        turn, plain = self.turns[0], self._passes(True)[0]
+        found = self.rig.banked(turn.ids, branch(self._head), turn.rows, banks, plain) if banks else plain.logprobs
+        return -float(found.gather(1, turn.targets[:, None]).double().mean())
+
     def _scores(self, found: list[Tensor]) -> Scores:
         losses = [
             -float(one.gather(1, turn.targets[:, None]).double().mean())
@@ -135,7 +141,11 @@ def sweep(rig: Rig, document: Document, todo: list[tuple[PAConfig, int]], stride
     for config, layer in todo:
         found = rig.banked(half, rig.cache(), rows, rig.banks((layer,), config), plain, writes=True)
         loss = -float(found.gather(1, targets).double().mean())
-        yield {"preset": config.preset, "layer": layer, "loss": loss, "off": off}
+        yield {"preset": config.preset, "layers": [layer], "own": loss, "off": off}
+
+
+Measurement = Callable[[Bench, dict[int, Bank], dict[int, Any]], tuple[dict[str, Any], dict[int, Any]]]
+"""Empty banks and a foreign document's states to a record and the own states."""
 
 
 def measure(bench: Bench, banks: dict[int, Bank], foreign: dict[int, Any]) -> tuple[dict[str, Any], dict[int, Any]]:
@@ -150,6 +160,7 @@ def measure(bench: Bench, banks: dict[int, Bank], foreign: dict[int, Any]) -> tu
     record: dict[str, Any] = {
         "rank": statistics.mean(effective_rank(bank.keys[: bank.filled]) for bank in banks.values()),
         "filled": statistics.mean(bank.filled for bank in banks.values()),
+        "asked": len(bench.document.asked),
     }
     others = {"emptied": emptied(mine), "foreign": foreign, "random": with_random_values(mine, 0)}
     for name, kept in (("behind", cache), ("alone", None)):
@@ -174,16 +185,14 @@ def measure(bench: Bench, banks: dict[int, Bank], foreign: dict[int, Any]) -> tu
     return record, mine
 
 
-def measure_kin(bench: Bench, banks: dict[int, Bank], kin: dict[int, Any]) -> tuple[dict[str, Any], dict[int, Any]]:
-    """Alone, with the own banks and with those of a document of the same kind: a record, and the own banks' states.
-
-    Args:
-        banks: empty ones. kin: the other document's states.
-    """
+def measure_each(
+    bench: Bench, banks: dict[int, Bank], foreign: dict[int, Any]
+) -> tuple[dict[str, Any], dict[int, Any]]:
+    """As :func:`measure`, the prose alone with the own and the foreign bank."""
     states = bench.learn(banks)
-    mine, record = copies(states), {"own": bench.go_on(banks, None).row()}
-    overwrite(states, kin)
-    return record | {"kin": bench.go_on(banks, None).row()}, mine
+    mine, record = copies(states), {"own": bench.rest_alone(banks), "off": bench.rest_alone({})}
+    overwrite(states, foreign)
+    return record | {"foreign": bench.rest_alone(banks)}, mine
 
 
 def _divergences(own: list[Tensor], others: list[Tensor]) -> list[float]:

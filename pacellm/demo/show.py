@@ -52,7 +52,7 @@ def _talk(client: httpx.Client, document: Document, first: Any, second: Any) -> 
     messages = [{"role": "user", "content": f"{document.text}\n\n{first.question}"}]
     one = ask(client, messages, "demo")
     _report("Question 1", first, one)
-    _report_bank(one.pace)
+    report_bank(one.pace)
     messages += [{"role": "assistant", "content": one.text}, {"role": "user", "content": second.question}]
     two = ask(client, messages, "demo")
     _report("Question 2, same session, the whole history sent again", second, two)
@@ -67,8 +67,11 @@ def _talk(client: httpx.Client, document: Document, first: Any, second: Any) -> 
     return first.answer in one.text and second.answer in two.text
 
 
-def ask(client: httpx.Client, messages: list[dict[str, str]], session: str) -> Answer:
+def ask(client: httpx.Client, messages: list[dict[str, str]], session: str, **changes: Any) -> Answer:
     """One streamed request, with a live progress line.
+
+    Args:
+        changes: to the body.
 
     Raises:
         PaceError: the server answered with an error.
@@ -81,6 +84,7 @@ def ask(client: httpx.Client, messages: list[dict[str, str]], session: str) -> A
         "stream_options": {"include_usage": True},
         "return_progress": True,
         "session_id": session,
+        **changes,
     }
     answer, started = Answer(), time.monotonic()
     with client.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -130,7 +134,8 @@ def _report(title: str, fact: Any, answer: Answer) -> None:
     print(f"  prefill                {computed:,} tokens in {prefill:.2f} s: {computed / prefill:,.0f} tokens/s")
 
 
-def _report_bank(pace: dict[str, Any]) -> None:
+def report_bank(pace: dict[str, Any]) -> None:
+    """What a request did to its banks, from the answer's ``pacellm`` object."""
     bank = pace["bank"]
     print(f"  Persistent Activity    {_ON.get(pace['pa'], pace['pa'])}")
     if bank is None:

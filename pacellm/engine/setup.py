@@ -26,6 +26,7 @@ from pacellm.model import attention_cuda, kernel_choice
 from pacellm.model.experts import attach, why_no_kernel, why_no_sets
 from pacellm.model.fixed_rows import fix_rows
 from pacellm.model.load import LoadedModel, probe_step
+from pacellm.model.loops import make_even
 from pacellm.model.patch import patch
 from pacellm.model.prefill_kernels import Kernel
 from pacellm.model.products import Products, choose
@@ -209,6 +210,7 @@ def products(model: LoadedModel, config: EngineConfig) -> Products:
                 "exact_products is about a CPU; on a GPU leave deterministic off instead", param="exact_products"
             )
         return Products(is_exact=config.deterministic)
+    make_even(model.module)
     found = choose(model.module, available_memory(model, config) // 2)
     return found if config.exact_products else dataclasses.replace(found, rows=1, is_exact=False)
 

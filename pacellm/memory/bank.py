@@ -124,7 +124,9 @@ def read(
     missed = ~(found.hit | found.fuse | found.empty)
     counts = [found.hit.sum(), found.fuse.sum(), missed.sum(), found.empty.expand(n).sum()]
     bank.counters[:MERGES] += torch.stack(counts)
-    rows = None if config.acts else selected(written(found))
+    rows = (
+        None if config.acts else _selected((found.hit | found.fuse) & ~found.high)
+    )  # the others write no output of theirs
     output = _recalled(bank, similarity, found, y, config, rule, rows)
     return Read(output, found.slots, found.used, found.high, found.mid, found.low)
 
@@ -168,11 +170,6 @@ def judge(similarity: Tensor, filled: Tensor, config: PAConfig, rule: Rule) -> V
     return Verdict(hit, fuse, empty, best_slots, used, high, ~high & ~low, low)
 
 
-def written(found: Verdict) -> Tensor:
-    """[n] bool: tokens whose output is not the plain one and may go into a bank."""
-    return (found.hit | found.fuse) & ~found.high
-
-
 def stage(staged: Stage, result: Read, x: Tensor, config: PAConfig) -> None:
     """Add a read's effect to the segment's stage.
 
@@ -184,7 +181,7 @@ def stage(staged: Stage, result: Read, x: Tensor, config: PAConfig) -> None:
     """
     if config.is_paper:
         _count_slots(staged.raised, result, result.high)
-    mid = selected(result.mid)
+    mid = _selected(result.mid)
     if mid is None or len(mid):
         _count_slots(staged.touched, result, result.mid)
         (_add_per_slot if config.is_paper else _add_all)(staged, result, x, mid)
@@ -375,7 +372,7 @@ def mix(recalled: Tensor, y: Tensor, found: Verdict, config: PAConfig, rule: Rul
 # -- staging -----------------------------------------------------------------------------------------------
 
 
-def selected(mask: Tensor) -> Tensor | None:
+def _selected(mask: Tensor) -> Tensor | None:
     """Row numbers where the mask holds; None on a device where asking would wait for it."""
     return mask.nonzero()[:, 0] if mask.device.type == "cpu" else None
 
@@ -421,7 +418,7 @@ def _keep_low(staged: Stage, result: Read, x: Tensor) -> None:
     rank = staged.num_low + result.low.long().cumsum(0) - 1
     staged.num_low.add_(result.low.sum())
     keep = result.low & (rank < slots)
-    rows = selected(keep)
+    rows = _selected(keep)
     if rows is None:
         rows, rank = torch.arange(x.shape[0], device=x.device), torch.where(keep, rank, slots)
     staged.low_keys.index_copy_(0, rank[rows], x[rows])

@@ -19,7 +19,6 @@ from pacellm.kernels import has_triton
 from pacellm.memory.bank import Rule, Total, Verdict, cosines_of_parts, judge, mix, weigh
 from pacellm.memory.decoded import cosines, each
 from pacellm.memory.state import EMPTY, FUSES, HITS, MERGES, MISSES, REPLACEMENTS, BankState, compute_dtype
-from pacellm.rows import pad_rows
 
 OBSERVE, PAPER = PRESETS.index("observe"), PRESETS.index("paper")
 
@@ -111,7 +110,7 @@ def feed(
 def _cosines(keys: Tensor, rows: Tensor, x: Tensor, masks: Tensor | None, total: Total | None) -> Tensor:
     if x.device.type == "cpu":
         each_mask = None if masks is None else list(masks)
-        return cosines([keys[row] for row in rows.tolist()], pad_rows(x), total, each_mask)
+        return cosines([keys[row] for row in rows.tolist()], x, total, each_mask)
     own = keys[rows].to(x.dtype)
     if masks is not None:
         own = own * masks[:, None]
@@ -124,7 +123,7 @@ def _cosines(keys: Tensor, rows: Tensor, x: Tensor, masks: Tensor | None, total:
 
 def _recall(weights: Tensor, values: Tensor, rows: Tensor) -> Tensor:
     if weights.device.type == "cpu":
-        return each(pad_rows(weights), [values[row].to(weights.dtype) for row in rows.tolist()])
+        return each(weights, [values[row].to(weights.dtype) for row in rows.tolist()])
     return torch.bmm(weights[:, None], values[rows].to(weights.dtype))[:, 0]
 
 

@@ -23,6 +23,7 @@ from pacellm.model.families import FAMILIES
 from pacellm.model.temperature import tempered
 
 NAME = "pacellm"
+_FEW = 4  # rows that are copied one by one on a CPU; more cost less by index
 # what models pass along beside what is honoured, and what changes nothing here: positions are in the keys already
 _HARMLESS = frozenset(
     ("position_ids", "position_embeddings", "use_cache", "cache_position", "is_causal", "output_attentions",
@@ -155,6 +156,9 @@ def _places(step: StepContext, device: torch.device) -> Places:
                 slots.append(slot)
             elif count > 1:
                 runs.append((slice(row, row + count), slice(slot, slot + count)))
+    if len(rows) <= _FEW and device.type == "cpu":
+        runs += [(slice(row, row + 1), slice(slot, slot + 1)) for row, slot in zip(rows, slots, strict=True)]
+        rows = []
     if not rows:
         return Places(runs, None, None)
     return Places(runs, torch.tensor(rows, device=device), torch.tensor(slots, device=device))

@@ -22,6 +22,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pacellm.model.attention_form import Form
 from pacellm.model.context import Chunk, Run, StepContext
@@ -65,10 +66,10 @@ def _attend_decoded(
     """Decoded tokens, each over the keys it sees, in windows of ``WINDOW``; packed and unpacked together."""
     if not decoded:
         return
-    rows = torch.tensor([row for _, row in decoded])
+    rows = _indices([row for _, row in decoded])
     heads, group = keys.shape[0], query.shape[0] // keys.shape[0]
-    packed = query[:, rows].view(heads, group, len(decoded), -1).permute(2, 0, 1, 3)
-    packed = pad_rows(packed.contiguous(), ROWS_ALONE)
+    packed = query.new_zeros(len(decoded), heads, _round_up(group, ROWS_ALONE), query.shape[2])
+    packed[:, :, :group] = query[:, rows].unflatten(0, (heads, group)).permute(2, 0, 1, 3)
     window, slots = form.window, None
     if window is not None and window <= _SMALL_WINDOW and form.chunk is None:
         slots = _window_slots(step, decoded, window)
@@ -87,7 +88,13 @@ def _attend_decoded(
             total, lse = _merge(total, lse, *form.kernel(one, *part))
         assert total is not None
         results.append(form.with_sinks(total, lse, group))
-    output[rows] = torch.cat(results)[:, :, :group].flatten(1, 2)
+    found = results[0] if len(results) == 1 else torch.cat(results)
+    output[rows] = found[:, :, :group].flatten(1, 2)
+
+
+def _indices(rows: list[int]) -> slice | Tensor:
+    """Ascending rows, as a slice where they lie side by side: views cost less than copies by index."""
+    return slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] < len(rows) else torch.tensor(rows)
 
 
 def _window_of(form: Form) -> int | None:
@@ -142,13 +149,26 @@ def _attend_full(
             total, lse = _merge(total, lse, *form.kernel(packed, *part))
         span = _round_up(end - tile, BLOCK)
         part = _read(chunk.runs, keys, values, tile, tile + span)
-        if group == 1 and position == tile and end - tile == span:
-            tail = form.kernel(packed, *part, is_causal=True)
+        if position == tile:
+            tail = _from_the_start(query[:, rows], *part, form, packed.shape[2])
         else:
             mask = _causal(position - tile, end - tile, span, group, packed.shape[2], packed.dtype)
             tail = form.kernel(packed, *part, mask)
         total, lse = _merge(total, lse, *tail)
         output[rows] = _unpack(form.with_sinks(total, lse, group), count, group)
+
+
+def _from_the_start(query: Tensor, key: Tensor, value: Tensor, form: Form, num_rows: int) -> tuple[Tensor, Tensor]:
+    """A tile's queries [H, n, D] from its first on, over the tile's own keys, packed: the kernel leaves out blocks of
+    keys that nobody sees. A group's heads stand side by side there, over one view of their keys."""
+    heads, group, count = key.shape[1], query.shape[0] // key.shape[1], query.shape[1]
+    apart = pad_rows(query, ROWS).unflatten(0, (heads, group))
+    shared_keys, shared_values = (part[0][:, None].expand(-1, group, -1, -1) for part in (key, value))
+    found, lse = form.kernel(apart, shared_keys, shared_values, is_causal=True)
+    packed = found[:, :, :count].transpose(1, 2).reshape(1, heads, count * group, -1)
+    packed_lse = lse[:, :, :count].transpose(1, 2).reshape(1, heads, count * group)
+    missing = num_rows - count * group
+    return F.pad(packed, (0, 0, 0, missing)), F.pad(packed_lse, (0, missing))
 
 
 def _attend_window(

@@ -132,8 +132,9 @@ class PersistentDown(nn.Module):
     def _remember_decoded(self, step: StepContext, inner: Tensor, plain: Tensor, output: Tensor) -> None:
         """The same for decoded tokens: the first of every sequence at once, then the second, and so on; a step has more
         than one of a sequence only where a log is replayed. Each preset has its turn."""
+        decoding = _decoding(step)
         for preset in PRESETS:
-            turn, left = 0, _decoding(step, preset)
+            turn, left = 0, [(chunk, banks) for chunk, banks in decoding if banks.preset == preset]
             while left:
                 self._remember_turn(turn, left, step, inner, plain, output, preset)
                 turn += 1
@@ -150,7 +151,7 @@ class PersistentDown(nn.Module):
         preset: Preset,
     ) -> None:
         config, bias = step.pa.of(preset), self.bias
-        rows = torch.tensor([chunk.stop - chunk.num_decoded + turn for chunk, _ in chunks])
+        rows = _index([chunk.stop - chunk.num_decoded + turn for chunk, _ in chunks])
         y = plain[rows] if bias is None else plain[rows] - bias
         banks = [owned.banks[self.layer] for _, owned in chunks]
         masks = [chunk.mask(self.layer, inner.shape[1]) for chunk, _ in chunks]
@@ -175,10 +176,16 @@ class PersistentDown(nn.Module):
                 output.index_copy_(0, rows, mixed)
 
 
-def _decoding(step: StepContext, preset: Preset | None = None) -> list[tuple[Chunk, Banks]]:
-    """Chunks with decoded tokens and banks, those of one preset or all."""
-    found = [(chunk, chunk.banks) for chunk in step.chunks if chunk.banks is not None and chunk.num_decoded]
-    return [(chunk, banks) for chunk, banks in found if preset is None or banks.preset == preset]
+def _index(rows: list[int]) -> slice | Tensor:
+    """Ascending rows as an index, as a slice where they lie side by side."""
+    if rows[-1] - rows[0] == len(rows) - 1:
+        return slice(rows[0], rows[-1] + 1)
+    return torch.tensor(rows)
+
+
+def _decoding(step: StepContext) -> list[tuple[Chunk, Banks]]:
+    """Chunks with decoded tokens and banks."""
+    return [(chunk, chunk.banks) for chunk in step.chunks if chunk.banks is not None and chunk.num_decoded]
 
 
 def _whole_sets(step: StepContext, tokens: Tokens) -> Tokens:

@@ -27,6 +27,7 @@ from pacellm.model.neurons import FFN, decoder_layers, ffns
 logger = logging.getLogger("pacellm.model")
 _TOLERANCE = 0.02  # of the largest output, in bfloat16
 _ROWS = 5  # of a try-out
+_SCALES = (0.01, 3.0, 100.0)  # of its numbers: an epsilon shows among small ones, a limit among large ones
 _EPSILONS = ("variance_epsilon", "eps")
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _ROTARY = "apply_rotary_pos_emb"
@@ -114,10 +115,12 @@ def _norm(module: nn.Module) -> _Norm | None:
     epsilon = next((getattr(module, name) for name in _EPSILONS if hasattr(module, name)), None)
     if not _is_free(module) or not isinstance(weight, nn.Parameter) or weight.ndim != 1 or epsilon is None:
         return None
-    hidden = 3.0 * _random(weight, 1, _ROWS, weight.shape[0])
+    if len(list(module.parameters())) > 1:
+        return None
+    hidden = [scale * _random(weight, 1, _ROWS, weight.shape[0]) for scale in _SCALES]
     for plus_one in (False, True):
         norm = _Norm(weight.data, float(epsilon), plus_one=plus_one)
-        if _agree([norm(hidden)], [module(hidden)]):
+        if all(_agree([norm(one)], [module(one)]) for one in hidden):
             return norm
     return None
 
@@ -255,8 +258,9 @@ def _gated(ffn: FFN) -> _Gated | None:
         return None
     if any(_has_hooks(layer) for layer in layers) or (activation := activation_name(ffn.activation())) is None:
         return None
-    hidden = _random(layers[0].weight, 1, _ROWS, ffn.hidden)
-    expected = module(hidden)
+    inputs = [scale * _random(layers[0].weight, 1, _ROWS, ffn.hidden) for scale in _SCALES]
+    outputs = [module(hidden) for hidden in inputs]
     weight = layers[0].weight.data if len(layers) == 1 else _Joined(layers).weight
     gated = _Gated(ffn, weight, activation)
-    return gated if isinstance(expected, Tensor) and _agree([gated(hidden)], [expected]) else None
+    are_plain = all(isinstance(output, Tensor) for output in outputs)
+    return gated if are_plain and _agree([gated(hidden) for hidden in inputs], outputs) else None

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from gguf import GGUFReader, dequantize
-from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
@@ -176,9 +176,8 @@ def read_tokenizer(header: Header) -> PreTrainedTokenizerFast:
         split = SPLITS[data["tokenizer.ggml.pre"]]
         adds_bos = split.adds_bos
         _cut(backend, data["tokenizer.ggml.pre"])
-    elif not data.get("tokenizer.ggml.add_space_prefix", True) and _pieces(backend, "x")[0] != "x":
-        backend.normalizer = None
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    elif not header.architecture.startswith("gemma"):
+        _mark_spaces(backend, has_prefix=bool(data.get("tokenizer.ggml.add_space_prefix", True)))
     tokenizer.add_bos_token = bool(data.get("tokenizer.ggml.add_bos_token", adds_bos))
     tokenizer.add_eos_token = bool(data.get("tokenizer.ggml.add_eos_token", False))
     _check_whole(header, tokenizer)
@@ -201,8 +200,14 @@ def _cut(backend: Tokenizer, name: str) -> None:
         backend.model.ignore_merges = True
 
 
-def _pieces(backend: Tokenizer, text: str) -> list[str]:
-    return backend.encode(text, add_special_tokens=False).tokens
+def _mark_spaces(backend: Tokenizer, *, has_prefix: bool) -> None:
+    """Spaces as sentencepiece has them. With ``has_prefix`` one stands before a text, and before what follows a special
+    token, whatever it begins with; transformers puts none before a space."""
+    space = [normalizers.Prepend("▁")] if has_prefix else []
+    backend.normalizer = normalizers.Sequence([*space, normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = None
+    strip = [decoders.Strip(" ", 1, 0)] if has_prefix else []
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
 
 
 def _check_whole(header: Header, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -110,10 +110,19 @@ def check_gguf(path: str | Path) -> Header | None:
         return None
     header = read_header(file)
     check_header(header)
+    check_packages()
+    return header
+
+
+def check_packages() -> None:
+    """Refuse to begin without what reads GGUF files.
+
+    Raises:
+        ConfigError: names the package and the extra.
+    """
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"GGUF files need the package {package}: pip install 'pacellm[gguf]'", param="model")
-    return header
 
 
 def check_header(header: Header) -> None:
@@ -151,7 +160,9 @@ def _check_keys(header: Header) -> None:
     begin = f"{header.architecture}."
     known = {*FIELDS, *_NORMS, *_HEADS, *_ROPE, *_IDLE}
     given = {key.removeprefix(begin): value for key, value in header.metadata.items() if key.startswith(begin)}
-    if missing := [key for key in _NEEDED if key not in given]:
+    # for this one transformers would leave keys in llama.cpp's order where the number of their heads is not said
+    needed = (*_NEEDED, "attention.head_count_kv") if header.architecture == "llama" else _NEEDED
+    if missing := [key for key in needed if key not in given]:
         raise ModelError(f"{header.file} lacks {begin}{missing[0]}")
     for key, value in given.items():
         values = value if isinstance(value, list) else [value]

@@ -15,11 +15,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from pacellm.model.loops import LANES
 from pacellm.rows import ROWS
 
 _MANY = 512
 _FEW = (4, 8, ROWS)
-_LANES = 64  # numbers: loops over all of a step's have no remainder then, whose code is not that of their body
 
 Size = tuple[int, int]
 
@@ -173,12 +173,13 @@ def _linears(module: nn.Module) -> list[nn.Linear]:
 
 
 def _fits(module: nn.Module, rows: int) -> bool:
-    """Multiples of ``rows`` rows suit what is not a linear layer: other products want ``ROWS``, loops no remainder."""
+    """Multiples of ``rows`` rows suit what is not a linear layer: other products want ``ROWS``, and loops over all
+    of a step's numbers must have no remainder (``loops.py``)."""
     if rows == ROWS:
         return True
     for owner in module.modules():
         if type(owner) is nn.Linear:
-            if rows * owner.in_features % _LANES:
+            if rows * owner.in_features % LANES:
                 return False
         elif not isinstance(owner, nn.Embedding):
             tensors = [*owner.parameters(recurse=False), *owner.buffers(recurse=False)]

@@ -23,6 +23,7 @@ from pacellm.model.load import load
 from tests.server.conftest import NAME as MODEL
 from tests.server.conftest import Live
 
+pytestmark = pytest.mark.usefixtures("root_logger")
 SMALL = ("--kv-cache-memory-bytes", "256M", "--max-model-len", "4K")
 
 

@@ -65,23 +65,30 @@ def tiny(name, **changes):
     return model
 
 
-def write(file, model, name, *, metadata=(), tensors=(), template=TEMPLATE, pre="gpt-2"):
+def write(file, model, name, *, metadata=(), tensors=(), template=TEMPLATE, pre="gpt-2", pieces=None):
     """Write it.
 
     Args:
-        metadata: pairs of a key below the architecture and a number, beside what belongs there.
+        pieces: scores of a sentencepiece vocabulary by token, in place of the byte-level one.
+        metadata: pairs of a key below the architecture (or "tokenizer.") and a value, beside what belongs there.
         tensors: pairs of a name and a tensor, likewise.
     """
     writer = gguf.GGUFWriter(file, name)
     _keys(writer, model.config, name)
     for key, value in metadata:
-        put = writer.add_string if isinstance(value, str) else writer.add_float32 if isinstance(value, float) else None
-        (put or writer.add_uint32)(f"{name}.{key}", value)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([gguf.TokenType.CONTROL] * 5 + [gguf.TokenType.NORMAL] * (len(TOKENS) - 5))
-    writer.add_token_merges(["h e", "Ġ he"])
+        kinds = {str: writer.add_string, float: writer.add_float32, bool: writer.add_bool, int: writer.add_uint32}
+        kinds[type(value)](key if key.startswith("tokenizer.") else f"{name}.{key}", value)
+    if pieces is None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(TOKENS)
+        writer.add_token_types([gguf.TokenType.CONTROL] * 5 + [gguf.TokenType.NORMAL] * (len(TOKENS) - 5))
+        writer.add_token_merges(["h e", "Ġ he"])
+    else:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(list(pieces))
+        writer.add_token_scores(list(pieces.values()))
+        writer.add_token_types([_type(token) for token in pieces])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     if template is not None:
@@ -92,6 +99,14 @@ def write(file, model, name, *, metadata=(), tensors=(), template=TEMPLATE, pre=
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _type(piece):
+    if piece == "<unk>":
+        return gguf.TokenType.UNKNOWN
+    if piece.startswith("<0x"):
+        return gguf.TokenType.BYTE
+    return gguf.TokenType.CONTROL if piece.startswith("<") else gguf.TokenType.NORMAL
 
 
 def _keys(writer, config, name):

@@ -5,6 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from pacellm.model.families import FAMILIES, LAYOUTS, REFUSED
+from pacellm.model.gguf_check import ARCHITECTURES, SPLITS
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
@@ -37,9 +38,16 @@ def refused():
     return "\n".join([*rows, *(f"| {', '.join(sorted(names))} | {why} |" for why, names in groups.items())])
 
 
+def gguf():
+    """What is served from GGUF files, and how text may be cut there."""
+    names = ", ".join(f"`{name}`" for name in sorted(ARCHITECTURES))
+    cuts = ", ".join(f"`{name}`" for name in sorted(SPLITS))
+    return f"Architectures: {names}.\n\nByte-level vocabularies that cut text by: {cuts}; and sentencepiece ones."
+
+
 def written(text):
     """The page with its tables made anew."""
-    for name, table in (("families", families()), ("refused", refused())):
+    for name, table in (("families", families()), ("refused", refused()), ("gguf", gguf())):
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         text = re.sub(pattern, lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text, flags=re.DOTALL)
     return text

@@ -22,7 +22,7 @@ SCATTERED = tuple(Run(512 * n, 1024 * (23 - n), 512) for n in range(24))
 
 
 @pytest.mark.parametrize("window", [None, 4, 100, 700, 5000])
-@pytest.mark.parametrize("heads", [(2, 2), (6, 2), (9, 3)])
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2), (9, 3), (4, 1)])
 def test_right_and_invariant(window, heads):
     generator = torch.Generator().manual_seed(0)
     length, size = 9300, 16
@@ -64,12 +64,14 @@ def test_parts_are_merged_to_the_same_bits_wherever_they_stand(heads):
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_a_prompt_in_one_go(window):
+@pytest.mark.parametrize("heads", [(2, 2), (9, 3), (4, 1)])
+def test_a_prompt_in_one_go(window, heads):
     generator = torch.Generator().manual_seed(1)
-    query, key, value = (torch.randn(2, 2500, 8, generator=generator) for _ in range(3))
+    query = torch.randn(heads[0], 2500, 8, generator=generator)
+    key, value = (torch.randn(heads[1], 2500, 8, generator=generator) for _ in range(2))
     whole = attend(query, key, value, ONE_RUN, 0, window)
     torch.testing.assert_close(whole.double(), plain(query, key, value, 0.3, window), rtol=1e-4, atol=1e-5)
-    for cut in (1, 511, 1024, 1300):
+    for cut in (1, 511, 1024, 1153, 1300, 2491):
         parts = [
             attend(query[:, :cut], key, value, ONE_RUN, 0, window),
             attend(query[:, cut:], key, value, ONE_RUN, cut, window),
@@ -77,8 +79,19 @@ def test_a_prompt_in_one_go(window):
         assert torch.equal(torch.cat(parts), whole)
 
 
+@pytest.mark.parametrize("heads", [(4, 1), (9, 3)])
+def test_every_cut_behind_a_tile(heads):
+    """Where parts are merged, a row must not depend on how near it is to the last one."""
+    generator = torch.Generator().manual_seed(6)
+    query = torch.randn(heads[0], 1100, 8, generator=generator)
+    key, value = (torch.randn(heads[1], 1100, 8, generator=generator) for _ in range(2))
+    whole = attend(query, key, value, ONE_RUN, 0, None)
+    for cut in range(1025, 1100):
+        assert torch.equal(attend(query[:, :cut], key, value, ONE_RUN, 0, None), whole[:cut]), cut
+
+
 @pytest.mark.parametrize("window", [None, 4, 700, 9000])
-@pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2), (9, 3), (4, 1)])
 def test_decoded_tokens_alone_and_in_a_replay(window, heads):
     generator = torch.Generator().manual_seed(2)
     length, size, count = 9300, 16, 40
@@ -115,7 +128,7 @@ def test_the_last_layer_attends_only_what_the_head_reads(window, num_decoded, nu
 
 
 @pytest.mark.parametrize("window", [None, 4, 100, 300])
-@pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2), (9, 3), (4, 1)])
 def test_decoded_tokens_of_many_sequences(window, heads):
     generator = torch.Generator().manual_seed(4)
     lengths, size = (1, 3, 90, 300, 511, 513, 900), 16
@@ -144,7 +157,7 @@ def test_decoded_tokens_of_many_sequences(window, heads):
 
 
 @pytest.mark.parametrize("window", [4, 128, 700])
-@pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2), (9, 3), (4, 1)])
 @pytest.mark.parametrize("start", [0, 130, 1500])
 def test_tiles_of_a_window_side_by_side_and_one_by_one(window, heads, start):
     generator = torch.Generator().manual_seed(5)

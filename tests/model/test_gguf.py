@@ -2,7 +2,9 @@
 cannot be served rightly is refused and named."""
 
 import importlib.util
+import itertools
 import json
+import random
 import struct
 import subprocess
 import sys
@@ -100,6 +102,42 @@ def test_digits_apart(tmp_path):
     write(tmp_path / "model.gguf", tiny("llama"), "llama", pre="smollm")
     backend = read_tokenizer(check_gguf(tmp_path / "model.gguf")).backend_tokenizer
     assert [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str("a  12")] == ["a", "ĠĠ", "1", "2"]
+
+
+WORDS = ("the", "he", "th", "ther", "then", "in", "ing", "thing", "hin", "▁t", "▁th", "▁the", "▁▁", "nn", "ne", "en")
+PIECES = {
+    **dict.fromkeys(("<unk>", "<s>", "</s>", "<|user|>", "<|end|>"), 0.0),
+    **{f"<0x{byte:02X}>": 0.0 for byte in range(256)},
+    **{word: -float(rank) for rank, word in enumerate(WORDS)},
+    **{letter: -100.0 - rank for rank, letter in enumerate("▁abcdefghijklmnopqrstuvwxyz")},
+}
+
+
+def merged(text):
+    """Sentencepiece's BPE as llama.cpp has it: the neighbours that make the best piece, the first of equals."""
+    parts = list(text.replace(" ", "▁"))
+    while True:
+        pairs = [(PIECES[a + b], -at) for at, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in PIECES]
+        if not pairs:
+            break
+        at = -max(pairs)[1]
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return [p for part in parts for p in ([part] if part in PIECES else [f"<0x{b:02X}>" for b in part.encode()])]
+
+
+@pytest.mark.parametrize("has_prefix", [True, False])
+def test_sentencepiece_vocabularies(has_prefix, tmp_path):
+    model, file = tiny("llama", vocab_size=len(PIECES)), tmp_path / "model.gguf"
+    write(file, model, "llama", pieces=PIECES, metadata=[("tokenizer.ggml.add_space_prefix", has_prefix)])
+    tokenizer, draw = ChatTokenizer(file), random.Random(0)
+    texts = ["the thing in then", "  the", "é then 7"]
+    texts += ["".join(draw.choice("thein gr ") for _ in range(30)) for _ in range(50)]
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=True)
+        assert [list(PIECES)[i] for i in ids] == ["<s>", *merged(" " * has_prefix + text)], text
+        assert tokenizer.decode(ids[1:]) == text
+    prompt = [list(PIECES)[i] for i in tokenizer.encode("<|user|>the<|end|>")]
+    assert prompt == ["<|user|>", "▁the" if has_prefix else "the", "<|end|>"]
 
 
 def test_what_lies_beside_the_file_is_not_read(file):

@@ -7,7 +7,7 @@ import pytest
 from pacellm.demo import MODEL_PATH
 from pacellm.errors import NotAppendable, RequestError
 from pacellm.tokenizer import ChatTokenizer
-from server.appending import append_of, outline_of
+from server.appending import Following, outline_of
 from server.conversation import Talk
 from server.schema.messages import Message
 from server.schema.tools import Tool
@@ -106,7 +106,7 @@ def whole(found, *messages, tools=(), **changes):
 
 
 def tails(found, *messages, **changes):
-    return append_of(found, asked(*messages, appends=True, **changes), None, None)[2]
+    return Following(found, asked(*messages, appends=True, **changes)).encoded(None, None)[1]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -234,8 +234,10 @@ def test_special_tokens_in_new_messages_are_text():
     talks = [user(said), user(said + "<|e"), [{"role": "system", "content": said}, MORE]]
     talks += [[*one, {**MORE, "content": said}] for one in history] + [[*user("a"), {**CALLING, "tool_calls": [call]}]]
     for number, talk in enumerate(talks):
-        marked = append_of(found, asked(*talk, appends=True), None, None)[2]
-        plain = append_of(found, asked(*json.loads(json.dumps(talk).replace("<|", "<")), appends=True), None, None)[2]
+        marked = Following(found, asked(*talk, appends=True)).encoded(None, None)[1]
+        plain = Following(found, asked(*json.loads(json.dumps(talk).replace("<|", "<")), appends=True)).encoded(
+            None, None
+        )[1]
         structure = set(found.literals._structure)
         for end, ids in marked.tails.items():
             if isinstance(ids, RequestError):
