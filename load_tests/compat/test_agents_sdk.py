@@ -1,5 +1,7 @@
 """openai-agents, over chat and over responses: ``pytest load_tests/compat/test_agents_sdk.py``."""
 
+import asyncio
+
 import agents
 import openai
 import pytest
@@ -25,7 +27,7 @@ def test_agent(kind, is_streamed):
     async def run():
         client = openai.AsyncOpenAI(base_url=URL, api_key=KEY, max_retries=0, timeout=300)
         agent = Agent(
-            name="weather", instructions=weather_agent.INSTRUCTIONS, tools=[function_tool(weather_agent.get_weather)],
+            name="weather", tools=[function_tool(weather_agent.get_weather)],
             model=kind(model=weather_agent.MODEL, openai_client=client),
             model_settings=ModelSettings(temperature=0, max_tokens=100),
         )  # fmt: skip
@@ -34,7 +36,5 @@ def test_agent(kind, is_streamed):
         result = Runner.run_streamed(agent, weather_agent.QUESTION, max_turns=3)
         assert len([event async for event in result.stream_events()]) > 5
         return result.final_output
-
-    import asyncio
 
     weather_agent.check(asyncio.run(run()))

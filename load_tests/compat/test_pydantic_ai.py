@@ -13,7 +13,5 @@ def test_agent(kind):
     weather_agent.asked.clear()
     model = kind(weather_agent.MODEL, provider=OpenAIProvider(base_url=URL, api_key=KEY))
     settings = {"temperature": 0, "max_tokens": 100, "timeout": 300}
-    agent = Agent(
-        model, instructions=weather_agent.INSTRUCTIONS, tools=[weather_agent.get_weather], model_settings=settings
-    )
+    agent = Agent(model, tools=[weather_agent.get_weather], model_settings=settings)
     weather_agent.check(agent.run_sync(weather_agent.QUESTION).output)

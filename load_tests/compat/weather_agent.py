@@ -6,7 +6,6 @@
 import os
 
 MODEL = os.environ.get("PACELLM_MODEL", "smollm2")
-INSTRUCTIONS = "You are a weather assistant. Use get_weather to answer."
 QUESTION = "Call get_weather for Paris."
 RESULT = "sunny, 22 degrees"
 asked: list[str] = []

@@ -23,7 +23,6 @@ REFUSED = {
          "tool_choice": "required"}, "tools.0.parameters", None,
     ),
     "no object": ({"tools": [{"type": "function", "name": "f", "parameters": {}}]}, "tools.0.parameters", None),
-    "auto": ({"tools": [{"type": "function", "name": "f"}]}, "tool_choice", "unsupported_parameter"),
     "unknown tool": (
         {"tools": [{"type": "function", "name": "f"}], "tool_choice": {"type": "function", "name": "g"}},
         "tool_choice.name", "invalid_value",
