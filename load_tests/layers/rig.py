@@ -109,7 +109,7 @@ class Rig:
         *,
         writes: bool = False,
     ) -> Tensor:
-        """Hidden states [R, H] with banks, from the first patched layer on; below it ``plain`` of these ids is taken."""
+        """States [R, H] with banks, from the first patched layer on; below it ``plain`` of the same ids is taken."""
         with self._in_place(banks, writes), self._given(range(min(banks)), plain.inputs[min(banks)]):
             return self._forward(ids, cache, rows)
 
