@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from load_tests.layers.documents import Document
 from load_tests.layers.rig import Pass, Rig, branch
 from pacellm.config import PAConfig
-from pacellm.demo.probe import copies, divergence, emptied, overwrite, with_random_values
+from pacellm.demo.probe import copies, emptied, overwrite, with_random_values
 from pacellm.memory.bank import Bank, effective_rank
 from pacellm.memory.state import COUNTERS
 
@@ -80,7 +80,7 @@ class Bench:
 
     def off(self, alone: bool) -> Scores:
         """Without banks."""
-        return self._scores([one.logprobs for one in self._passes(alone)])
+        return self._scores([one.hidden for one in self._passes(alone)])
 
     def read(self, banks: dict[int, Bank]) -> DynamicCache:
         """Read the document, writing the banks; what attention keeps of it."""
@@ -106,19 +106,22 @@ class Bench:
     def rest_alone(self, banks: dict[int, Bank]) -> float:
         """Nats per token of the prose alone."""
         turn, plain = self.turns[0], self._passes(True)[0]
-        found = self.rig.banked(turn.ids, branch(self._head), turn.rows, banks, plain) if banks else plain.logprobs
-        return -float(found.gather(1, turn.targets[:, None]).double().mean())
+        found = self.rig.banked(turn.ids, branch(self._head), turn.rows, banks, plain) if banks else plain.hidden
+        return loss_of(self.rig.logprobs(found), turn.targets)
 
-    def _scores(self, found: list[Tensor]) -> Scores:
-        losses = [
-            -float(one.gather(1, turn.targets[:, None]).double().mean())
-            for one, turn in zip(found, self.turns, strict=True)
-        ]
+    def _scores(self, hidden: list[Tensor]) -> Scores:
+        found = list(self.rig.logprobs(torch.cat(hidden)).split([len(turn.rows) for turn in self.turns]))
+        losses = [loss_of(one, turn.targets) for one, turn in zip(found, self.turns, strict=True)]
         right = sum(
             one.argmax(-1).tolist() == turn.targets.tolist()
             for one, turn in zip(found[1:], self.turns[1:], strict=True)
         )
         return Scores(losses[0], losses[1:], right, found)
+
+
+def loss_of(logprobs: Tensor, targets: Tensor) -> float:
+    """Nats per token of targets [R] under [R, V]."""
+    return -float(logprobs.gather(1, targets[:, None]).double().mean())
 
 
 def _prose_turn(ids: list[int], stride: int) -> Turn:
@@ -135,13 +138,12 @@ def sweep(rig: Rig, document: Document, todo: list[tuple[PAConfig, int]], stride
     """Nats per token of a document's first half behind its first segment, with a bank on one layer while it is read."""
     half = document.head + document.read[: len(document.read) // 2]
     rows = list(range(todo[0][0].segment, len(half) - 1, stride)) if todo else []
-    targets = torch.tensor([half[row + 1] for row in rows])[:, None]
+    targets = torch.tensor([half[row + 1] for row in rows])
     plain = rig.plain(half, rig.cache(), rows)
-    off = -float(plain.logprobs.gather(1, targets).double().mean())
+    off = loss_of(rig.logprobs(plain.hidden), targets)
     for config, layer in todo:
         found = rig.banked(half, rig.cache(), rows, rig.banks((layer,), config), plain, writes=True)
-        loss = -float(found.gather(1, targets).double().mean())
-        yield {"preset": config.preset, "layers": [layer], "own": loss, "off": off}
+        yield {"preset": config.preset, "layers": [layer], "own": loss_of(rig.logprobs(found), targets), "off": off}
 
 
 Measurement = Callable[[Bench, dict[int, Bank], dict[int, Any]], tuple[dict[str, Any], dict[int, Any]]]
@@ -196,8 +198,11 @@ def measure_each(
 
 
 def _divergences(own: list[Tensor], others: list[Tensor]) -> list[float]:
-    """KL of each turn."""
-    return [divergence(mine.double(), [theirs.double()])[0] for mine, theirs in zip(own, others, strict=True)]
+    """KL of each turn, in nats per token."""
+    return [
+        float((mine.exp() * (mine - theirs)).sum(-1, dtype=torch.float64).mean())
+        for mine, theirs in zip(own, others, strict=True)
+    ]
 
 
 def _counts(states: dict[int, Any]) -> dict[str, int]:

@@ -58,10 +58,10 @@ class Given(nn.Module):
 
 @dataclass
 class Pass:
-    """What a plain pass left: ``inputs`` [1, T, H] of each layer, ``logprobs`` [R, V] at its rows."""
+    """What a plain pass left: ``inputs`` [1, T, H] of each layer, ``hidden`` [R, H] states at its rows."""
 
     inputs: dict[int, Tensor]
-    logprobs: Tensor
+    hidden: Tensor
 
 
 class Rig:
@@ -81,7 +81,7 @@ class Rig:
         self._inputs: dict[int, Tensor] | None = None
         for number, layer in enumerate(self._own):
             layer.register_forward_pre_hook(self._keep(number), with_kwargs=True)
-        parameters = inspect.signature(model.forward).parameters
+        parameters = inspect.signature(model.base_model.forward).parameters
         self._cache = "cache" if "cache" in parameters else "past_key_values"
 
     def cache(self) -> DynamicCache:
@@ -95,9 +95,9 @@ class Rig:
     def plain(self, ids: list[int], cache: DynamicCache, rows: list[int]) -> Pass:
         """All layers without banks, continuing a cache."""
         self._inputs = {}
-        logprobs = self._forward(ids, cache, rows)
+        hidden = self._forward(ids, cache, rows)
         inputs, self._inputs = self._inputs, None
-        return Pass(inputs, logprobs)
+        return Pass(inputs, hidden)
 
     def banked(
         self,
@@ -109,7 +109,7 @@ class Rig:
         *,
         writes: bool = False,
     ) -> Tensor:
-        """[R, V] with banks, from the first patched layer on; below it ``plain`` of the same ids is taken."""
+        """States [R, H] with banks, from the first patched layer on; below it ``plain`` of the same ids is taken."""
         with self._in_place(banks, writes), self._given(range(min(banks)), plain.inputs[min(banks)]):
             return self._forward(ids, cache, rows)
 
@@ -139,11 +139,15 @@ class Rig:
             for number in layers:
                 self._layers[number] = self._own[number]
 
+    def logprobs(self, hidden: Tensor) -> Tensor:
+        """[R, V] of hidden states [R, H]; one call for many rows, since the head's weights are large."""
+        logits = self.model.get_output_embeddings()(hidden)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return (logits if cap is None else torch.tanh(logits / cap) * cap).log_softmax(-1)
+
     def _forward(self, ids: list[int], cache: DynamicCache, rows: list[int]) -> Tensor:
-        found = self.model(
-            input_ids=torch.tensor([ids]), **{self._cache: cache}, use_cache=True, logits_to_keep=torch.tensor(rows)
-        )
-        return found.logits[0].float().log_softmax(-1)
+        found = self.model.base_model(input_ids=torch.tensor([ids]), **{self._cache: cache}, use_cache=True)
+        return found.last_hidden_state[0, rows]
 
     def _keep(self, number: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
