@@ -76,7 +76,12 @@ def test_family(family):
     for mode in ("off", "observe"):
         unchanged = answers(model, mode=mode, pa_layers=layers)
         for name in PROMPTS:
-            assert torch.equal(unchanged[name][1], off[name][1])
+            if (
+                mode == "observe" and FAMILIES[family].routed
+            ):  # a bank wants rows that nobody else reads (docs/models.md)
+                torch.testing.assert_close(unchanged[name][1], off[name][1], rtol=1e-5, atol=1e-5)
+            else:
+                assert torch.equal(unchanged[name][1], off[name][1])
 
     changed = 0
 
