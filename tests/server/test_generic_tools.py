@@ -25,7 +25,6 @@ SEVERAL = {**TOOLS, "parallel_tool_calls": True}
     [
         ("<answer>It is 5 < 7.\nReally.", ("It is 5 < 7.\nReally.", "", [], "stop")),
         ("<answer>", ("", "", [], "stop")),
-        ("<answer>.NET...", (".NET...", "", [], "stop")),
         ("<answer><tool_call>", ("<tool_call>", "", [], "stop")),
         (OSLO, ("", "", [HEARD], "tool_calls")),
         (f"{OSLO}\n{ROLL}", ("", "", [HEARD, ("roll-dice", "{}")], "tool_calls")),
@@ -46,7 +45,6 @@ def test_an_answer_is_text_or_calls_that_fit(live, scripted):
         f"{OSLO} Text.",
         "\n<answer>",
         "<answer>\n",
-        "<answer>...",
     )
     for said in wrong:
         scripted(live, said)
