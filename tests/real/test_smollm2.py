@@ -156,21 +156,6 @@ def test_a_tool_call(live):
     assert (call["function"]["name"], arguments["place"]) == ("get_weather", "Paris")
 
 
-def test_a_loop_of_tools_by_itself(live):
-    city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-    about = {"name": "get_weather", "description": "Get the current weather in a city.", "parameters": city}
-    tools, messages = [{"type": "function", "function": about}], user("Call get_weather for Paris.")
-    called = chat(live, messages, tools=tools, max_tokens=60)["choices"][0]
-    assert called["finish_reason"] == "tool_calls"
-    (call,) = called["message"]["tool_calls"]
-    assert json.loads(call["function"]["arguments"]) == {"city": "Paris"}
-    result = {"role": "tool", "tool_call_id": call["id"], "content": "sunny, 22 degrees"}
-    answer = chat(live, [*messages, called["message"], result], tools=tools, max_tokens=60)
-    assert "22 degrees" in said(answer)
-    text = said(chat(live, PROMPTS["short"], tools=tools, max_tokens=12))
-    assert text.startswith("The capital of France is Paris")
-
-
 def test_stop_strings(live):
     answer = chat(live, PROMPTS["short"], stop=["France is", "unsaid"])
     assert (said(answer), answer["choices"][0]["finish_reason"]) == ("The capital of ", "stop")
