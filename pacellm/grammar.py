@@ -164,8 +164,7 @@ def of_generic_answer(
     """
     begin, end = (quoted(mark) for mark in CALL)
     answer = f"answer: {quoted(ANSWER)} " + ("TEXT" if otherwise is None else f"@{otherwise.start.name}") + "\n"
-    # no blanks first, nor the dots that stand for text where the form is told
-    answer += "TEXT: /([^ \\t\\r\\n.](.|\\n)*|\\.([^.](.|\\n)*)?)?/\n" if otherwise is None else ""
+    answer += "TEXT: /([^ \\t\\r\\n](.|\\n)*)?/\n" if otherwise is None else ""
     others = () if otherwise is None else otherwise.parts
     if not functions:
         return Grammar((Part("answer", "tools", lark=f"start: answer\n{answer}"), *others))

@@ -40,10 +40,10 @@ class GenericForm:
         call = f"{self._begin}...{self._end}"
         return (
             f"You can call functions:\n{listed}\n\n"
-            f"If a function helps with the request, call it:\n{example}\n"
+            f"If a function helps with the request, call it at once:\n{example}\n"
             f'The result of {call} comes as "Result of NAME: ...", and you answer the user with it:\n'
-            f"{self._answer}...\n"
-            f"If no function helps, answer by yourself:\n{self._answer}..."
+            f"{self._answer}\n"
+            f"If no function helps, answer by yourself:\n{self._answer}"
         )
 
     def answer(self, content: str, calls: Iterable[dict[str, Any]]) -> str:

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 from pacellm.dialect import ANSWER, CALL, REASONING, Dialect
 from server.calls import CallScanner, Delta, begun, continued
 
+_ANSWER_END = ANSWER.replace("<", "</")
+
 
 class Reader(Protocol):
     """Reads one choice."""
@@ -182,8 +184,10 @@ class GenericReader:
         return self._read(self._reader.push(text))
 
     def finish(self) -> list[Delta]:
-        """What is left; a mark that was cut is nothing."""
+        """What is left; a mark that was cut is nothing, and so is one that closes the answer."""
         out = self._read(self._reader.finish())
+        if self._is_text and self._held.rstrip() != _ANSWER_END:
+            out += [{"content": self._held}] if self._held else []
         rest = "" if self._scanner is None or self.num_calls else CALL[0] + self._scanner.finish()
         return [*out, {"content": rest}] if rest else out
 
@@ -194,7 +198,7 @@ class GenericReader:
 
     def _take(self, text: str) -> list[Delta]:
         if self._is_text:
-            return [{"content": text}]
+            return self._text(text)
         if self._scanner is not None:
             return self._scanner.push(text)
         self._held += text
@@ -203,5 +207,13 @@ class GenericReader:
             return self._scanner.push(self._held.removeprefix(CALL[0]))
         if any(mark.startswith(self._held) and mark != self._held for mark in (CALL[0], ANSWER)):
             return []
-        self._is_text = True
-        return [{"content": self._held.removeprefix(ANSWER)}]
+        self._is_text, begun, self._held = True, self._held.removeprefix(ANSWER), ""
+        return self._text(begun)
+
+    def _text(self, text: str) -> list[Delta]:
+        """Text without what may be the mark that closes it, which nobody asked for and many models write."""
+        text = self._held + text
+        last = text[text.rfind("<") :] if "<" in text else ""
+        self._held = last if last and (_ANSWER_END.startswith(last) or last.rstrip() == _ANSWER_END) else ""
+        text = text.removesuffix(self._held)
+        return [{"content": text}] if text else []

@@ -25,7 +25,6 @@ SEVERAL = {**TOOLS, "parallel_tool_calls": True}
     [
         ("<answer>It is 5 < 7.\nReally.", ("It is 5 < 7.\nReally.", "", [], "stop")),
         ("<answer>", ("", "", [], "stop")),
-        ("<answer>.NET...", (".NET...", "", [], "stop")),
         ("<answer><tool_call>", ("<tool_call>", "", [], "stop")),
         (OSLO, ("", "", [HEARD], "tool_calls")),
         (f"{OSLO}\n{ROLL}", ("", "", [HEARD, ("roll-dice", "{}")], "tool_calls")),
@@ -46,7 +45,6 @@ def test_an_answer_is_text_or_calls_that_fit(live, scripted):
         f"{OSLO} Text.",
         "\n<answer>",
         "<answer>\n",
-        "<answer>...",
     )
     for said in wrong:
         scripted(live, said)
@@ -148,6 +146,10 @@ def test_reasoning_comes_first(scripted):
     ("text", "heard"),
     [
         ("<answer>a <b> c", ("a <b> c", [])),
+        ("<answer>21</answer>", ("21", [])),
+        ("<answer>21</answer>\n", ("21", [])),
+        ("<answer>a</answer> b <", ("a</answer> b <", [])),
+        ("<answer>a</ans", ("a</ans", [])),
         ("<ans", ("", [])),
         ("no mark", ("no mark", [])),
         (f"{OSLO}\n{ROLL}", ("", [HEARD, ("roll-dice", "{}")])),
@@ -192,13 +194,13 @@ def test_every_template_shows_all_of_it(family, tmp_path):
     call = '<tool_call>{"name": "get_weather", "arguments": {"place": "Oslo"}}</tool_call>'
     parts = [
         "Be brief.\n\nYou can call functions:\n" + json.dumps(WEATHER["function"]),
-        '<tool_call>{"name": "get_weather", "arguments": {"place": "...", "unit": "C"}}</tool_call>', "<answer>...",
+        '<tool_call>{"name": "get_weather", "arguments": {"place": "...", "unit": "C"}}</tool_call>',
         "How is it?", f"{call}\n{call}",
         "Result of get_weather: rain\nResult of get_weather: hail\n\nAnswer the user with these results.",
         "And then?", "<answer>Fine.", "Bye",
     ]  # fmt: skip
     if family == "mistral":  # its template puts the system message before the last of the user's
-        parts = [*parts[3:-1], *parts[:3], parts[-1]]
+        parts = [*parts[2:-1], *parts[:2], parts[-1]]
     places = [text.index(part) for part in parts]
     assert places == sorted(places), text
     assert "tool" not in chat._tokenizer.chat_template or "ipython" not in text
