@@ -14,7 +14,6 @@ import json
 import random
 import statistics
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,14 +29,18 @@ from pacellm.types import Delta, Event, Failed, GenerationRequest, SamplingParam
 TEXT = ("README.md", "docs/sessions.md", "docs/api.md", "docs/lab.md")
 
 
-@dataclass
 class Side:
     """One engine: seconds of its steps as (CPU, wall), and what it answered."""
 
-    engine: Engine
-    prefill: list[tuple[float, float]] = field(default_factory=list)
-    decode: list[tuple[float, float]] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin a round."""
+        self.prefill: list[tuple[float, float]] = []
+        self.decode: list[tuple[float, float]] = []
+        self.events: list[Event] = []
 
     def step(self) -> None:
         """One step, timed."""
@@ -63,7 +66,7 @@ def one_round(sides: list[Side], prompts: list[list[int]], new: int, name: str) 
     """Ratios of the second side to the first, and 1.0 under ``same`` where answers are equal to the bit."""
     sampling = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True, logprobs=1)
     for side in sides:
-        side.prefill, side.decode, side.events = [], [], []
+        side.forget()
         for number, prompt in enumerate(prompts):
             side.engine.add(GenerationRequest(f"{number}", prompt, sampling, tenant=name))
     order = list(sides)
