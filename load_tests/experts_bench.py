@@ -1,19 +1,24 @@
-"""What working sets of experts cost and bring: ``python load_tests/experts_bench.py --part recall`` (or ``speed``).
+"""What working sets of experts cost and bring: ``python load_tests/experts_bench.py --part recall`` (or others).
 
 ``recall``: documents of the bundled model's task, read with all experts and asked about with parts of them, for layouts
 by weights, by activations (on a document that is not asked about) and in random order.
 ``speed``: decode steps at Qwen2.5-0.5B's sizes with random weights and a random layout, densities in turn, beside each
-cell's own ceiling: the bytes of all weights over those that the step's sets leave. The last line is JSON.
+cell's own ceiling: the bytes of all weights over those that the step's sets leave; with ``--model`` at that model's.
+``perplexity``: of a checkpoint (``--model``) on texts (``--text``), ``--scored`` tokens behind every ``--length`` scored
+as if they had been decoded, over that of density 1. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import random
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -21,6 +26,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from pacellm.config import EngineConfig
 from pacellm.demo import MODEL_PATH
 from pacellm.demo.generator import make_document
+from pacellm.demo.probe import Probe
 from pacellm.demo.reader import DocumentReader, prompt_of, questions_of
 from pacellm.demo.shares import interval
 from pacellm.engine.engine import Engine
@@ -80,6 +86,43 @@ def recall(args: argparse.Namespace) -> list[dict[str, object]]:
     return rows
 
 
+def perplexity(args: argparse.Namespace) -> list[dict[str, object]]:
+    """Rows of perplexity by layout and density; ratios with 95 % bootstrap intervals over the windows."""
+    tokenizer = ChatTokenizer(args.model)
+    ids = tokenizer.encode("\n\n".join(path.read_text() for path in args.text))
+    size = args.length + args.scored
+    windows = [ids[start : start + size] for start in range(0, len(ids) - size, size)][: args.documents]
+    rng, rows = random.Random(0), []
+    for name in args.layouts:
+        model = load(args.model)
+        if name == "activations":
+            features = activation_features(model, ids[-args.calibration :], seed=0)
+            model = load(args.model)
+        else:
+            features = weight_features(model.module)
+        model = laid_out(model, features, shuffled if name == "random" else cluster, args.experts, args.seed)
+        engine = Engine(model, EngineConfig(kv_cache_memory=2**30, pa=False))
+        probe = Probe(engine)
+        losses: dict[float, list[float]] = {}
+        for number, window in enumerate(windows):
+            prompt, answer = window[: args.length], window[args.length :]
+            for density in args.densities:
+                logprobs = probe.logprobs(prompt, answer, "text", pa="off", density=density)
+                loss = -logprobs.gather(1, torch.tensor(answer)[:, None]).mean()
+                losses.setdefault(density, []).append(float(loss))
+            print(f"{name}: window {number + 1} of {len(windows)}", file=sys.stderr, flush=True)
+        base = losses[args.densities[0]]
+        for density, found in losses.items():
+            gaps = [one - other for one, other in zip(found, base, strict=True)]
+            means = sorted(statistics.fmean(rng.choices(gaps, k=len(gaps))) for _ in range(1000))
+            rows.append({"layout": name, "density": density, "windows": len(windows),
+                         "perplexity": round(math.exp(statistics.fmean(found)), 2),
+                         "ratio": round(math.exp(statistics.fmean(gaps)), 3),
+                         "interval": [round(math.exp(means[25]), 3), round(math.exp(means[975]), 3)]})  # fmt: skip
+            print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
 def speed(args: argparse.Namespace) -> list[dict[str, object]]:
     """Rows of decode steps by batch and density; ratios are medians of pairs of runs next to each other."""
     torch.manual_seed(args.seed)
@@ -88,13 +131,12 @@ def speed(args: argparse.Namespace) -> list[dict[str, object]]:
         vocab_size=151_936, tie_word_embeddings=True,
     )  # fmt: skip
     with torch.no_grad():
-        model = prepare(Qwen2ForCausalLM(config))
+        model = prepare(Qwen2ForCausalLM(config)) if args.model is None else load(args.model)
         model = laid_out(model, weight_features(model.module), shuffled, args.experts, args.seed)
     engine = Engine(model, EngineConfig(kv_cache_memory=2**30, pa=False, max_num_seqs=8))
     weights = sum(parameter.nbytes for parameter in model.module.parameters())
-    each = sum(axis.view.nbytes for ffn in ffns(model.module) if ffn is not None for axis in ffn.axes()) / len(
-        config.layer_types or range(config.num_hidden_layers)
-    )
+    each = sum(axis.view.nbytes for ffn in ffns(model.module) if ffn is not None for axis in ffn.axes())
+    each /= model.num_layers
     rows = []
     for batch in args.batches:
         times: dict[float, list[float]] = {density: [] for density in args.densities}
@@ -137,14 +179,21 @@ def _decode(engine: Engine, batch: int, density: float, args: argparse.Namespace
     return statistics.median(steps), part
 
 
+PARTS = {"recall": recall, "perplexity": perplexity, "speed": speed}
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--part", choices=("recall", "speed"), required=True)
+    add("--part", choices=tuple(PARTS), required=True)
     add("--experts", type=int, default=64)
     add("--densities", type=float, nargs="+", default=[1.0, 0.75, 0.5, 0.25])
     add("--seed", type=int, default=0)
+    add("--model", type=Path, help="a checkpoint's directory")
+    add("--text", type=Path, nargs="+", default=[], help="texts that perplexity is measured on")
+    add("--scored", type=int, default=128, help="tokens scored behind every ``length`` of a text")
+    add("--layouts", nargs="+", default=["weights", "activations", "random"])
     add("--length", type=int, default=1024, help="tokens of a document")
     add("--documents", type=int, default=10)
     add("--needles", type=int, default=20, help="questions to a document")
@@ -154,7 +203,7 @@ def main() -> None:
     add("--new", type=int, default=24)
     add("--rounds", type=int, default=3)
     args = parser.parse_args()
-    rows = recall(args) if args.part == "recall" else speed(args)
+    rows = PARTS[args.part](args)
     for row in rows:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
     print(json.dumps({"bench": f"experts {args.part}", "experts": args.experts, "threads": torch.get_num_threads(),

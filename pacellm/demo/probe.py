@@ -32,10 +32,16 @@ class Probe:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
-    def logprobs(self, prompt: list[int], answer: list[int], session: str, pa: PAChoice = "on") -> Tensor:
-        """[A, V] float64 log-probabilities at each token of ``answer`` [A] behind ``prompt``; the session stays."""
+    def logprobs(
+        self, prompt: list[int], answer: list[int], session: str, pa: PAChoice = "on", density: float | None = None
+    ) -> Tensor:
+        """[A, V] float64 log-probabilities at each token of ``answer`` [A] behind ``prompt``; the session stays.
+
+        Args:
+            density: part of the experts that the answer uses; None is the engine's.
+        """
         engine, scheduler = self.engine, self.engine.scheduler
-        request = GenerationRequest("probe", prompt, session=("demo", session), pa=pa, commit=False)
+        request = GenerationRequest("probe", prompt, session=("demo", session), pa=pa, commit=False, ce_density=density)
         sequence = Sequence(
             request, array("i", prompt), max_tokens=len(answer) + 1, seed=0, generated=list(answer[:-1])
         )
