@@ -4,8 +4,8 @@
 by weights, by activations (on a document that is not asked about) and in random order.
 ``speed``: decode steps at Qwen2.5-0.5B's sizes with random weights and a random layout, densities in turn, beside each
 cell's own ceiling: the bytes of all weights over those that the step's sets leave; with ``--model`` at that model's.
-``perplexity``: of a checkpoint (``--model``) on texts (``--text``), ``--scored`` tokens behind every ``--length`` scored as
-if they had been decoded, over that of density 1. The last line is JSON.
+``perplexity``: of a checkpoint (``--model``) on texts (``--text``), ``--scored`` tokens behind every ``--length``
+scored as if they had been decoded, over that of density 1. The last line is JSON.
 """
 
 from __future__ import annotations
