@@ -9,7 +9,7 @@ from langchain_tests.integration_tests import ChatModelIntegrationTests
 
 
 class TestPaceLLM(ChatModelIntegrationTests):
-    """The bundled model, which answers questions about facts in documents and whose template shows no tools."""
+    """The bundled model, which answers questions about facts in documents; its template shows no tools."""
 
     @property
     def chat_model_class(self):

@@ -92,8 +92,9 @@ def test_own_fields_pass(question):
 def test_errors(question, weather_tool):
     with pytest.raises(litellm.BadRequestError):
         litellm.completion(**SERVER, messages=question, temperature=3)
-    with pytest.raises(litellm.BadRequestError, match="tool_choice required"):
-        litellm.completion(**SERVER, messages=question, tools=[weather_tool])
+    with pytest.raises(litellm.BadRequestError, match="among the tools"):
+        choice = {"type": "function", "function": {"name": "another"}}
+        litellm.completion(**SERVER, messages=question, tools=[weather_tool], tool_choice=choice)
     with pytest.raises(litellm.NotFoundError):
         litellm.completion(**{**SERVER, "model": "openai/another"}, messages=question)
     with pytest.raises(litellm.AuthenticationError):
