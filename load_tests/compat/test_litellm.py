@@ -92,8 +92,8 @@ def test_own_fields_pass(question):
 def test_errors(question, weather_tool):
     with pytest.raises(litellm.BadRequestError):
         litellm.completion(**SERVER, messages=question, temperature=3)
+    choice = {"type": "function", "function": {"name": "another"}}
     with pytest.raises(litellm.BadRequestError, match="among the tools"):
-        choice = {"type": "function", "function": {"name": "another"}}
         litellm.completion(**SERVER, messages=question, tools=[weather_tool], tool_choice=choice)
     with pytest.raises(litellm.NotFoundError):
         litellm.completion(**{**SERVER, "model": "openai/another"}, messages=question)

@@ -98,7 +98,7 @@ def test_by_itself_a_model_calls_or_answers(live):
         answer = ask(live, tools=[WEATHER, DICE], **choice, n=8, seed=1, max_tokens=80)
         for one in answer.choices:
             content, _, calls, reason = parts(one)
-            assert bool(calls) != bool(content) or reason == "length"
+            assert not (calls and content) or reason == "length"  # a random answer may be empty
             assert not content.startswith("<")
             check(calls if reason != "length" else calls[:-1])
             assert not (calls and choice == {"tool_choice": "none"})
