@@ -49,11 +49,12 @@ async def _submit(service: Service, body: CompletionRequest, caller: Caller, ses
     try:
         for prompt in prompts:
             ids = await service.off_loop(text_prompt, service.tokenizer, prompt, body, limit)
-            request = service.request("cmpl", body, ids, sampling, caller, session)
+            request = service.request("cmpl", body, ids, sampling, caller, session, body.n or 1)
             append = (
                 await service.off_loop(text_append, service.tokenizer, prompt, ids) if body.pacellm.append else None
             )
-            request = dataclasses.replace(request, constraint=constraint, append=append)
+            # a form holds for the answer by itself
+            request = dataclasses.replace(request, constraint=constraint, append=append, continues=constraint is None)
             generations.append(await service.submit(request, caller))
     except BaseException as error:
         for generation in generations:
