@@ -23,7 +23,7 @@ from pacellm.errors import (
 )
 from pacellm.literals import Literals, structure_of
 from pacellm.model.gguf_check import check_gguf
-from pacellm.pieces import PieceMemo
+from pacellm.pieces import PieceMemo, too_long
 
 # what the template is given by other means; a request sets none of these as a variable
 _RESERVED = frozenset(
@@ -31,6 +31,8 @@ _RESERVED = frozenset(
      "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token", "additional_special_tokens")
 )  # fmt: skip
 _PROBE = "a text that a template shows"
+COUNTED_TOKENS = 2**19  # that a text may have where more than the context is of use: cut to its end, or only counted
+_CHARACTERS = 8  # for each token that a text may have; more is white space or a drawing
 _ENVIRONMENT = Environment(extensions=["jinja2.ext.loopcontrols"])
 
 
@@ -230,17 +232,18 @@ class ChatTokenizer:
         """Ids of a text, in which special tokens are what they look like. The interpreter is not held meanwhile.
 
         Args:
-            limit: refuse before tokenising what cannot have so few tokens.
+            limit: refuse before tokenising what has more tokens, or far too many characters.
             scope: whose texts these are, as a session's name; long pieces are remembered within it.
             add_special_tokens: add those that the tokenizer puts around a text.
 
         Raises:
-            ContextLengthExceeded: the text has more than ``limit`` tokens for certain.
+            ContextLengthExceeded: the text has more than ``limit`` tokens, or is too long to count.
         """
-        self._check_length(text, limit)
+        self.check_length(len(text), limit)
         if add_special_tokens:
+            self._memo.check(text, limit)
             return self.backend.encode_batch_fast([text], add_special_tokens=True)[0].ids
-        return self._memo.encode(text, scope)
+        return self._memo.encode(text, scope, limit=limit)
 
     def encode_chat(
         self, rendered: str, *, limit: int | None = None, scope: str | None = None, logged: array[int] | None = None
@@ -253,18 +256,30 @@ class ChatTokenizer:
             logged: ids of the session that it goes on; special tokens in answers are again what they are there.
 
         Raises:
-            ContextLengthExceeded: the text has more than ``limit`` tokens for certain.
+            ContextLengthExceeded: the text has more than ``limit`` tokens, or is too long to count.
             RequestError: the template wrote the texts so that they cannot be kept apart.
         """
-        self._check_length(rendered, limit)
-        return self.literals.encode(rendered, scope, logged)
+        self.check_length(len(rendered), limit)
+        return self.literals.encode(rendered, scope, logged, limit=limit)
 
-    def _check_length(self, text: str, limit: int | None) -> None:
-        at_least = len(text) // self._longest
-        if limit is not None and at_least > limit:
+    def check_length(self, characters: int, limit: int | None) -> None:
+        """Refuse a text before anything is done with it.
+
+        Args:
+            characters: that it has.
+            limit: tokens that it may have; None lets everything pass.
+
+        Raises:
+            ContextLengthExceeded: it has more for certain, or more than 8 characters for each (4 million at least).
+        """
+        if limit is None:
+            return
+        if characters // self._longest > limit:
+            raise too_long(characters // self._longest, limit)
+        most = _CHARACTERS * max(limit, COUNTED_TOKENS)
+        if characters > most:
             raise ContextLengthExceeded(
-                f"the prompt has at least {at_least:,} tokens; this model's context is {limit:,} tokens",
-                param="messages",
+                f"the text has {characters:,} characters; {most:,} are the most that it may have here", param="messages"
             )
 
     def encode_behind(

@@ -74,6 +74,26 @@ class OwnServer:
         folder = Path(f"/proc/{self.process.pid}/fd")
         return len(list(folder.iterdir())) if folder.is_dir() else None
 
+    def memory(self) -> int:
+        """Bytes of resident memory now."""
+        return self._status("VmRSS")
+
+    def peak_memory(self) -> int:
+        """The most since :meth:`forget_peak`."""
+        return self._status("VmHWM")
+
+    def forget_peak(self) -> None:
+        """Let the peak be what is used now."""
+        assert self.process is not None
+        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+
+    def _status(self, name: str) -> int:
+        assert self.process is not None
+        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+        raise RuntimeError(f"this system does not tell {name}")
+
 
 @contextmanager
 def own_server(flags: Sequence[str]) -> Iterator[OwnServer]:

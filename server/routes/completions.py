@@ -50,9 +50,9 @@ async def _submit(service: Service, body: CompletionRequest, caller: Caller, ses
         for prompt in prompts:
             ids = await service.off_loop(text_prompt, service.tokenizer, prompt, body, limit)
             request = service.request("cmpl", body, ids, sampling, caller, session)
-            append = (
-                await service.off_loop(text_append, service.tokenizer, prompt, ids) if body.pacellm.append else None
-            )
+            append = None
+            if body.pacellm.append:
+                append = await service.off_loop(text_append, service.tokenizer, prompt, ids, limit)
             request = dataclasses.replace(request, constraint=constraint, append=append)
             generations.append(await service.submit(request, caller))
     except BaseException as error:

@@ -24,7 +24,7 @@ class Strict(BaseModel):
 Body = TypeVar("Body", bound=Strict)
 
 
-def parse(kind: type[Body], body: bytes) -> Body:
+def parse(kind: type[Body], body: bytes | bytearray) -> Body:
     """A checked body.
 
     Raises:
