@@ -10,7 +10,7 @@ import numpy as np
 from pacellm.errors import BodyTooLarge, RequestError
 
 MAX_DEPTH = 128  # parsers go down to 200
-MAX_PAIRS = 2**17  # of all objects together: each unknown one is a problem that is described
+MAX_PAIRS = 2**17  # of all objects together
 MIN_PARSED = 64 * 2**20  # bytes that any body may come to
 _BLOCK = 2**18  # bytes looked at in one go
 # bytes of a number or a short string in a list, and of a small object of the schema; measured with pydantic

@@ -65,7 +65,8 @@ def _called(arguments: str) -> Callable[[int], bytes]:
 
 BODIES: dict[str, tuple[str, Callable[[int], bytes]]] = {
     "tiny messages": (_CHAT, _filled('{"messages":[', '{"role":"user","content":"a"},', "]}")),
-    "as many messages as may be": (_CHAT, _counted('{"messages":[', '{"role":"user","content":"a"},', "]}", 16_384)),
+    "as many messages as may be": (
+        _CHAT, _counted('{"n":0,"messages":[', '{"role":"user","content":"a"},', "]}", 16_384)),
     "empty messages": (_CHAT, _filled('{"messages":[', "{},", "]}")),
     "unknown keys": (_CHAT, _keys("{", "}")),
     "as many unknown keys as may be": (_CHAT, lambda size: _keys("{", "}")(min(size, 2**17 * 12))),

@@ -103,6 +103,12 @@ def test_wrong_lists_have_one_problem():
         assert caught.value.param
 
 
+def test_an_object_has_so_many_keys():
+    with pytest.raises(RequestError) as caught:
+        parse_chat(json.dumps({"messages": [], "logit_bias": {str(n): 1 for n in range(5000)}}).encode())
+    assert caught.value.code == "body_too_complex"
+
+
 @pytest.mark.parametrize("arguments", ["[" * 500 + "]" * 500, "[" + "[]," * 200_000 + "[]]"])
 def test_arguments_of_calls_are_json_too(arguments):
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
