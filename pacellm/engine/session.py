@@ -79,8 +79,12 @@ class Session:
 
     def __setattr__(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
-        if name in _BOOKED and getattr(self, "books", None) is not None:
-            self.books.enter(self)  # type: ignore[union-attr]
+        if self.books is None:
+            return
+        if name in _BOOKED:
+            self.books.enter(self)
+        elif name in ("ttl", "last_used"):
+            self.books.calendar.note(self)
 
     @property
     def is_resident(self) -> bool:

@@ -183,7 +183,7 @@ class SessionOps:
                 return WAIT
             session = self._store.open(key)
             session.kept, session.status = True, "new"
-            self._store.set_ttl(session, ttl)
+            session.ttl = ttl if ttl is not None else session.ttl
             return self.describe(session)
 
         return operation

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pacellm.engine.kv import BlockAllocator, KVTable
 from pacellm.engine.sequence import Sequence
 from pacellm.engine.session import Key, Session
-from pacellm.engine.session_books import Books, Calendar
+from pacellm.engine.session_books import Books
 from pacellm.engine.turn import Turn
 from pacellm.memory.pool import BankPool
 from pacellm.memory.state import BankState
@@ -57,7 +57,7 @@ class SessionStore:
         self.ttl = ttl
         self._sessions: OrderedDict[Key, Session] = OrderedDict()  # least recently used first
         self._by_tenant: dict[str, OrderedDict[Key, Session]] = {}  # the same
-        self.books, self._calendar = Books(), Calendar()
+        self.books = Books()
         self._holding: dict[int, Session] = {}  # by id: those with a table, deleted ones that still move included
         self._lost: OrderedDict[Key, None] = OrderedDict()
         self._log_bytes = 0
@@ -135,12 +135,6 @@ class SessionStore:
         self._sessions.move_to_end(session.key)
         self._by_tenant[session.key[0]].move_to_end(session.key)
 
-    def set_ttl(self, session: Session, ttl: float | None) -> None:
-        """It lives so many seconds unused; None leaves that as it is."""
-        if ttl is not None:
-            session.ttl = ttl
-        self._calendar.note(session)
-
     def _put_in(self, session: Session) -> None:
         before = self._sessions.get(session.key)
         if before is not None and before is not session:
@@ -149,7 +143,7 @@ class SessionStore:
         self._by_tenant.setdefault(session.key[0], OrderedDict())[session.key] = session
         session.books = self.books
         self.books.enter(session)
-        self._calendar.note(session)
+        self.books.calendar.note(session)
 
     def _take_out(self, session: Session) -> None:
         del self._sessions[session.key]
@@ -159,7 +153,7 @@ class SessionStore:
             del self._by_tenant[session.key[0]]
         session.books = None
         self.books.leave(session)
-        self._calendar.forget(session)
+        self.books.calendar.forget(session)
 
     def add(self, session: Session) -> None:
         """A session that was made elsewhere: forked, imported or found on disk."""
@@ -308,7 +302,7 @@ class SessionStore:
         if now < self._next_expiry:
             return []
         self._next_expiry = now + 1.0
-        return self._calendar.expired(now, self._next_expiry)
+        return self.books.calendar.expired(now, self._next_expiry)
 
     def evict_one(self, *, needs_row: bool = False) -> bool:
         """Move or drop the state of an idle session. False where there is none."""

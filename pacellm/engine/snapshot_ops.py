@@ -136,8 +136,7 @@ class SnapshotOps:
             facts: Session = checked["facts"]
             session.commits, session.folds, session.banks = facts.commits, facts.folds, facts.banks
             session.ending = facts.ending
-            session.generation = generation + 1
-            self._store.set_ttl(session, ttl)
+            session.generation, session.ttl = generation + 1, ttl if ttl is not None else session.ttl
             self._engine.forget_progress(key[0], key)
             self._store.put_log_in(session, checked["log"], checked["origin"])
             if checked["kv"]:

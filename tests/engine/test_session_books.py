@@ -66,9 +66,9 @@ def test_sessions_expire_when_they_were_not_used(store, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: now[0])
     short, used, busy, plain = (store.open(("a", name)) for name in ("short", "used", "busy", "plain"))
     for session in (short, used, busy):
-        store.set_ttl(session, 100)
+        session.ttl = 100
     busy.busy = True
-    store.set_ttl(short, 10)  # an earlier time than the one it had
+    short.ttl = 10  # an earlier time than the one it had
     now[0] += 11
     assert store.expired() == [short]
     store.remove(short)
@@ -90,7 +90,7 @@ def test_sessions_expire_when_they_were_not_used(store, monkeypatch):
 
 def test_looking_for_the_expired_costs_nothing_where_none_are(store, monkeypatch):
     for number in range(2000):
-        store.set_ttl(store.open(("a", str(number))), 3600)
+        store.open(("a", str(number))).ttl = 3600
     monkeypatch.setattr(Session, "expires", property(lambda session: pytest.fail("looked at")))
     assert store.expired() == []
 
