@@ -31,8 +31,9 @@ _RESERVED = frozenset(
      "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token", "additional_special_tokens")
 )  # fmt: skip
 _PROBE = "a text that a template shows"
-COUNTED_TOKENS = 2**19  # that a text may have where more than the context is of use: cut to its end, or only counted
-_CHARACTERS = 8  # for each token that a text may have; more is white space or a drawing
+COUNTED_TOKENS = 2**18  # that a text may have where more than the context is of use: cut to its end, or only counted
+# that any text may have, and for each token; more is white space or a drawing. Encoding takes 90 bytes for each
+_CHARACTERS, _PER_TOKEN = 2**21, 6
 _ENVIRONMENT = Environment(extensions=["jinja2.ext.loopcontrols"])
 
 
@@ -270,13 +271,13 @@ class ChatTokenizer:
             limit: tokens that it may have; None lets everything pass.
 
         Raises:
-            ContextLengthExceeded: it has more for certain, or more than 8 characters for each (4 million at least).
+            ContextLengthExceeded: it has more for certain, or more than 6 characters for each (2,097,152 at least).
         """
         if limit is None:
             return
         if characters // self._longest > limit:
             raise too_long(characters // self._longest, limit)
-        most = _CHARACTERS * max(limit, COUNTED_TOKENS)
+        most = max(_CHARACTERS, _PER_TOKEN * limit)
         if characters > most:
             raise ContextLengthExceeded(
                 f"the text has {characters:,} characters; {most:,} are the most that it may have here", param="messages"

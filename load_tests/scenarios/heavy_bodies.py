@@ -80,13 +80,13 @@ BODIES: dict[str, tuple[str, Callable[[int], bytes]]] = {
     "a text of escapes": (_CHAT, _filled(*_message("\\u0416"))),
     "a text with one wide character": (_CHAT, _filled(_message("")[0] + "😀", "a", '"}]}')),
     "wide characters": (_CHAT, _filled(*_message("😀"))),
-    "4 MB of spaces": (_CHAT, _counted(*_message(" "), 2**22 - 2**16)),
-    "4 MB of letters": (_CHAT, _counted(*_message("qzx"), 2**20)),
+    "2 MB of spaces": (_CHAT, _counted(*_message(" "), 2**21 - 2**16)),
+    "2 MB of letters": (_CHAT, _counted(*_message("qzx"), 2**19)),
     "1 MB of wide characters": (_CHAT, _counted(*_message("🤖"), 2**18)),
-    "4 MB cut to the last token": (
-        _CHAT, _counted('{"truncate_prompt_tokens":1,' + _message("")[0][1:], "xq ", '"}]}', 2**20)),
+    "2 MB cut to the last token": (
+        _CHAT, _counted('{"truncate_prompt_tokens":1,' + _message("")[0][1:], "xq ", '"}]}', 2**19)),
     "special tokens as text": (_CHAT, _counted(*_message("<|end|><|user|>"), 2**17)),
-    "half special tokens": (_CHAT, _counted(*_message("<|us"), 2**20)),
+    "half special tokens": (_CHAT, _counted(*_message("<|us"), 2**19)),
     "arguments of lists": (_CHAT, _called("[],")),
     "arguments of numbers": (_CHAT, _called("1,")),
     "a schema": (
@@ -101,7 +101,7 @@ BODIES: dict[str, tuple[str, Callable[[int], bytes]]] = {
     "a million words": (_TEXT, _counted('{"prompt":[', '"a",', "]}", 2**20)),
     "a million ids to text": (_IDS, _counted('{"tokens":[', "777,", "]}", 2**20)),
     "a text to count": ("/tokenize", _filled('{"prompt":"', "a b ", '"}')),
-    "2 MB to count and show": ("/tokenize", _counted('{"return_token_strs":true,"prompt":"', "a b ", '"}', 2**18)),
+    "1 MB to count and show": ("/tokenize", _counted('{"return_token_strs":true,"prompt":"', "a b ", '"}', 2**18 - 64)),
     "items": ("/v1/responses", _filled('{"input":[', '{"role":"user","content":"a"},', "]}")),
     "no JSON": (_CHAT, _filled("", '"', "")),
     "zeros": (_CHAT, lambda size: bytes(size)),
