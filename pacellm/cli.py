@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,7 +97,7 @@ def build(options: argparse.Namespace) -> tuple[Service, Keys, Team | None]:
     from server.service import Service
 
     name = options.served_model_name or ("pacellm-demo" if options.model is None else options.model)
-    settings = server_settings(options, name, has_keys=bool(keys))
+    settings = server_settings(options, name, keys)
     if header is None:
         check_directory(path, allow_pickle=options.allow_pickle)
     else:
@@ -163,14 +164,20 @@ def serve_options(flags: Sequence[str]) -> argparse.Namespace:
     return _parser().parse_args(["serve", *flags])
 
 
-def server_settings(options: argparse.Namespace, model_name: str, *, has_keys: bool) -> Settings:
-    """The HTTP side's settings from the flags. Without keys on loopback only loopback names are served, so that no
-    web page can reach the server under a name of its own."""
+def server_settings(options: argparse.Namespace, model_name: str, keys: Keys) -> Settings:
+    """The HTTP side's settings from the flags. Without keys only names of this machine are served, so that no web page
+    can reach the server under a name of its own.
+
+    Raises:
+        ConfigError: ``--metrics-tenant`` names a tenant without a key.
+    """
     from server.settings import Settings
 
     hosts = tuple(options.allowed_host)
-    if not hosts and not has_keys and options.host in _LOOPBACK:
-        hosts = _LOOPBACK
+    if not keys:
+        hosts += tuple(dict.fromkeys((*_LOOPBACK, options.host, socket.gethostname())))
+    if options.metrics_tenant is not None and not keys.names(options.metrics_tenant):
+        raise ConfigError(f"no API key stands for the tenant {options.metrics_tenant!r}", param="metrics_tenant")
     return Settings(
         model_name=model_name,
         max_body_bytes=options.max_body_bytes,
@@ -183,6 +190,10 @@ def server_settings(options: argparse.Namespace, model_name: str, *, has_keys: b
         allowed_hosts=hosts,
         cors_origins=tuple(options.cors_origin),
         admin_port=options.admin_port,
+        metrics_tenant=options.metrics_tenant,
+        share_snapshots=options.share_snapshots,
+        max_connections=options.max_connections,
+        max_sessions_per_key=options.max_sessions_per_key or None,
     )
 
 
@@ -324,6 +335,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--max-snapshot-bytes", type=_size, default=2**30, help="largest session snapshot made or taken")
     add("--allow-unsigned-snapshots", action="store_true", help="take session snapshots that others made: their "
         "banks and logs are then whatever the client says")  # fmt: skip
+    add("--share-snapshots", action="store_true", help="take session snapshots of other tenants' sessions")
     add(
         "--pa",
         action=argparse.BooleanOptionalAction,
@@ -353,13 +365,12 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--api-key", action="append", default=[], help="a key that lets callers in; repeatable, each its own tenant")
     add("--api-key-file", type=Path, help="lines of 'tenant: key'; a tenant is a namespace of sessions")
     add("--max-requests-per-key", type=int, help="requests that one tenant may have queued or running")
-    add(
-        "--allowed-host",
-        action="append",
-        default=[],
-        help="Host header to serve, or *.domain; repeatable",
-    )
+    add("--max-sessions-per-key", type=int, default=100_000, help="sessions that one tenant may have (0: no limit)")
+    add("--max-connections", type=_at_least_one, default=1024, help="connections that may be open at once")
+    add("--allowed-host", action="append", default=[], help="name to serve beside IP addresses (without keys also "
+        "beside this machine's), *.domain, or * for all; repeatable")  # fmt: skip
     add("--cors-origin", action="append", default=[], help="origin whose pages may use the server; repeatable")
+    add("--metrics-tenant", metavar="TENANT", help="the tenant whose keys alone may read /metrics (default: all)")
     add("--admin-port", type=int, help="serve /metrics on this port and not on the main one")
     add("--otlp-endpoint", metavar="URL", help="send a trace of every request to this OTLP collector, as "
         "http://127.0.0.1:4318; needs the extra otel")  # fmt: skip

@@ -21,6 +21,8 @@
     │   ├── SessionConflict      another server owns the session's latest state
     │   └── SnapshotRefused      a snapshot that is damaged, foreign or not signed here
     ├── InvalidApiKey            no key, or a wrong one
+    ├── Forbidden                a key that is not for this
+    │   └── ForeignOrigin        a browser sent it for someone else's page
     ├── Overloaded               the queue is full: try again after ``retry_after`` seconds
     ├── Draining                 the server is shutting down
     ├── Aborted                  the request was cancelled
@@ -120,6 +122,20 @@ class InvalidApiKey(PaceError):
     status = 401
     type = "invalid_request_error"
     code = "invalid_api_key"
+
+
+class Forbidden(PaceError):
+    """The caller is known, and this is not for it."""
+
+    status = 403
+    type = "permission_error"
+    code = "forbidden"
+
+
+class ForeignOrigin(Forbidden):
+    """A browser sent it for a page that is not this server's."""
+
+    code = "foreign_origin"
 
 
 class SessionNotFound(RequestError):

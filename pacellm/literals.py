@@ -131,11 +131,13 @@ class Literals:
 
     # -- after it ----------------------------------------------------------------------------------------------
 
-    def encode(self, rendered: str, scope: str | None, logged: array[int] | None) -> list[int]:
+    def encode(
+        self, rendered: str, scope: str | None, logged: array[int] | None, *, limit: int | None = None
+    ) -> list[int]:
         """Ids of a prompt that was rendered from shielded texts.
 
         Args:
-            scope: as for :meth:`PieceMemo.encode`.
+            scope, limit: as for :meth:`PieceMemo.encode`.
             logged: what the prompt's session has fed and generated so far.
 
         Raises:
@@ -147,20 +149,20 @@ class Literals:
                 param="messages",
             )
         if not any(character in rendered for character in _RESERVED):
-            return self._memo.encode(rendered, scope)
+            return self._memo.encode(rendered, scope, limit=limit)
         if logged is not None and _OWN in rendered:
             rendered = self._as_logged(rendered, scope, logged)
-        return self._apart(rendered, scope)
+        return self._apart(rendered, scope, limit)
 
     def has_own(self, rendered: str) -> bool:
         """There are special tokens in texts that repeat what the model may have generated."""
         return _OWN in rendered
 
-    def _apart(self, rendered: str, scope: str | None) -> list[int]:
+    def _apart(self, rendered: str, scope: str | None, limit: int | None = None) -> list[int]:
         text = self._written.sub(lambda found: self._second.aliases[found[0]], rendered)
         text = text.replace(_JOINT, "").replace(_OWN, "")
         text = _ESCAPED.sub(lambda found: _RESERVED[int(found[1])], text)
-        return self._second.ids(self._memo, text, scope)
+        return self._second.ids(self._memo, text, scope, limit)
 
     def _as_logged(self, rendered: str, scope: str | None, logged: array[int]) -> str:
         """The prompt, with those of the model's own special tokens restored that its session's log has in their
@@ -220,9 +222,9 @@ class _Second:
         vocabulary = {token.content: number for number, token in second.get_added_tokens_decoder().items()}
         self._meaning = {vocabulary[text]: ids for text, ids in meaning.items()}
 
-    def ids(self, memo: PieceMemo, text: str, scope: str | None) -> list[int]:
+    def ids(self, memo: PieceMemo, text: str, scope: str | None, limit: int | None = None) -> list[int]:
         """Ids of a text with aliases, as the first tokenizer has them."""
-        ids = memo.encode(text, scope, self._pieces)
+        ids = memo.encode(text, scope, self._pieces, limit=limit)
         leaked = self._texts.keys() & set(ids)  # some vocabularies have them as text
         meaning = self._meaning | {number: self._spelled(self._texts[number]) for number in leaked}
         found: list[int] = []

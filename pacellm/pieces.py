@@ -17,6 +17,11 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from pacellm.errors import ContextLengthExceeded
+
+_COUNTED = 2**20  # bytes; longer texts are counted in windows first: encoding takes 160 bytes of memory a byte
+_WINDOW = 2**17  # characters
+_SEAM = 64  # tokens that cutting a window out may add
 _LONG = 2000  # characters; shorter pieces are encoded faster than looked up
 _SAMPLES = ("a b", " a b ", "\na\n\nb\n", "Ünïcödé 漢字 123", "x", " ", "\n", "## 4.5e-3;\tend.")
 
@@ -55,9 +60,43 @@ class Pieces:
         """A text's pieces, the tokens among them."""
         return (piece for piece in self._cut.split(text) if piece)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, no special tokens added. The interpreter is not held meanwhile."""
+    def encode(self, text: str, limit: int | None = None) -> list[int]:
+        """Ids of a text, no special tokens added. The interpreter is not held meanwhile.
+
+        Args:
+            limit: refuse a long text with more tokens before it is encoded as a whole.
+
+        Raises:
+            ContextLengthExceeded: it has more.
+        """
+        self.check(text, limit)
         return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def check(self, text: str, limit: int | None) -> None:
+        """Refuse a long text that has too many tokens, by the counts of its parts.
+
+        Raises:
+            ContextLengthExceeded: it has more than ``limit``.
+        """
+        if limit is None or _num_bytes(text) <= _COUNTED:
+            return
+        at_least = 0
+        for start in range(0, len(text), _WINDOW):
+            window = text[start : start + _WINDOW]
+            at_least += len(self._backend.encode_batch_fast([window], add_special_tokens=False)[0]) - _SEAM
+            if at_least > limit:
+                raise too_long(at_least, limit)
+
+
+def too_long(at_least: int, limit: int) -> ContextLengthExceeded:
+    """The refusal of a text that has too many tokens for certain."""
+    return ContextLengthExceeded(
+        f"the text has more than {at_least:,} tokens; {limit:,} are the most that it may have here", param="messages"
+    )
+
+
+def _num_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 class PieceMemo:
@@ -80,21 +119,30 @@ class PieceMemo:
         self.is_exact = bool(tokens) and not any(token.lstrip or token.rstrip or token.single_word for token in tokens)
         self.is_exact = self.is_exact and self._agrees(contents)
 
-    def encode(self, text: str, scope: str | None = None, pieces: Pieces | None = None) -> list[int]:
+    def encode(
+        self, text: str, scope: str | None = None, pieces: Pieces | None = None, *, limit: int | None = None
+    ) -> list[int]:
         """Ids of a text, no special tokens added. The interpreter is not held while a piece is encoded.
 
         Args:
             text: may contain special tokens.
             scope: long pieces are remembered for, and found by, the same scope only; None remembers nothing.
             pieces: a tokenizer that encodes every piece that is not cut by this one's tokens as this one does.
+            limit: as for :meth:`Pieces.encode`.
         """
         pieces = pieces or self._pieces
         if scope is None or not self.is_exact or len(text) < _LONG:
-            return pieces.encode(text)
+            return pieces.encode(text, limit)
         ids: list[int] = []
         for piece in pieces.of(text):
-            ids += pieces.encode(piece) if len(piece) < _LONG else self._long(piece, scope, pieces)
+            ids += pieces.encode(piece) if len(piece) < _LONG else self._long(piece, scope, pieces, limit)
+            if limit is not None and len(ids) > limit:
+                raise too_long(len(ids), limit)
         return ids
+
+    def check(self, text: str, limit: int | None) -> None:
+        """As :meth:`Pieces.check`."""
+        self._pieces.check(text, limit)
 
     def forget(self, scope: str, *, below: bool = False) -> None:
         """Drop what a scope remembers; with ``below`` what every scope whose name begins so does."""
@@ -102,13 +150,13 @@ class PieceMemo:
             for key in [key for key in self._known if (key[0].startswith(scope) if below else key[0] == scope)]:
                 self._num_tokens -= len(self._known.pop(key))
 
-    def _long(self, piece: str, scope: str, pieces: Pieces) -> array[int]:
+    def _long(self, piece: str, scope: str, pieces: Pieces, limit: int | None) -> array[int]:
         key = scope, hashlib.blake2b(piece.encode(), digest_size=16).digest()
         with self._lock:
             if key in self._known:
                 self._known.move_to_end(key)
                 return self._known[key]
-        ids = array("i", pieces.encode(piece))
+        ids = array("i", pieces.encode(piece, limit))
         with self._lock:
             if key not in self._known:
                 self._known[key] = ids

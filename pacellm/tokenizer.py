@@ -24,7 +24,7 @@ from pacellm.errors import (
 )
 from pacellm.literals import Literals, structure_of
 from pacellm.model.gguf_check import check_gguf
-from pacellm.pieces import PieceMemo
+from pacellm.pieces import PieceMemo, too_long
 
 # what the template is given by other means; a request sets none of these as a variable
 _RESERVED = frozenset(
@@ -32,6 +32,9 @@ _RESERVED = frozenset(
      "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token", "additional_special_tokens")
 )  # fmt: skip
 _PROBE = "a text that a template shows"
+COUNTED_TOKENS = 2**18  # that a text may have where more than the context is of use: cut to its end, or only counted
+# that any text may have, and for each token; more is white space or a drawing. Encoding takes 90 bytes for each
+_CHARACTERS, _PER_TOKEN = 2**21, 6
 _ENVIRONMENT = Environment(extensions=["jinja2.ext.loopcontrols"])
 
 
@@ -236,17 +239,18 @@ class ChatTokenizer:
         """Ids of a text, in which special tokens are what they look like. The interpreter is not held meanwhile.
 
         Args:
-            limit: refuse before tokenising what cannot have so few tokens.
+            limit: refuse before tokenising what has more tokens, or far too many characters.
             scope: whose texts these are, as a session's name; long pieces are remembered within it.
             add_special_tokens: add those that the tokenizer puts around a text.
 
         Raises:
-            ContextLengthExceeded: the text has more than ``limit`` tokens for certain.
+            ContextLengthExceeded: the text has more than ``limit`` tokens, or is too long to count.
         """
-        self._check_length(text, limit)
+        self.check_length(len(text), limit)
         if add_special_tokens:
+            self._memo.check(text, limit)
             return self.backend.encode_batch_fast([text], add_special_tokens=True)[0].ids
-        return self._memo.encode(text, scope)
+        return self._memo.encode(text, scope, limit=limit)
 
     def encode_chat(
         self, rendered: str, *, limit: int | None = None, scope: str | None = None, logged: array[int] | None = None
@@ -259,18 +263,30 @@ class ChatTokenizer:
             logged: ids of the session that it goes on; special tokens in answers are again what they are there.
 
         Raises:
-            ContextLengthExceeded: the text has more than ``limit`` tokens for certain.
+            ContextLengthExceeded: the text has more than ``limit`` tokens, or is too long to count.
             RequestError: the template wrote the texts so that they cannot be kept apart.
         """
-        self._check_length(rendered, limit)
-        return self.literals.encode(rendered, scope, logged)
+        self.check_length(len(rendered), limit)
+        return self.literals.encode(rendered, scope, logged, limit=limit)
 
-    def _check_length(self, text: str, limit: int | None) -> None:
-        at_least = len(text) // self._longest
-        if limit is not None and at_least > limit:
+    def check_length(self, characters: int, limit: int | None) -> None:
+        """Refuse a text before anything is done with it.
+
+        Args:
+            characters: that it has.
+            limit: tokens that it may have; None lets everything pass.
+
+        Raises:
+            ContextLengthExceeded: it has more for certain, or more than 6 characters for each (2,097,152 at least).
+        """
+        if limit is None:
+            return
+        if characters // self._longest > limit:
+            raise too_long(characters // self._longest, limit)
+        most = max(_CHARACTERS, _PER_TOKEN * limit)
+        if characters > most:
             raise ContextLengthExceeded(
-                f"the prompt has at least {at_least:,} tokens; this model's context is {limit:,} tokens",
-                param="messages",
+                f"the text has {characters:,} characters; {most:,} are the most that it may have here", param="messages"
             )
 
     def encode_behind(

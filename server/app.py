@@ -45,7 +45,7 @@ def create_app(service: Service, keys: Keys | None = None) -> ASGIApp:
             allow_headers=["*"],
             expose_headers=_EXPOSED,
         )
-    return Edge(app, settings.allowed_hosts, service.metrics.count_response)
+    return Edge(app, settings.allowed_hosts, settings.cors_origins, service.metrics.count_response)
 
 
 def create_admin_app(service: Service, keys: Keys | None = None) -> ASGIApp:
@@ -53,7 +53,7 @@ def create_admin_app(service: Service, keys: Keys | None = None) -> ASGIApp:
     app = _new_app(service, keys, None)
     app.include_router(routes.public)
     app.include_router(routes.admin)
-    return Edge(app, service.settings.allowed_hosts)
+    return Edge(app, service.settings.allowed_hosts, service.settings.cors_origins)
 
 
 def _new_app(service: Service, keys: Keys | None, lifespan) -> FastAPI:

@@ -28,6 +28,10 @@ class Keys:
     def __bool__(self) -> bool:
         return bool(self._tenants)
 
+    def names(self, tenant: str) -> bool:
+        """A key stands for this tenant."""
+        return any(tenant == known for _, known in self._tenants)
+
     def tenant(self, key: str) -> str | None:
         """The tenant of a key, None for a wrong one. Every known key is compared, each in constant time."""
         digest, found = _digest(key), None

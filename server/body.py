@@ -3,53 +3,86 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
 from pacellm.errors import Aborted, BodyTimeout, BodyTooLarge, RequestError
+from server.auth import tenant_of
+from server.intake import Claim
 from server.schema.base import RESPONSE_PREFIX, SESSION_ID
 from server.service import Service
+from server.shape import shape_of
 
-_SMALL_BODY = 256 * 1024
+_SMALL_BODY = 16 * 1024
 _USUAL_LIMIT = 64 * 2**20
 T = TypeVar("T")
 
 
-async def parsed(request: Request, parse: Callable[[bytes], T]) -> tuple[bytes, T]:
-    """The body as it came and as ``parse`` reads it; large ones are parsed off the event loop.
+@dataclass(frozen=True)
+class Received:
+    """What is kept of a body as it came.
+
+    Attributes:
+        size: in bytes.
+        digest: empty where nothing asks for one.
+    """
+
+    size: int
+    digest: bytes
+
+    def __len__(self) -> int:
+        return self.size
+
+
+async def parsed(request: Request, parse: Callable[[bytes | bytearray], T]) -> tuple[Received, T]:
+    """The body as it came, and as ``parse`` reads it. Large ones are looked over and parsed off the event loop.
 
     Raises:
-        RequestError: too large, too slow, or not what ``parse`` wants.
+        RequestError: too large, too slow, or not what ``parse`` wants. Overloaded: no room for it now.
     """
     service: Service = request.app.state.service
-    raw = bytes(await timed_body(request, service.settings.max_body_bytes))
-    return raw, parse(raw) if len(raw) < _SMALL_BODY else await service.off_loop(parse, raw)
+    limit, is_digested = service.settings.max_body_bytes, "idempotency-key" in request.headers
+
+    def read(raw: bytearray) -> tuple[Received, T]:
+        if len(raw) >= _SMALL_BODY:
+            shape_of(raw, limit)
+        return Received(len(raw), hashlib.sha256(raw).digest() if is_digested else b""), parse(raw)
+
+    with service.bodies.claim(tenant_of(request)) as claim:
+        raw = await timed_body(request, limit, claim)
+        return read(raw) if len(raw) < _SMALL_BODY else await service.off_loop(read, raw)
 
 
-async def timed_body(request: Request, limit: int) -> bytearray:
+async def timed_body(request: Request, limit: int, claim: Claim) -> bytearray:
     """The body, if it comes in time: ``body_seconds``, and as long again for each further 64 MiB that ``limit`` allows.
 
+    Args:
+        claim: for its memory.
+
     Raises:
-        BodyTooLarge: it is over ``limit`` bytes. BodyTimeout: it is too slow.
+        BodyTooLarge: it is over ``limit`` bytes. BodyTimeout: it is too slow. Overloaded: no room for it now.
     """
     service: Service = request.app.state.service
     seconds = service.settings.body_seconds * max(1, limit / _USUAL_LIMIT)
     try:
         async with asyncio.timeout(seconds):
-            return await read_body(request, limit)
+            return await read_body(request, limit, claim)
     except TimeoutError:
         raise BodyTimeout(f"the body did not come within {seconds:g} s") from None
 
 
-async def read_body(request: Request, limit: int) -> bytearray:
-    """The body, refused as soon as it is over the limit.
+async def read_body(request: Request, limit: int, claim: Claim) -> bytearray:
+    """The body, refused as soon as it is over the limit or there is no room for it.
 
     Raises:
         BodyTooLarge: the declared or the real length is over ``limit`` bytes. Aborted: the client left.
+        Overloaded: no room for it now.
     """
     declared = request.headers.get("content-length", "")
     data = bytearray()
@@ -59,6 +92,7 @@ async def read_body(request: Request, limit: int) -> bytearray:
                 data += part
                 if len(data) > limit:
                     break
+                claim.grow(len(data))
             else:
                 return data
         except ClientDisconnect:

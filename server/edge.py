@@ -1,7 +1,8 @@
-"""The outermost layer: request ids, the Host check, and one log line a request. It never looks into bodies."""
+"""The outermost layer: request ids, what browsers may do, and one log line a request. It never looks into bodies."""
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import re
 import time
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pacellm.errors import RequestError
+from pacellm.errors import ForeignOrigin, PaceError, RequestError
 from server import logs
 from server.errors import response_of
 
@@ -19,6 +20,7 @@ logger = logging.getLogger("pacellm.access")
 REQUEST_ID = r"^[A-Za-z0-9._:-]{1,128}$"
 MAX_HEADERS = 128
 _PROBES = frozenset(("/health", "/ready", "/metrics", "/version"))
+_FOR_ALL = frozenset(("/health", "/ready", "/metrics"))  # probes and scrapes come by a pod's address or any name
 
 
 class Edge:
@@ -26,15 +28,21 @@ class Edge:
 
     Args:
         app: what answers.
-        allowed_hosts: names that the Host header may have, ``*.example.org`` for subdomains; empty lets all pass.
+        allowed_hosts: names that the Host header may have beside IP addresses, ``*.example.org`` for subdomains; empty
+            lets all pass. An address is no name that a web page's owner could point here.
+        origins: whose pages may use the server; its own always may.
         count: called with the status of every answer, but for those to probes and scrapes.
     """
 
     def __init__(
-        self, app: ASGIApp, allowed_hosts: Sequence[str] = (), count: Callable[[int], None] | None = None
+        self,
+        app: ASGIApp,
+        allowed_hosts: Sequence[str] = (),
+        origins: Sequence[str] = (),
+        count: Callable[[int], None] | None = None,
     ) -> None:
         self._app, self._hosts = app, tuple(host.lower() for host in allowed_hosts)
-        self._count = count
+        self._origins, self._count = frozenset(origins), count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -58,7 +66,7 @@ class Edge:
 
         token = logs.request_id.set(request_id)
         try:
-            problem = self._problem(headers, given, known)
+            problem = self._problem(headers, given, known) or self._stranger(scope["path"], headers)
             app = self._app if problem is None else response_of(problem)
             await app(scope, receive, answer)
         finally:
@@ -72,19 +80,52 @@ class Edge:
             return RequestError(f"more than {MAX_HEADERS} headers", code="too_many_headers")
         if given is not None and known is None:
             return RequestError("X-Request-ID must be 1 to 128 of A-Z a-z 0-9 . _ : -", param="X-Request-ID")
-        if self._hosts and not self._is_allowed(_host(headers.get("host", ""))):
-            return RequestError("this Host is not served here", param="Host", code="invalid_host")
+        return None
+
+    def _stranger(self, path: str, headers: Headers) -> PaceError | None:
+        """Refuse what a web page of someone else's may have sent."""
+        if path in _FOR_ALL:
+            return None
+        host = headers.get("host", "")
+        if self._hosts and not self._is_allowed(_host(host)):
+            return RequestError(
+                f"this server has no name {_host(host)[:80]!r}; start it with --allowed-host NAME", param="Host",
+                code="invalid_host",
+            )  # fmt: skip
+        if self._is_foreign(headers, host):
+            return ForeignOrigin(
+                "pages of other origins may not use this server; start it with --cors-origin ORIGIN", param="Origin"
+            )
         return None
 
     def _is_allowed(self, host: str) -> bool:
+        if _is_address(host) or "*" in self._hosts:
+            return True
         return any(host == name or (name.startswith("*.") and host.endswith(name[1:])) for name in self._hosts)
+
+    def _is_foreign(self, headers: Headers, host: str) -> bool:
+        """A browser sent it for a page that is not this server's own. Whatever else sends requests has none of this."""
+        origin, site = headers.get("origin"), headers.get("sec-fetch-site")
+        if origin in self._origins or "*" in self._origins:
+            return False
+        if site is not None:  # pages cannot set it
+            return site not in ("same-origin", "none")
+        return origin is not None and origin.partition("://")[2].lower() != host.lower()
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _host(header: str) -> str:
     """The name without the port; IPv6 addresses without brackets."""
     if header.startswith("["):
         return header[1:].partition("]")[0].lower()
-    return header.partition(":")[0].lower()
+    return header.partition(":")[0].lower().removesuffix(".")
 
 
 def _log(scope: Scope, status: int, seconds: float) -> None:

@@ -102,6 +102,10 @@ class Histories:
     def __len__(self) -> int:
         return sum(map(len, self._entries.values()))
 
+    def count(self, tenant: str) -> int:
+        """How many entries a tenant has."""
+        return len(self._entries.get(tenant, ()))
+
     def get(self, key: Key) -> Entry | None:
         """An entry that is there, now the one used last."""
         entry = self._entries.get(key[0], OrderedDict()).get(key[1])

@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -15,6 +16,9 @@ from fastapi.responses import Response
 from pacellm.errors import Conflict, RequestError
 from server import sse
 from server.callers import Caller
+
+if TYPE_CHECKING:
+    from server.body import Received
 
 KEY = r"^[\x21-\x7e]{1,255}$"
 _SECONDS = 3600.0
@@ -42,7 +46,7 @@ class Idempotency:
         self._records: OrderedDict[tuple[str, str], _Record] = OrderedDict()
 
     async def answer(
-        self, request: Request, caller: Caller, raw: bytes, start: Callable[[], Awaitable[Response]]
+        self, request: Request, caller: Caller, raw: Received, start: Callable[[], Awaitable[Response]]
     ) -> Response:
         """The stored answer, or what ``start`` answers.
 
@@ -60,7 +64,7 @@ class Idempotency:
             raise RequestError("Idempotency-Key must be 1 to 255 printable ASCII characters", param="Idempotency-Key")
         place = (caller.tenant, key)
         told = (request.url.path, request.headers.get("x-session-id", ""))
-        fingerprint = hashlib.sha256("\0".join(told).encode() + b"\0" + raw).digest()
+        fingerprint = hashlib.sha256("\0".join(told).encode() + b"\0" + raw.digest).digest()
         self._expire()
         record = self._records.get(place)
         if record is not None:

@@ -3,16 +3,87 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from pathlib import Path
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from pacellm.errors import ConfigError
+from server import wire
 from server.app import create_admin_app, create_app
 from server.auth import Keys
 from server.service import Service
 
-_MAX_HEADER_BYTES = 64 * 1024  # of all headers together; h11 refuses more with 400
+_LAST_EVENTS = 5  # seconds in which streams that are cut say so
+_ADMIN_CONNECTIONS = 64
+_HELD_BACK = 1024  # connections, by the kernel
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which tells the service that it ends: first that no request is taken any more, then that those
+    that still run have had their time.
+
+    Args:
+        service: that its app answers from.
+        shutdown_timeout: seconds that running requests get to end.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service, shutdown_timeout: int) -> None:
+        super().__init__(config)
+        config.timeout_graceful_shutdown = shutdown_timeout + _LAST_EVENTS
+        self._service, self._seconds = service, shutdown_timeout
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen. Of the connections that the kernel holds back asyncio accepts as many in one go as it was told to let
+        it hold back, so that is few (:func:`wire.room_for`), and the kernel is told of more afterwards."""
+        await super().startup(sockets)
+        for listener in (one for server in self.servers for one in server.sockets):
+            with socket.fromfd(listener.fileno(), listener.family, listener.type) as same:
+                same.listen(_HELD_BACK)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let running requests end; those that do not end with an error that says why."""
+        self._service.drain()
+        timer = asyncio.get_running_loop().call_later(self._seconds, self._service.end_all)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+
+def config_of(
+    app: ASGIApp,
+    door: wire.Door,
+    *,
+    host: str,
+    port: int,
+    log_level: str = "warning",
+    tls: tuple[Path | None, Path | None] = (None, None),
+) -> uvicorn.Config:
+    """How an app is served.
+
+    Args:
+        door: of its connections; ``most`` gives way to the descriptors that there are.
+        tls: certificate chain and key, both or none.
+    """
+    door.most, batch = wire.room_for(door.most)
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=wire.behind(door),
+        ws="none",
+        log_config=None,
+        log_level=log_level,
+        access_log=False,
+        server_header=False,
+        backlog=batch,
+        timeout_keep_alive=int(door.head_seconds) + 1,
+        h11_max_incomplete_event_size=wire.MAX_HEAD_BYTES,
+        ssl_certfile=tls[0],
+        ssl_keyfile=tls[1],
+    )
 
 
 def run(
@@ -41,29 +112,17 @@ def run(
         if path is not None and not path.is_file():
             raise ConfigError(f"there is no file {path}", param="ssl_certfile")
 
-    def config(app, port: int) -> uvicorn.Config:
-        return uvicorn.Config(
-            app,
-            host=host,
-            port=port,
-            http="h11",
-            ws="none",
-            log_config=None,
-            log_level=log_level,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=shutdown_timeout,
-            h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
-            ssl_certfile=certificate,
-            ssl_keyfile=key,
-        )
+    def config(app: ASGIApp, port: int, most: int) -> uvicorn.Config:
+        door = wire.Door(most, service.settings.head_seconds, service.settings.stall_seconds)
+        return config_of(app, door, host=host, port=port, log_level=log_level, tls=tls)
 
-    main = uvicorn.Server(config(create_app(service, keys), port))
-    admin_port = service.settings.admin_port
-    if admin_port is None:
+    settings = service.settings
+    app = create_app(service, keys)
+    main = Server(config(app, port, settings.max_connections), service, shutdown_timeout)
+    if settings.admin_port is None:
         main.run()
         return
-    admin = uvicorn.Server(config(create_admin_app(service, keys), admin_port))
+    admin = uvicorn.Server(config(create_admin_app(service, keys), settings.admin_port, _ADMIN_CONNECTIONS))
     asyncio.run(_both(main, admin))
 
 

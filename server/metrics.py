@@ -17,7 +17,6 @@ from pacellm import errors
 from pacellm.config import PRESETS
 from pacellm.engine.stats import per_layer
 from pacellm.engine.thread import EngineThread
-from pacellm.memory.tiers import banks_nbytes
 from pacellm.modes import MODES
 from pacellm.types import Delta, Event, Failed, Finished
 
@@ -134,24 +133,21 @@ class _EngineCollector(Collector):
         engine = self._thread.engine
         store, moves, progress = engine.sessions, engine.mover.stats, engine.scheduler.progress
         refused = moves.refused + engine.mover.openings.num_refused
-        by_tier = Counter(session.tier for session in store)
         sessions = GaugeMetricFamily("pacellm_sessions_by_tier", "Sessions by tier.", labels=["model_name", "tier"])
         for tier in ("device", "host", "disk", "log"):
-            sessions.add_metric([self._model, tier], by_tier[tier])
+            sessions.add_metric([self._model, tier], store.books.tiers[tier])
         yield sessions
         held = GaugeMetricFamily(
             "pacellm_session_bytes", "Bytes that sessions hold.", labels=["model_name", "tier", "kind"]
         )
         held.add_metric([self._model, "device", "kv"], store.kv_bytes)
         held.add_metric([self._model, "device", "bank"], store.bank_bytes)
-        kept = [(state.nbytes, banks_nbytes(state.banks)) for state in (session.host for session in store) if state]
-        host_banks = sum(banks for _, banks in kept)
-        held.add_metric([self._model, "host", "kv"], sum(size for size, _ in kept) - host_banks)
-        held.add_metric([self._model, "host", "bank"], host_banks)
-        stored = [session.stored for session in store if session.stored is not None]
+        books = store.books
+        held.add_metric([self._model, "host", "kv"], books.host_bytes - books.host_bank_bytes)
+        held.add_metric([self._model, "host", "bank"], books.host_bank_bytes)
         row_bytes = engine.pool.bytes_per_row if engine.pool is not None else 0
-        held.add_metric([self._model, "disk", "kv"], sum(stored) * engine.model.bytes_per_token)
-        held.add_metric([self._model, "disk", "bank"], len(stored) * row_bytes)
+        held.add_metric([self._model, "disk", "kv"], books.stored_tokens * engine.model.bytes_per_token)
+        held.add_metric([self._model, "disk", "bank"], books.stored * row_bytes)
         files = engine.mover.files
         if files is not None:
             held.add_metric([self._model, "disk", "log"], files.budget.log_bytes)

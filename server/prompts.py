@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from pacellm.errors import RequestError
-from pacellm.tokenizer import ChatTokenizer
+from pacellm.tokenizer import COUNTED_TOKENS, ChatTokenizer
 from pacellm.types import Append, End
 from server.conversation import Talk
 from server.schema.completions import CompletionRequest
@@ -67,17 +67,42 @@ def text_prompt(
     if isinstance(prompt, list):
         return prompt
     check_text(prompt, "prompt")
-    limit = None if body.truncate_prompt_tokens is not None else limit
+    limit = text_limit(limit, is_cut=body.truncate_prompt_tokens is not None)
     return tokenizer.encode(prompt, limit=limit, add_special_tokens=body.add_special_tokens)
 
 
-def text_append(tokenizer: ChatTokenizer, prompt: str | list[int], whole: list[int]) -> Append:
+def text_limit(limit: int | None, *, is_cut: bool = True) -> int | None:
+    """Tokens that a text may have.
+
+    Args:
+        limit: the model's context.
+        is_cut: only a part of it is used in the end, or nothing but its count.
+    """
+    return max(limit, COUNTED_TOKENS) if is_cut and limit is not None else limit
+
+
+def check_characters(tokenizer: ChatTokenizer, messages: Sequence[Message], limit: int | None) -> None:
+    """Refuse a conversation that is too long for certain before it is rendered.
+
+    Args:
+        limit: tokens.
+
+    Raises:
+        ContextLengthExceeded: it is.
+    """
+    tokenizer.check_length(sum(message.num_characters() for message in messages), limit)
+
+
+def text_append(
+    tokenizer: ChatTokenizer, prompt: str | list[int], whole: list[int], limit: int | None = None
+) -> Append:
     """A completion's prompt as it follows a session's history, right behind its last token.
 
     Args:
         whole: ids of the prompt alone.
+        limit: the model's context.
     """
-    ids = prompt if isinstance(prompt, list) else tokenizer.encode_behind(prompt)
+    ids = prompt if isinstance(prompt, list) else tokenizer.encode_behind(prompt, limit=limit)
     return Append(dict.fromkeys(get_args(End), ids), whole, param="prompt")
 
 

@@ -21,6 +21,7 @@ from pacellm.engine.thread import EngineThread
 from pacellm.errors import (
     Aborted,
     DeadlineExceeded,
+    Draining,
     EngineDead,
     ModelNotFound,
     Overloaded,
@@ -35,6 +36,7 @@ from server.callers import Caller
 from server.histories import Histories, Key
 from server.idempotency import Idempotency
 from server.inbox import Inbox
+from server.intake import Intake
 from server.metrics import Metrics
 from server.schema.base import RESPONSE_PREFIX
 from server.schema.chat import ChatCompletionRequest
@@ -117,6 +119,7 @@ class Service:
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pacellm-tokenizer")
         self._generations: dict[str, Generation] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.bodies, self.snapshots = Intake(8 * settings.max_body_bytes), Intake(2 * settings.max_snapshot_bytes)
         self.idempotency = Idempotency()
         self.histories = Histories(settings.response_memory, settings.response_ttl, self.delete_later, tokenizer.forget)
         self.conversations: set[Key] = set()  # those of which a response is being made
@@ -187,11 +190,12 @@ class Service:
         Raises:
             RequestError: names the field.
         """
-        draft = await self.off_loop(lambda: Draft(self.tokenizer, self.grammars, asked()))
+        limit = self.engine.config.max_model_len
+        draft = await self.off_loop(lambda: Draft(self.tokenizer, self.grammars, asked(), limit))
         logged = None
         if session is not None and draft.needs_log:
             logged = await self.operate(self.engine.ops.context(session))
-        return await self.off_loop(draft.turn, sampling, self.engine.config.max_model_len, scope, logged)
+        return await self.off_loop(draft.turn, sampling, scope, logged)
 
     async def compile(self, grammar: Grammar | None) -> Constraint | None:
         """What an answer must look like, for the engine.
@@ -279,6 +283,8 @@ class Service:
             raise Overloaded(
                 f"this key has {limit} requests queued or running, its limit", retry_after=1, code="rate_limit_exceeded"
             )
+        if request.session is not None:
+            self.check_room(request.session)
         left = self._seconds_left(caller)
         if left is not None and left <= 0:
             raise _late()
@@ -291,6 +297,29 @@ class Service:
         if left is not None:
             generation.timer = asyncio.get_running_loop().call_later(left, self._end, generation, _late())
         return generation
+
+    def drain(self) -> None:
+        """Take no new requests; those submitted run to their end."""
+        self.thread.drain()
+
+    def end_all(self) -> None:
+        """Fail what still runs or waits because the server ends."""
+        for generation in list(self._generations.values()):
+            self._end(generation, Draining("the server is shutting down"))
+
+    def check_room(self, session: Key) -> None:
+        """Refuse a session that would be one too many of its tenant's. Stored responses have a budget of their own.
+
+        Raises:
+            Overloaded: it would.
+        """
+        (tenant, name), limit = session, self.settings.max_sessions_per_key
+        if limit is None or name.startswith(RESPONSE_PREFIX) or self.engine.sessions.get(session) is not None:
+            return
+        if self.engine.sessions.count(tenant) - self.histories.count(tenant) >= limit:
+            raise Overloaded(
+                f"this key has {limit:,} sessions, its limit; delete some", retry_after=60, code="too_many_sessions"
+            )
 
     def cancel(self, tenant: str, request_id: str) -> int:
         """End a tenant's requests with this X-Request-ID or this answer id; how many there were."""

@@ -21,11 +21,17 @@ class Settings:
         header_wait: seconds that a stream's headers wait for admission, to say what it found.
         request_timeout: seconds from arrival to the end of an answer, None for no deadline.
         max_requests_per_key: requests that one tenant may have queued or running, None for no limit.
-        allowed_hosts: what the Host header may name; empty lets everything pass.
-        cors_origins: origins whose pages may read answers; empty: none.
+        max_connections: open at once; fewer where there are not descriptors enough.
+        head_seconds: seconds in which a request's head must have come, also from the end of the answer before.
+        stall_seconds: seconds that a client may take no byte of its answer.
+        max_sessions_per_key: sessions that one tenant may have, None for no limit.
+        allowed_hosts: names that the Host header may have beside IP addresses; empty lets everything pass.
+        cors_origins: origins whose pages may use the server; empty: only its own.
         response_memory: bytes of stored responses and their conversations' messages.
         response_ttl: seconds that a stored response lives.
         admin_port: /metrics is served on this port instead of the main one.
+        metrics_tenant: whose keys alone may read /metrics; None lets every key.
+        share_snapshots: take session snapshots that were made of another tenant's sessions.
     """
 
     model_name: str
@@ -37,9 +43,15 @@ class Settings:
     header_wait: float = 1.0
     request_timeout: float | None = None
     max_requests_per_key: int | None = None
+    max_connections: int = 1024
+    head_seconds: float = 15.0
+    stall_seconds: float = 60.0
+    max_sessions_per_key: int | None = 100_000
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     admin_port: int | None = None
+    metrics_tenant: str | None = None
+    share_snapshots: bool = False
     max_snapshot_bytes: int = 2**30
     allow_unsigned_snapshots: bool = False
     response_memory: int = 256 * 2**20

@@ -14,7 +14,7 @@ from pacellm.grammar import Function, Grammar, Mark
 from pacellm.tokenizer import ChatTokenizer
 from pacellm.types import Append, Outline, SamplingParams
 from server.appending import Following, outline_of
-from server.prompts import rendered_turn
+from server.prompts import check_characters, rendered_turn, text_limit
 from server.readers import GenericReader, ListReader, ParsedReader, PlainReader, Reader
 from server.schema.tools import NamedTool
 from server.schema.turn import TurnRequest
@@ -49,13 +49,16 @@ class Draft:
         tokenizer: of the model.
         grammars: knows which texts are special tokens.
         asked: the request.
+        limit: the model's context; what is longer for certain is refused before it is rendered or tokenised.
 
     Raises:
         RequestError: the template refuses it, or behind any history, or its fields contradict each other.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, grammars: Grammars, asked: TurnRequest) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, grammars: Grammars, asked: TurnRequest, limit: int | None) -> None:
         self._tokenizer, self._asked = tokenizer, asked
+        self._limit = text_limit(limit, is_cut=asked.is_truncated)
+        check_characters(tokenizer, asked.messages, self._limit)
         self._form = _Form(tokenizer.dialect, grammars, asked)
         self._following = Following(tokenizer, asked) if asked.appends else None
         self._rendered = rendered_turn(tokenizer, asked) if self._following is None else self._following.text
@@ -66,20 +69,18 @@ class Draft:
         return self._following is None and self._tokenizer.literals.has_own(self._rendered)
 
     def turn(
-        self, sampling: SamplingParams, limit: int | None, scope: str | None, logged: array[int] | None
+        self, sampling: SamplingParams, scope: str | None, logged: array[int] | None
     ) -> Turn:  # fmt: skip
         """All that it comes to.
 
         Args:
-            limit: the model's context; a prompt that is longer for certain is refused before tokenising.
             scope: whose texts these are, as tenant and session; long pieces are remembered within it.
             logged: ids of the session that it goes on.
 
         Raises:
             RequestError: it is too long.
         """
-        asked, tokenizer, form = self._asked, self._tokenizer, self._form
-        limit = None if asked.is_truncated else limit
+        asked, tokenizer, form, limit = self._asked, self._tokenizer, self._form, self._limit
         append, rendered = None, self._rendered
         if self._following is not None:
             prompt, append = self._following.encoded(limit, scope)

@@ -17,7 +17,7 @@ from load_tests.scenarios.servers import report
 from load_tests.scenarios.talks import make_talk, percentile, spread
 
 ROOT = Path(__file__).parent.parent
-SCENARIOS = ("long_beside_short", "many_sessions", "disconnects", "kill")
+SCENARIOS = ("long_beside_short", "many_sessions", "disconnects", "kill", "heavy_bodies")
 SCRAPE = """\
 # TYPE pacellm_sessions gauge
 pacellm_sessions{model_name="m"} 3

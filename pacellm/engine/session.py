@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from array import array
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pacellm.engine.history import Ending
 from pacellm.engine.kv import KVTable
@@ -14,8 +14,12 @@ from pacellm.memory.state import BankState
 from pacellm.memory.tiers import HostState
 from pacellm.types import SessionStatus
 
+if TYPE_CHECKING:
+    from pacellm.engine.session_books import Books
+
 Key = tuple[str, str]
 Tier = Literal["device", "host", "disk", "log"]
+_BOOKED = frozenset(("table", "loading", "host", "stub", "stored"))  # what its tier and its bytes depend on
 
 
 @dataclass(eq=False)
@@ -38,6 +42,7 @@ class Session:
         note: what was refused on the way, until a request has said so.
         kept: created by itself, so it stays without a commit.
         banks: per layer, fill and reads so far, as of the last commit.
+        books: of the store that it is in.
     """
 
     key: Key
@@ -70,6 +75,16 @@ class Session:
     created: float = field(default_factory=time.time)
     last_used: float = field(default_factory=time.time)
     banks: dict[int, dict[str, int]] = field(default_factory=dict)
+    books: Books | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if self.books is None:
+            return
+        if name in _BOOKED:
+            self.books.enter(self)
+        elif name in ("ttl", "last_used"):
+            self.books.calendar.note(self)
 
     @property
     def is_resident(self) -> bool:

@@ -6,6 +6,7 @@ waits for the worker or for the session's running request. Whoever asked holds a
 
 from __future__ import annotations
 
+import itertools
 import logging
 from array import array
 from collections.abc import Callable
@@ -119,9 +120,27 @@ class SessionOps:
 
         return operation
 
-    def list(self, tenant: str) -> Operation:
-        """Metadata of a tenant's sessions, most recently used first."""
-        return lambda: [self.describe(session) for session in self._store.of(tenant) if session.commits or session.kept]
+    def list(self, tenant: str, *, limit: int | None = None, after: str | None = None) -> Operation:
+        """Metadata of a tenant's sessions, most recently used first.
+
+        Args:
+            limit: how many at most.
+            after: the id that the page before ended with.
+
+        Raises (when run):
+            SessionNotFound: that one is gone.
+        """
+
+        def operation() -> Any:
+            found = self._store.of(tenant)
+            ids = [] if after is None else [session.key[1] for session in found]
+            if after is not None and after not in ids:
+                raise SessionNotFound(f"no session {after!r} to list from", param="after")
+            start = 0 if after is None else ids.index(after) + 1
+            shown = (session for session in found[start:] if session.commits or session.kept)
+            return [self.describe(session) for session in itertools.islice(shown, limit)]
+
+        return operation
 
     def describe(self, session: Session) -> dict[str, Any]:
         """What a client may know of its session; nothing of its content."""

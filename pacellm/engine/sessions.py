@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pacellm.engine.kv import BlockAllocator, KVTable
 from pacellm.engine.sequence import Sequence
 from pacellm.engine.session import Key, Session
+from pacellm.engine.session_books import Books
 from pacellm.engine.turn import Turn
 from pacellm.memory.pool import BankPool
 from pacellm.memory.state import BankState
@@ -55,6 +56,8 @@ class SessionStore:
         self._log_memory, self.fold_after = log_memory, fold_after
         self.ttl = ttl
         self._sessions: OrderedDict[Key, Session] = OrderedDict()  # least recently used first
+        self._by_tenant: dict[str, OrderedDict[Key, Session]] = {}  # the same
+        self.books = Books()
         self._holding: dict[int, Session] = {}  # by id: those with a table, deleted ones that still move included
         self._lost: OrderedDict[Key, None] = OrderedDict()
         self._log_bytes = 0
@@ -104,13 +107,18 @@ class SessionStore:
 
     def of(self, tenant: str) -> list[Session]:
         """A tenant's sessions, most recently used first."""
-        return [session for key, session in reversed(self._sessions.items()) if key[0] == tenant]
+        return list(reversed(self._by_tenant.get(tenant, OrderedDict()).values()))
+
+    def count(self, tenant: str) -> int:
+        """How many a tenant has. Any thread may ask."""
+        return len(self._by_tenant.get(tenant, ()))
 
     def open(self, key: Key) -> Session:
         """The session of a request that is being admitted, created where there is none."""
         session = self._sessions.get(key)
         if session is None:
-            session = self._sessions[key] = Session(key, ttl=self.ttl)
+            session = Session(key, ttl=self.ttl)
+            self._put_in(session)
             if key in self._lost:
                 del self._lost[key]
                 session.status = "lost"
@@ -125,10 +133,31 @@ class SessionStore:
         """It is the one used last."""
         session.last_used = time.time()
         self._sessions.move_to_end(session.key)
+        self._by_tenant[session.key[0]].move_to_end(session.key)
+
+    def _put_in(self, session: Session) -> None:
+        before = self._sessions.get(session.key)
+        if before is not None and before is not session:
+            self._take_out(before)
+        self._sessions[session.key] = session
+        self._by_tenant.setdefault(session.key[0], OrderedDict())[session.key] = session
+        session.books = self.books
+        self.books.enter(session)
+        self.books.calendar.note(session)
+
+    def _take_out(self, session: Session) -> None:
+        del self._sessions[session.key]
+        others = self._by_tenant[session.key[0]]
+        del others[session.key]
+        if not others:
+            del self._by_tenant[session.key[0]]
+        session.books = None
+        self.books.leave(session)
+        self.books.calendar.forget(session)
 
     def add(self, session: Session) -> None:
         """A session that was made elsewhere: forked, imported or found on disk."""
-        self._sessions[session.key] = session
+        self._put_in(session)
         self._lost.pop(session.key, None)
         self._log_bytes += session.log_bytes
         if session.table is not None:
@@ -144,7 +173,7 @@ class SessionStore:
                 return
             if session.status == "lost":
                 self._lost[session.key] = None
-            del self._sessions[session.key]
+            self._take_out(session)
 
     def will_fold(self, session: Session, turn: Turn) -> bool:
         """Committing ``turn`` makes the log longer than it may be."""
@@ -196,7 +225,7 @@ class SessionStore:
         session.deleted = True
         self._log_bytes -= session.log_bytes
         if self._sessions.get(session.key) is session:
-            del self._sessions[session.key]
+            self._take_out(session)
         self.forgotten(session)
         if not session.moving and not session.busy:
             self.drop(session)
@@ -260,7 +289,7 @@ class SessionStore:
                 return
             session = self._sessions[key]
             if session.stub and not (session.moving or session.busy or session.wanted):
-                del self._sessions[key]  # the disk still knows it
+                self._take_out(session)  # the disk still knows it
 
     @property
     def may_expire(self) -> bool:
@@ -273,11 +302,7 @@ class SessionStore:
         if now < self._next_expiry:
             return []
         self._next_expiry = now + 1.0
-        return [
-            session
-            for session in self._sessions.values()
-            if session.expires is not None and session.expires < now and not (session.busy or session.wanted)
-        ]
+        return self.books.calendar.expired(now, self._next_expiry)
 
     def evict_one(self, *, needs_row: bool = False) -> bool:
         """Move or drop the state of an idle session. False where there is none."""

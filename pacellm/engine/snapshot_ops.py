@@ -49,6 +49,7 @@ class SnapshotOps:
             records, log, origin = self._engine.records, list(session.log), session.origin
             metadata = records.metadata(session)
             metadata.pop("keep_foreign", None)
+            metadata["tenant"] = key[0]
             state = self._state_of(session, kv=kv)
             size = session.log_bytes + (state.nbytes if state is not None else 0)
             if size > limit:
@@ -81,8 +82,12 @@ class SnapshotOps:
         spans = [Span(run.start, run.slot, run.length) for run in session.table.runs()]
         return download(self._engine.runner.slabs, spans, len(session.context), banks)
 
-    def check(self, data: bytearray, *, trust_unsigned: bool) -> dict[str, Any]:
+    def check(self, data: bytearray, *, trust_unsigned: bool, tenant: str | None = None) -> dict[str, Any]:
         """Read a snapshot; any thread may call this. What it returns goes to :meth:`put`.
+
+        Args:
+            trust_unsigned: accept any signature.
+            tenant: of whose sessions it must have been made; None takes all.
 
         Raises:
             SnapshotRefused: says why. RequestError: the model is split over ranks.
@@ -90,6 +95,11 @@ class SnapshotOps:
         self._refuse_parts()
         records = self._engine.records
         tensors, metadata = snapshot.read(memoryview(data), self._secret, trust_unsigned=trust_unsigned, whole=True)
+        if tenant is not None and metadata.get("tenant") != tenant:
+            raise SnapshotRefused(
+                "snapshot was not made of one of this tenant's sessions (or by an earlier version); a server with "
+                "--share-snapshots takes it"
+            )
         log, origin = records.take_log(tensors, metadata)
         facts = Session(("", ""))
         records.take_facts(facts, metadata)

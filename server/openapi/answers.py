@@ -145,7 +145,9 @@ SCHEMAS: dict[str, Schema] = {
         bytes=fields(kv=COUNT, bank=COUNT, host=COUNT, log=COUNT),
         bank=maybe(OBJECT),
     ),
-    "Sessions": fields(object=one_of("list"), data=many(ref("Session"))),
+    "Sessions": fields(
+        object=one_of("list"), data=many(ref("Session")), first_id=maybe(TEXT), last_id=maybe(TEXT), has_more=FLAG
+    ),
     "SessionDeleted": fields(id=TEXT, object=one_of("session.deleted"), deleted=one_of(True)),
     "SessionsDeleted": fields(object=one_of("list.deleted"), deleted=COUNT),
     "Cancelled": fields(id=TEXT, object=one_of("request.cancelled"), cancelled=COUNT),

@@ -16,6 +16,7 @@ from server.schema.base import SESSION_ID, Strict
 _ERRORS = {
     400: "A bad value; `param` names the field",
     401: "No key, or a wrong one",
+    403: "A browser sent it for another origin's page, or the key is not for this",
     404: "Not there, or another caller's",
     408: "The body did not come in time",
     409: "An equal request, or the session, is in use",
@@ -69,7 +70,7 @@ def _complete(described: dict[str, Any], operation: Operation, schemas: dict[str
         "content": content,
         **({"headers": headers} if headers else {}),
     }
-    errors = (400, 500, *operation.errors, *(() if operation.is_public else (401,)))
+    errors = (400, 500, *operation.errors, *(() if operation.is_public else (401, 403)))
     answers: dict[int, Any] = {status: {"$ref": f"#/components/responses/Error{status}"} for status in errors}
     answers |= dict.fromkeys((operation.status, *operation.also), whole)
     described["responses"] = {str(status): answers[status] for status in sorted(answers)}

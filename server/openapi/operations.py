@@ -15,9 +15,9 @@ from server.schema.tokens import DetokenizeRequest, TokenizeRequest
 JSON = "application/json"
 TENSORS = "application/vnd.safetensors"
 PLAIN = "text/plain"
-_BODY = (408, 413)
+_BODY = (408, 413, 429)
 _ENGINE = (503,)
-_GENERATION = (404, 409, *_BODY, 429, 499, 503, 504)
+_GENERATION = (404, 409, *_BODY, 499, 503, 504)
 _HI = [{"role": "user", "content": "What is the access code of the amber archive?"}]
 
 
@@ -29,7 +29,7 @@ class Operation:
         answer: name of the schema of its answer, or the media type where it is not JSON.
         body: what checks its body, or the media type where that is not JSON.
         example: a body.
-        errors: statuses that it answers with beside 400, 401 and 500.
+        errors: statuses that it answers with beside 400, 401, 403 and 500.
         status: of success.
         may_lack_body: an empty body is as good as ``{}``.
         streams: with ``stream: true`` it answers with server-sent events.
@@ -81,7 +81,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/v1/models"): Operation("Models"),
     ("GET", "/v1/models/{model}"): Operation("Model", errors=(404,)),
     ("POST", "/v1/requests/{request_id}/cancel"): Operation("Cancelled", errors=(404,)),
-    ("GET", "/v1/sessions"): Operation("Sessions", errors=_ENGINE),
+    ("GET", "/v1/sessions"): Operation("Sessions", errors=(404, *_ENGINE)),
     ("POST", "/v1/sessions"): Operation(
         "Session",
         NamedSession,

@@ -50,9 +50,9 @@ async def _submit(service: Service, body: CompletionRequest, caller: Caller, ses
         for prompt in prompts:
             ids = await service.off_loop(text_prompt, service.tokenizer, prompt, body, limit)
             request = service.request("cmpl", body, ids, sampling, caller, session, body.n or 1)
-            append = (
-                await service.off_loop(text_append, service.tokenizer, prompt, ids) if body.pacellm.append else None
-            )
+            append = None
+            if body.pacellm.append:
+                append = await service.off_loop(text_append, service.tokenizer, prompt, ids, limit)
             # a form holds for the answer by itself
             request = dataclasses.replace(request, constraint=constraint, append=append, continues=constraint is None)
             generations.append(await service.submit(request, caller))

@@ -10,6 +10,8 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 import pacellm
+from pacellm.errors import Forbidden
+from server.auth import tenant_of
 from server.service import Service
 
 public = APIRouter()  # the only routes that need no key
@@ -53,4 +55,7 @@ async def version(request: Request) -> dict[str, Any]:
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     service: Service = request.app.state.service
+    reader = service.settings.metrics_tenant
+    if reader is not None and tenant_of(request) != reader:
+        raise Forbidden("only keys of the tenant that --metrics-tenant names may read metrics")
     return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from pacellm.errors import RequestError
 from server.auth import tenant_of
 from server.body import check_writable, timed_body
+from server.schema.base import SESSION_ID
 from server.schema.sessions import parse_named
 from server.service import Service
 
 router = APIRouter(prefix="/v1/sessions")
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,256}")
 _MAX_BODY = 64 * 1024
+_PAGE = 1000
 
 
 @router.get("")
-async def list_sessions(request: Request) -> dict[str, Any]:
-    """The caller's sessions: metadata only, most recently used first. Without API keys there is no caller to tell
-    from another, and a session's name is all that guards it: none are listed."""
+async def list_sessions(
+    request: Request,
+    limit: Annotated[int, Query(ge=1, le=_PAGE)] = _PAGE,
+    after: Annotated[str | None, Query(pattern=SESSION_ID)] = None,
+) -> dict[str, Any]:
+    """The caller's sessions: metadata only, most recently used first, in pages. Without API keys there is no caller to
+    tell from another, and a session's name is all that guards it: none are listed."""
     service: Service = request.app.state.service
     if not request.app.state.keys:
         raise RequestError(
@@ -30,8 +36,10 @@ async def list_sessions(request: Request) -> dict[str, Any]:
             "--api-key",
             code="api_keys_needed",
         )
-    found = await service.operate(service.engine.ops.list(tenant_of(request)))
-    return {"object": "list", "data": found}
+    found = await service.operate(service.engine.ops.list(tenant_of(request), limit=limit + 1, after=after))
+    page = found[:limit]
+    ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
+    return {"object": "list", "data": page, **ends, "has_more": len(found) > limit}
 
 
 @router.post("")
@@ -39,6 +47,7 @@ async def create_session(request: Request) -> Response:
     """An empty session, so that it has a time to live or is there before its first request."""
     service: Service = request.app.state.service
     name, ttl = await _named(request)
+    service.check_room((tenant_of(request), name))
     made = await service.operate(service.engine.ops.create((tenant_of(request), name), ttl))
     return JSONResponse(made, status_code=201)
 
@@ -85,6 +94,7 @@ async def fork_session(request: Request, name: str) -> Response:
     service: Service = request.app.state.service
     target, ttl = await _named(request)
     key, new = _key(request, name), (tenant_of(request), target)
+    service.check_room(new)
     made = await service.operate(service.engine.ops.fork(key, new, ttl))
     service.histories.copy(key, new)
     return JSONResponse(made, status_code=201)
@@ -106,11 +116,15 @@ async def put_snapshot(request: Request, name: str) -> dict[str, Any]:
     service: Service = request.app.state.service
     key = _key(request, name)
     check_writable(name)
-    data = await timed_body(request, service.settings.max_snapshot_bytes)
-    checked = await service.off_loop(
-        lambda: service.engine.snapshots.check(data, trust_unsigned=service.settings.allow_unsigned_snapshots)
-    )
-    made = await service.operate(service.engine.snapshots.put(key, checked, None))
+    service.check_room(key)
+    with service.snapshots.claim(tenant_of(request)) as claim:
+        data = await timed_body(request, service.settings.max_snapshot_bytes, claim)
+        trusts, owner = service.settings.allow_unsigned_snapshots, tenant_of(request)
+        tenant = None if trusts or service.settings.share_snapshots else owner
+        checked = await service.off_loop(
+            lambda: service.engine.snapshots.check(data, trust_unsigned=trusts, tenant=tenant)
+        )
+        made = await service.operate(service.engine.snapshots.put(key, checked, None))
     service.histories.drop(key)  # its messages are not what the session stands for any more
     return made
 
@@ -127,7 +141,9 @@ async def _named(request: Request) -> tuple[str, float | None]:
     Raises:
         RequestError: names the field.
     """
-    body = parse_named(bytes(await timed_body(request, _MAX_BODY)))
+    service: Service = request.app.state.service
+    with service.bodies.claim(tenant_of(request)) as claim:
+        body = parse_named(await timed_body(request, _MAX_BODY, claim))
     name = body.name
     check_writable(name)
     return name, body.ttl

@@ -5,47 +5,64 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request
+from fastapi.responses import Response
 
-from pacellm.errors import RequestError
+from pacellm.errors import ContextLengthExceeded, RequestError
+from server import sse
 from server.body import parsed
-from server.prompts import check_text, rendered_chat
-from server.schema.tokens import TokenizeRequest, parse_detokenize, parse_tokenize
+from server.prompts import check_characters, check_text, rendered_chat, text_limit
+from server.schema.tokens import DetokenizeRequest, TokenizeRequest, parse_detokenize, parse_tokenize
 from server.service import Service
 
 router = APIRouter()
 
 
 @router.post("/tokenize")
-async def tokenize(request: Request) -> dict[str, Any]:
+async def tokenize(request: Request) -> Response:
     """Ids of a text or of a conversation as the model would get it."""
     service: Service = request.app.state.service
     _, body = await parsed(request, parse_tokenize)
     service.check_model(body.model)
-    ids = await service.off_loop(_ids, service, body)
-    answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.engine.config.max_model_len, "tokens": ids}
-    if body.return_token_strs:
-        answer["token_strs"] = service.tokenizer.texts(ids)
-    return answer
+    return Response(await service.off_loop(_tokens, service, body), media_type="application/json")
 
 
 @router.post("/detokenize")
-async def detokenize(request: Request) -> dict[str, str]:
+async def detokenize(request: Request) -> Response:
     """Text of ids, special tokens included."""
     service: Service = request.app.state.service
     _, body = await parsed(request, parse_detokenize)
     service.check_model(body.model)
-    if any(token >= service.engine.model.vocab_size for token in body.tokens):
+    return Response(await service.off_loop(_text, service, body), media_type="application/json")
+
+
+def _tokens(service: Service, body: TokenizeRequest) -> bytes:
+    """The answer. Many ids take a while to write, so the event loop has no part in it."""
+    ids = _ids(service, body)
+    answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.engine.config.max_model_len, "tokens": ids}
+    if body.return_token_strs:
+        answer["token_strs"] = service.tokenizer.texts(ids)
+    return sse.to_json(answer).encode("utf-8", "replace")
+
+
+def _text(service: Service, body: DetokenizeRequest) -> bytes:
+    if max(body.tokens, default=0) >= service.engine.model.vocab_size:
         raise RequestError("tokens has an id outside the vocabulary", param="tokens")
-    return {"prompt": await service.off_loop(service.tokenizer.decode, body.tokens)}
+    return sse.to_json({"prompt": service.tokenizer.decode(body.tokens)}).encode("utf-8", "replace")
 
 
 def _ids(service: Service, body: TokenizeRequest) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("send either prompt or messages", param="prompt")
+    tokenizer, limit = service.tokenizer, text_limit(service.engine.config.max_model_len)
     if body.prompt is not None:
         check_text(body.prompt, "prompt")
-        return service.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+        try:
+            return tokenizer.encode(body.prompt, limit=limit, add_special_tokens=body.add_special_tokens)
+        except ContextLengthExceeded as error:
+            error.param = "prompt"
+            raise
+    check_characters(tokenizer, body.messages or (), limit)
     rendered = rendered_chat(
-        service.tokenizer, body.messages or (), body.tools or (), add_generation_prompt=body.add_generation_prompt
+        tokenizer, body.messages or (), body.tools or (), add_generation_prompt=body.add_generation_prompt
     )
-    return service.tokenizer.encode_chat(rendered)
+    return tokenizer.encode_chat(rendered, limit=limit)

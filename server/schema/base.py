@@ -11,7 +11,7 @@ from pacellm.errors import RequestError, UnsupportedParameter
 
 SESSION_ID = r"^[A-Za-z0-9._:-]{1,256}$"
 RESPONSE_PREFIX = "resp_"  # of sessions that stored responses are
-MAX_TEXT = 64 * 2**20
+MAX_KEYS = 4096  # of an object
 _UNION_BRANCHES = ("str", "constrained-str", "int", "float", "bool", "TextPart", "dict", "list")
 
 
@@ -24,27 +24,32 @@ class Strict(BaseModel):
 Body = TypeVar("Body", bound=Strict)
 
 
-def parse(kind: type[Body], body: bytes) -> Body:
+def parse(kind: type[Body], body: bytes | bytearray) -> Body:
     """A checked body.
 
     Raises:
         RequestError: names the field.
     """
     try:
-        checked = kind.model_validate_json(body)
+        # what is looked at are keys: of numbers their length will do
+        json.loads(body, object_pairs_hook=_each_once, parse_int=len, parse_float=len, parse_constant=len)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body is not valid JSON: {str(error)[:200]}", code="invalid_json") from None
+    try:
+        return kind.model_validate_json(body)
     except ValidationError as error:
         raise _request_error(error) from None
-    # numbers need not be made again: their length will do
-    json.loads(body, object_pairs_hook=_each_once, parse_int=len, parse_float=len, parse_constant=len)
-    return checked
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> None:
-    """Refuse an object that has a key twice: one of the two values would be dropped.
+    """Refuse an object that has a key twice, one of whose values would be dropped, and one with very many keys, as each
+    that is wrong would be described.
 
     Raises:
         RequestError: names the key.
     """
+    if len(pairs) > MAX_KEYS:
+        raise RequestError(f"an object of the body has more than {MAX_KEYS:,} keys", code="body_too_complex")
     if len(pairs) > 1 and len(names := [name for name, _ in pairs]) != len(set(names)):
         twice = next(name for number, name in enumerate(names) if name in names[:number])[:80]
         raise RequestError(f"the body has the key {twice!r} twice", param=twice, code="invalid_json")

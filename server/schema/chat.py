@@ -31,14 +31,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 class ChatCompletionRequest(SamplingFields):
     """A conversation to go on with."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=16_384)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=16_384, fail_fast=True)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
@@ -116,7 +116,7 @@ class ChatCompletionRequest(SamplingFields):
         )
 
 
-def parse_chat(body: bytes) -> ChatCompletionRequest:
+def parse_chat(body: bytes | bytearray) -> ChatCompletionRequest:
     """A checked request.
 
     Raises:

@@ -13,7 +13,7 @@ from server.schema.formats import StructuredOutputs
 from server.schema.sampling import SamplingFields
 
 _Token = Annotated[int, Field(ge=0, lt=2**31)]
-_Tokens = Annotated[list[_Token], Field(min_length=1)]
+_Tokens = Annotated[list[_Token], Field(min_length=1, fail_fast=True)]
 MAX_PROMPTS = 128
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {"best_of": (1,), "suffix": ("",)}
@@ -25,8 +25,8 @@ class CompletionRequest(SamplingFields):
     prompt: (
         str
         | _Tokens
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[_Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[_Tokens], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -56,7 +56,7 @@ class CompletionRequest(SamplingFields):
         )
 
 
-def parse_completion(body: bytes) -> CompletionRequest:
+def parse_completion(body: bytes | bytearray) -> CompletionRequest:
     """A checked request.
 
     Raises:

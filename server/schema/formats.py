@@ -80,7 +80,7 @@ class StructuredOutputs(Strict):
 
     json_: Annotated[dict[str, Any] | _Text | None, Field(alias="json")] = None
     regex: _Text | None = None
-    choice: Annotated[list[_Text], Field(min_length=1, max_length=16_384)] | None = None
+    choice: Annotated[list[_Text], Field(min_length=1, max_length=16_384, fail_fast=True)] | None = None
     grammar_: Annotated[_Text | None, Field(alias="grammar")] = None
 
     def grammar(self) -> Grammar:

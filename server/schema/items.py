@@ -29,7 +29,7 @@ class InputMessage(Strict):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[InputPart], Field(min_length=1, max_length=4096)]
+    content: str | Annotated[list[InputPart], Field(min_length=1, max_length=4096, fail_fast=True)]
     # without effect on the result by their nature
     id: _Id | None = None
     status: _Status | None = None
@@ -72,7 +72,7 @@ class CallOutputItem(Strict):
 
     type: Literal["function_call_output"]
     call_id: _CallId
-    output: str | Annotated[list[OutputText], Field(max_length=4096)]
+    output: str | Annotated[list[OutputText], Field(max_length=4096, fail_fast=True)]
     id: _Id | None = None
     status: _Status | None = None
 
@@ -92,7 +92,7 @@ class ReasoningItem(Strict):
     """What an earlier answer thought before it spoke."""
 
     type: Literal["reasoning"]
-    content: Annotated[list[ReasoningText], Field(max_length=4096)] | None = None
+    content: Annotated[list[ReasoningText], Field(max_length=4096, fail_fast=True)] | None = None
     summary: Annotated[list[Any], Field(max_length=0)] | None = None
     encrypted_content: None = None
     id: _Id | None = None

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from pacellm.errors import RequestError
 from server.schema.base import Strict
-from server.schema.tools import MAX_TOOLS, ToolCall
+from server.schema.tools import MAX_TOOLS, ToolCall, check_arguments
 
 
 class TextPart(Strict):
@@ -23,10 +23,10 @@ class Message(Strict):
     """One message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(max_length=4096)] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=4096, fail_fast=True)] | None = None
     name: Annotated[str, Field(max_length=256)] | None = None
     refusal: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_call_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -47,6 +47,17 @@ class Message(Strict):
         if self.content is None or isinstance(self.content, str):
             return self.content or self.refusal or ""
         return "".join(part.text for part in self.content)
+
+    def num_characters(self) -> int:
+        """Characters of the content and of what else a template may show."""
+        parts = self.content if isinstance(self.content, list) else ()
+        shown = (
+            self.content if isinstance(self.content, str) else self.refusal,
+            self.reasoning_content,
+            self.reasoning,
+        )
+        calls = sum(len(call.function.arguments) for call in self.tool_calls or ())
+        return sum(len(part.text) for part in parts) + sum(len(text or "") for text in shown) + calls
 
     def check(self, field: str) -> None:
         """Refuse what does not go with the role.
@@ -76,6 +87,7 @@ def check_messages(messages: Sequence[Message], *, appends: bool = False) -> Non
     Raises:
         RequestError: names the message and its field.
     """
+    check_arguments(call for message in messages for call in message.tool_calls or ())
     called: dict[str, str] = {}
     for number, message in enumerate(messages):
         message.check(f"messages.{number}")

@@ -52,14 +52,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 class ResponseRequest(GenerationFields):
     """Something new to say, alone or behind what was said before."""
 
-    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=16_384)]
+    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=16_384, fail_fast=True)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     store: bool = True
     previous_response_id: Annotated[str, Field(max_length=512)] | None = None
     conversation: Annotated[str, Field(pattern=SESSION_ID)] | ConversationId | None = None
     text: TextOptions | None = None
-    tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ResponseNamedTool | None = None
     parallel_tool_calls: bool | None = None
     stream_options: ResponseStreamOptions | None = None
@@ -133,7 +133,7 @@ class ResponseRequest(GenerationFields):
         return self.params(max_tokens=self.max_output_tokens)
 
 
-def parse_response(body: bytes) -> ResponseRequest:
+def parse_response(body: bytes | bytearray) -> ResponseRequest:
     """A checked request.
 
     Raises:

@@ -14,6 +14,7 @@ from server.schema.base import SESSION_ID, Strict
 MAX_TIMEOUT = 86_400.0
 _Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 _TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+_Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=1024, fail_fast=True)]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -75,8 +76,8 @@ class SamplingFields(GenerationFields):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     logit_bias: Annotated[dict[_TokenId, _Bias], Field(max_length=1024)] | None = None
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=1024)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=16, fail_fast=True)] | None = None
+    stop_token_ids: _Ids | None = None
     skip_special_tokens: bool = True
     session_id: Annotated[str, Field(pattern=SESSION_ID)] | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None

@@ -24,7 +24,7 @@ class NamedSession(Strict):
         return uuid.uuid4().hex if self.session_id is None else self.session_id
 
 
-def parse_named(body: bytes) -> NamedSession:
+def parse_named(body: bytes | bytearray) -> NamedSession:
     """A checked body; an empty one is an empty object.
 
     Raises:

@@ -16,8 +16,8 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=16_384)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=16_384, fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool = False
@@ -27,10 +27,10 @@ class DetokenizeRequest(Strict):
     """Ids to text."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True)]
 
 
-def parse_tokenize(body: bytes) -> TokenizeRequest:
+def parse_tokenize(body: bytes | bytearray) -> TokenizeRequest:
     """A checked request."""
     request = parse(TokenizeRequest, body)
     check_messages(request.messages or [])
@@ -38,6 +38,6 @@ def parse_tokenize(body: bytes) -> TokenizeRequest:
     return request
 
 
-def parse_detokenize(body: bytes) -> DetokenizeRequest:
+def parse_detokenize(body: bytes | bytearray) -> DetokenizeRequest:
     """A checked request."""
     return parse(DetokenizeRequest, body)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
 from pacellm.errors import RequestError
 from server.schema.base import Strict
+from server.shape import MAX_DEPTH, shape_of
 
 MAX_TOOLS = 128
+MAX_ARGUMENTS = 2**18  # values in the arguments of all calls of a request, commas in their texts included
 NAME = r"^[A-Za-z0-9_-]{1,64}$"
 _Name = Annotated[str, Field(pattern=NAME)]
 
@@ -82,6 +85,25 @@ class ToolCall(Strict):
         if not isinstance(found, dict):
             raise RequestError(f"{param} must be a JSON object", param=param, code="invalid_value")
         return found
+
+
+def check_arguments(calls: Iterable[ToolCall]) -> None:
+    """Refuse calls whose arguments are JSON that takes long to read. They are texts, so no limit of the body is theirs.
+
+    Raises:
+        RequestError: too many values in all, or nested too deep.
+    """
+    values = 0
+    for call in calls:
+        text = call.function.arguments
+        containers = text.count("[") + text.count("{")
+        values += containers + text.count(",")
+        if values > MAX_ARGUMENTS:
+            message = f"the arguments of all calls have more than {MAX_ARGUMENTS:,} values"
+            raise RequestError(message, param="messages", code="body_too_complex")
+        if containers > MAX_DEPTH and shape_of(text.encode("utf-8", "surrogatepass")).depth > MAX_DEPTH:
+            message = f"the arguments of a call are nested deeper than {MAX_DEPTH} levels"
+            raise RequestError(message, param="messages", code="body_too_complex")
 
 
 def check_tools(tools: list[Tool], choice: ToolChoice | None, inner: str = ".function") -> None:

@@ -5,7 +5,6 @@ import threading
 import httpx
 import openai
 import pytest
-import uvicorn
 
 from pacellm.config import EngineConfig
 from pacellm.demo import MODEL_PATH
@@ -13,6 +12,7 @@ from pacellm.demo.generator import make_document
 from pacellm.engine.engine import Engine
 from pacellm.model.load import load
 from pacellm.tokenizer import ChatTokenizer
+from server import listen, wire
 from server.app import create_app
 from server.service import Service
 from server.settings import Settings
@@ -23,11 +23,11 @@ NAME = "pacellm-demo"
 class Live:
     """A running server, on a service that is not yet running."""
 
-    def __init__(self, service, keys=None):
-        self.service, self.engine = service, service.engine
-        self._server = uvicorn.Server(
-            uvicorn.Config(create_app(self.service, keys), host="127.0.0.1", port=0, log_level="warning", ws="none")
-        )
+    def __init__(self, service, keys=None, shutdown_timeout=30):
+        self.service, self.engine, settings = service, service.engine, service.settings
+        self.door = wire.Door(settings.max_connections, settings.head_seconds, settings.stall_seconds)
+        config = listen.config_of(create_app(self.service, keys), self.door, host="127.0.0.1", port=0)
+        self._server = listen.Server(config, self.service, shutdown_timeout)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
 
     def __enter__(self):
@@ -45,9 +45,13 @@ class Live:
     def __exit__(self, *_):
         self.http.close()
         self.client.close()
-        self._server.should_exit = True
+        self.end()
         self._thread.join(30)
         assert not self._thread.is_alive()
+
+    def end(self):
+        """As SIGTERM does."""
+        self._server.should_exit = True
 
     def sessions(self, tenant="default"):
         """A tenant's sessions, as ``GET /v1/sessions`` lists them where there are keys."""
@@ -63,19 +67,20 @@ class Live:
         raise AssertionError("requests are still in the engine")
 
 
-def start(config=None, keys=None, files=None, traces=None, model=None, **settings):
+def start(config=None, keys=None, files=None, traces=None, model=None, shutdown_timeout=30, **settings):
     """A server whose KV memory holds the whole context; pages that are not touched cost nothing.
 
     Args:
         files: attributes of the tokenizer, as another model's files would set them.
         traces: gets spans.
         model: another than the bundled one as it is.
+        shutdown_timeout: seconds that running requests get at the end.
     """
     config, tokenizer = config or EngineConfig(kv_cache_memory=2**31), ChatTokenizer(MODEL_PATH)
     for name, value in (files or {}).items():
         setattr(tokenizer._tokenizer, name, value)
     engine = Engine(model or load(MODEL_PATH), config, tokenizer.backend)
-    return Live(Service(engine, tokenizer, Settings(model_name=NAME, **settings), traces), keys)
+    return Live(Service(engine, tokenizer, Settings(model_name=NAME, **settings), traces), keys, shutdown_timeout)
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,13 @@
 
 import json
 import logging
+import socket
 
 import openai
 import pytest
 
+from pacellm.cli import serve_options, server_settings
+from pacellm.config import EngineConfig
 from pacellm.errors import ConfigError
 from server import logs, routes
 from server.auth import Keys, read_keys
@@ -97,9 +100,85 @@ def test_a_key_has_its_limit(guarded):
     guarded.wait_until_idle()
 
 
-@pytest.mark.parametrize(("host", "status"), [("evil.test", 400), ("a.example.org", 200), ("127.0.0.1:1", 200)])
-def test_hosts(guarded, host, status):
-    assert guarded.http.get("/health", headers={"Host": host}).status_code == status
+HOSTS = {
+    "evil.test": 400, "127.0.0.1.evil.test": 400, "a.example.org": 200, "A.Example.org.:80": 200, "example.org": 400,
+    "127.0.0.1:1": 200, "10.1.2.3:8000": 200, "[::1]:8000": 200, "0x7f000001": 400, "": 400,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_hosts(guarded, host):
+    answer = guarded.http.get("/version", headers={"Host": host, **bearer(ALICE)})
+    assert answer.status_code == HOSTS[host], answer.text
+    for path in ("/health", "/ready"):
+        assert guarded.http.get(path, headers={"Host": host}).status_code == 200
+
+
+FOREIGN = [
+    {"Origin": "https://evil.test"},
+    {"Origin": "null"},
+    {"Origin": "http://127.0.0.1:1"},
+    {"Sec-Fetch-Site": "cross-site"},
+    {"Sec-Fetch-Site": "same-site", "Origin": "http://127.0.0.1:1"},
+    {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors", "Origin": "null"},
+]
+CHANGES = [
+    ("POST", "/v1/sessions/mine/reset"),
+    ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/requests/x/cancel"),
+    ("DELETE", "/v1/sessions"),
+    ("GET", "/v1/sessions/mine"),
+    ("GET", "/v1/models"),
+]
+
+
+@pytest.mark.parametrize("headers", FOREIGN, ids=str)
+def test_pages_of_other_origins_change_and_read_nothing(clean, headers):
+    clean.http.post("/v1/sessions", json={"session_id": "mine"})
+    before = clean.sessions()
+    for method, path in CHANGES:
+        plain = {"Content-Type": "text/plain"} if method == "POST" else {}
+        answer = clean.http.request(method, path, headers={**headers, **plain})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "foreign_origin")
+    assert clean.sessions() == before
+    for path in ("/health", "/ready", "/metrics"):
+        assert clean.http.get(path, headers=headers).status_code == 200
+
+
+def test_what_is_no_foreign_page_is_let_in(clean, guarded):
+    own = clean.url.partition("://")[2]
+    for headers in (
+        {"Content-Type": "application/x-www-form-urlencoded"},  # curl -d
+        {"Origin": clean.url},
+        {"Origin": f"https://{own}"},
+        {"Sec-Fetch-Site": "same-origin", "Origin": "https://behind.a.proxy"},
+        {"Sec-Fetch-Site": "none"},
+    ):
+        answer = clean.http.post("/tokenize", content=b'{"prompt": "hi"}', headers=headers)
+        assert answer.status_code == 200, headers
+    listed = {"Origin": "https://app.example.org", "Sec-Fetch-Site": "cross-site", **bearer(ALICE)}
+    assert guarded.http.post("/tokenize", content=b'{"prompt": "hi"}', headers=listed).status_code == 200
+
+
+def test_without_keys_only_names_of_this_machine_are_served():
+    for host in ("127.0.0.1", "0.0.0.0"):
+        options = serve_options(["--host", host, "--allowed-host", "pacellm"])
+        hosts = server_settings(options, NAME, Keys({})).allowed_hosts
+        assert {"pacellm", "localhost", "127.0.0.1", socket.gethostname()} <= set(hosts)
+    assert server_settings(serve_options([]), NAME, Keys({ALICE: "alice"})).allowed_hosts == ()
+
+
+def test_metrics_can_be_one_tenants():
+    keys = Keys({ALICE: "alice", BOB: "prometheus"})
+    settings = server_settings(serve_options(["--metrics-tenant", "prometheus"]), NAME, keys)
+    with pytest.raises(ConfigError):
+        server_settings(serve_options(["--metrics-tenant", "nobody"]), NAME, keys)
+    with start(EngineConfig(kv_cache_memory=2**28, max_model_len=128), keys=keys,
+               metrics_tenant=settings.metrics_tenant) as server:  # fmt: skip
+        refused = server.http.get("/metrics", headers=bearer(ALICE))
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "forbidden")
+        assert server.http.get("/metrics", headers=bearer(BOB)).status_code == 200
+        assert server.http.get("/metrics").status_code == 401
 
 
 def test_cors_only_for_the_listed_origin(guarded, live):

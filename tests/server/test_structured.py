@@ -117,6 +117,21 @@ def structured(**kinds):
     return {"structured_outputs": kinds}
 
 
+def test_a_list_of_choices_may_be_as_long_as_its_schema_says(live):
+    common = {"seed": 1, "max_tokens": 20}
+    choices = [f"c{number}" for number in range(16_384)]
+    assert ask(live, extra_body=structured(choice=choices), **common).choices[0].message.content in choices
+    nested = ["a", "ab", "abc"]
+    found = {
+        ask(live, extra_body=structured(choice=nested), seed=seed, temperature=2.0).choices[0].message.content
+        for seed in range(12)
+    }
+    assert len(found) > 1
+    assert found <= set(nested)
+    with pytest.raises(openai.BadRequestError):
+        ask(live, extra_body=structured(choice=[*choices, "one more"]), **common)
+
+
 def test_regex_choice_grammar_and_json_as_text(live):
     for seed in range(5):
         common = {"seed": seed, "temperature": 1.0}
