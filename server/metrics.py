@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 
 from pacellm import errors
 from pacellm.config import PRESETS
+from pacellm.engine.faults import PLACES
 from pacellm.engine.stats import per_layer
 from pacellm.engine.thread import EngineThread
 from pacellm.memory.tiers import banks_nbytes
@@ -119,6 +120,13 @@ class _EngineCollector(Collector):
         yield self._counter(
             "steps_ahead", "Decode steps launched before the last one's tokens were read.", stats.steps_ahead
         )
+        failures = CounterMetricFamily(
+            "pacellm_engine_faults", "Failures outside the forward pass that the engine survived, by place.",
+            labels=["model_name", "place"],
+        )  # fmt: skip
+        for place in PLACES:
+            failures.add_metric([self._model, place], engine.faults.counts[place])
+        yield failures
         yield self._counter("request_failure", "Requests that failed.", stats.failed)
         yield self._counter("request_aborted", "Requests that were cancelled.", stats.aborted)
         success = CounterMetricFamily(

@@ -233,7 +233,10 @@ class Mover:
         for session in self.store:
             if session.stub or session.deleted or not (session.commits or session.kept):
                 continue
-            self._save(session, self.files)
+            try:
+                self._save(session, self.files)
+            except Exception as error:  # the others are written all the same
+                self.stats.say_failure(session.key, "writing at the end", error)
         self.worker.finish()
 
     def _banks(self, session: Session) -> Banks:

@@ -12,7 +12,7 @@ from pacellm.engine.sequence import Sequence
 from pacellm.engine.session import Key, Session
 from pacellm.engine.sessions import SessionStore
 from pacellm.engine.turn import Turn
-from pacellm.errors import PaceError, SnapshotRefused
+from pacellm.errors import PaceError, SnapshotRefused, reason
 from pacellm.memory.disk import LOG, Disk, Owner, Sizes
 from pacellm.memory.tiers import Banks, Worker
 
@@ -21,9 +21,10 @@ logger = logging.getLogger("pacellm.sessions")
 
 @dataclass
 class _Opening:
-    """Requests that wait for what the disk knows of their session."""
+    """Requests and operations that wait for what the disk knows of their session."""
 
     sequences: list[Sequence] = field(default_factory=list)
+    refuse: list[Callable[[PaceError], object]] = field(default_factory=list)
 
 
 @dataclass
@@ -66,14 +67,23 @@ class Openings:
         self.open(key, sequence)
         return False
 
-    def open(self, key: Key, sequence: Sequence | None = None) -> None:
-        """Take the session over on disk, and read its log where memory has an older one or none."""
-        opening = self._asked.get(key)
-        if opening is not None:
-            if sequence is not None and sequence not in opening.sequences:
-                opening.sequences.append(sequence)
+    def open(
+        self, key: Key, sequence: Sequence | None = None, refuse: Callable[[PaceError], object] | None = None
+    ) -> None:
+        """Take the session over on disk, and read its log where memory has an older one or none.
+
+        Args:
+            sequence: waits for it, and is refused where that fails. refuse: told the same.
+        """
+        opening, is_new = self._asked.get(key), key not in self._asked
+        if opening is None:
+            opening = self._asked[key] = _Opening()
+        if sequence is not None and sequence not in opening.sequences:
+            opening.sequences.append(sequence)
+        if refuse is not None:
+            opening.refuse.append(refuse)
+        if not is_new:
             return
-        opening = self._asked[key] = _Opening([sequence] if sequence is not None else [])
         session = self.store.get(key)
         known = None if session is None or session.stub else session.generation
         self.worker.submit(lambda: self._claim(key, known), lambda done: self._opened(key, opening, done))
@@ -112,15 +122,24 @@ class Openings:
         if self._asked.get(key) is not opening:
             return  # deleted meanwhile: what was found there is no more
         del self._asked[key]
-        if (error := done.exception()) is not None:
-            if not isinstance(error, PaceError):
-                logger.warning("session %r: cannot be opened: %s", key[1], str(error))
-                error = PaceError(f"the session directory cannot be read: {error}")
-            self.refused += [(sequence, error) for sequence in opening.sequences]
+        try:
+            self._take(key, done.result())
+        except Exception as error:
+            refused = error if isinstance(error, PaceError) else self._unreadable(key, error)
+            self.refused += [(sequence, refused) for sequence in opening.sequences]
+            for refuse in opening.refuse:
+                refuse(refused)
             return
         for sequence in opening.sequences:
             sequence.claimed = True
-        found, session = done.result(), self.store.get(key)
+
+    def _unreadable(self, key: Key, error: Exception) -> PaceError:
+        logger.warning("session %r: cannot be opened: %s", key[1], str(error), exc_info=error)
+        return PaceError(f"the session directory cannot be read: {reason(error)}")
+
+    def _take(self, key: Key, found: _Found) -> None:
+        """Memory learns what the disk knows."""
+        session = self.store.get(key)
         if found.owner is None:
             if session is not None and session.stub:
                 self.store.remove(session, lost=True)  # its folder is gone

@@ -72,8 +72,9 @@ class Room:
         """A table that shares the full blocks before ``start`` and owns the rest."""
         kept = start // BLOCK
         table = KVTable(list(source[:kept]))
+        own = self.allocator.allocate(needed, table.blocks[-1] if table.blocks else None)
         self.allocator.share(table.blocks)
-        table.extend(self.allocator.allocate(needed, table.blocks[-1] if table.blocks else None))
+        table.extend(own)
         if start % BLOCK:
             self._copies.append(Copy(source[kept] * BLOCK, table.blocks[kept] * BLOCK, start % BLOCK))
         return table
