@@ -183,7 +183,7 @@ class _EngineCollector(Collector):
         yield self._counter("session_restores", "Sessions brought back from host memory or disk.", moves.restores)
         yield self._counter("session_restored_bytes", "Bytes brought back.", moves.restored_bytes)
         yield self._counter("session_restore_seconds", "Seconds spent bringing them back.", moves.restore_seconds)
-        yield self._counter("session_move_failures", "Moves that failed.", moves.failures)
+        yield self._counter("session_move_failures", "Moves, writes and deletions that failed.", moves.failures)
         yield self._counter("session_files_refused", "Session files refused as damaged or foreign.", refused)
         yield self._gauge("progress_entries", "Kept prefill states, idle cache.", len(progress))
         yield self._counter("progress_hits", "Requests that went on from one.", progress.hits)

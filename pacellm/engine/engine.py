@@ -262,6 +262,8 @@ class Engine:
         for session in self.sessions.expired():
             with self.faults.survived("expiry"):
                 self.ops.expire(session)
+        if self.mover.files is not None:
+            self.mover.files.tend()
         self.ops.run()
         flight, self._ahead = self._ahead, None
         preempted = self.scheduler.preemptions
@@ -369,7 +371,11 @@ class Engine:
         """A sequence's tokens were fed."""
         sequence, decoding = work.sequence, work.sequence.is_decoding
         self.stats.prompt_tokens += 0 if decoding else work.count
+        is_replaying = len(sequence.work) > 1
         sequence.advance(work.count)
+        is_choice = sequence.is_branch and not sequence.generated and not sequence.pending
+        if is_choice or (is_replaying and len(sequence.work) == 1):
+            self.scheduler.room.mark(sequence)
         if not decoding:
             self.scheduler.keep(sequence)
             self.late.append((sequence.id, Progress(sequence.total_work, sequence.done_work)))

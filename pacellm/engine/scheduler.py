@@ -345,7 +345,7 @@ class Scheduler:
         sequence.lineage = plan.lineage
         sequence.begin(work, time.monotonic(), index=plan.index, cursor=plan.cursor)
         if plan.entry is not None:
-            self.progress.use(plan.entry)
+            self.progress.use(plan.entry, sequence)
         self.waiting.remove(sequence)
         self.running.append(sequence)
         if not sequence.is_branch:

@@ -201,7 +201,14 @@ class SessionOps:
             SessionNotFound: there is none.
         """
 
+        was_there = False
+
+        def told(found: tuple[Any, bool]) -> dict[str, Any]:
+            there, is_durable = found
+            return _found(key, bool(there) or was_there or not is_durable, is_durable=is_durable)
+
         def operation() -> Any:
+            nonlocal was_there
             session = self._store.get(key)
             was_there = session is not None and bool(session.commits or session.kept or session.busy)
             self._engine.recovery.end_requests_of(key)
@@ -211,15 +218,15 @@ class SessionOps:
             files = self._mover.files
             if files is None:
                 return _found(key, was_there)
-            buried = files.bury(key)
             result: Future[Any] = Future()
-            buried.add_done_callback(lambda done: _pass_on(done, result, lambda there: _found(key, there or was_there)))
+            files.bury(key).add_done_callback(lambda done: _pass_on(_durable(done), result, told))
             return result
 
         return operation
 
     def delete_all(self, tenant: str) -> Operation:
-        """Delete all of a tenant's sessions and whatever else is kept of its requests; how many there were."""
+        """Delete all of a tenant's sessions and whatever else is kept of its requests: how many there were, and of how
+        many the files are still to go."""
 
         def operation() -> Any:
             keys = {session.key for session in self._store.of(tenant)} | self._mover.openings.of(tenant)
@@ -230,18 +237,7 @@ class SessionOps:
                     self._store.remove(session)
             self._engine.forget_progress(tenant)
             files = self._mover.files
-            if files is None:
-                return len(keys)
-            disk = files.disk
-            files.forget_all(tenant)
-
-            def job() -> int:
-                gone = keys | {(owner.tenant, owner.id) for owner in disk.owners() if owner.tenant == tenant}
-                for key in gone:
-                    disk.delete(key)
-                return len(gone)
-
-            return self._engine.worker.submit(job, lambda done: None)
+            return (len(keys), 0) if files is None else files.bury_all(tenant, keys)
 
         return operation
 
@@ -270,13 +266,17 @@ class SessionOps:
         return operation
 
     def written(self, session: Session, description: dict[str, Any]) -> Any:
-        """The description, once the session's log is on disk where there is one."""
+        """The description, once the session's log is on disk where there is one; it says so where it could not be
+        written, which is tried again when the session leaves memory."""
         files = self._mover.files
         if files is None:
             return description
         result: Future[Any] = Future()
-        future = files.replace_log(session, before=session.generation - 1)
-        future.add_done_callback(lambda done: _pass_on(done, result, lambda _: description))
+        files.replace_log(session).add_done_callback(
+            lambda done: _pass_on(
+                _durable(done), result, lambda found: description if found[1] else {**description, "durable": False}
+            )
+        )
         return result
 
     def fork(self, key: Key, target: Key, ttl: float | None) -> Operation:
@@ -362,10 +362,24 @@ def _rates(banks: dict[int, dict[str, int]]) -> dict[str, dict[str, Any]]:
     return shown
 
 
-def _found(key: Key, was_there: bool) -> dict[str, Any]:
+def _found(key: Key, was_there: bool, *, is_durable: bool = True) -> dict[str, Any]:
     if not was_there:
         raise SessionNotFound(f"no session {key[1]!r}", param="session_id")
-    return {"id": key[1], "object": "session.deleted", "deleted": True}
+    told = {"id": key[1], "object": "session.deleted", "deleted": True}
+    return told if is_durable else {**told, "durable": False}
+
+
+def _durable(done: Future[Any]) -> Future[tuple[Any, bool]]:
+    """(the result, whether the disk has it), of a job that wrote to the session directory."""
+    told: Future[tuple[Any, bool]] = Future()
+    error = done.exception()
+    if error is None:
+        told.set_result((done.result(), True))
+    elif isinstance(error, OSError):
+        told.set_result((None, False))
+    else:
+        told.set_exception(error)
+    return told
 
 
 def _pass_on(done: Future[Any], target: Future[Any], make: Callable[[Any], Any]) -> None:

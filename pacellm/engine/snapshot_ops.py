@@ -91,8 +91,7 @@ class SnapshotOps:
         records = self._engine.records
         tensors, metadata = snapshot.read(memoryview(data), self._secret, trust_unsigned=trust_unsigned, whole=True)
         log, origin = records.take_log(tensors, metadata)
-        facts = Session(("", ""))
-        records.take_facts(facts, metadata)
+        facts = records.facts(metadata)
         banks = snapshot.take_banks("bank", tensors, records.like)
         context = context_of(log)
         strange = [name for name in tensors if not name.startswith("kv.")]
@@ -123,9 +122,7 @@ class SnapshotOps:
                 return WAIT
             generation = session.generation
             self._store.reset(session)
-            facts: Session = checked["facts"]
-            session.commits, session.folds, session.banks = facts.commits, facts.folds, facts.banks
-            session.ending = facts.ending
+            checked["facts"].give(session)
             session.generation, session.ttl = generation + 1, ttl if ttl is not None else session.ttl
             self._engine.forget_progress(key[0], key)
             self._store.put_log_in(session, checked["log"], checked["origin"])
