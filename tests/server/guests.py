@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import inspect
 import itertools
 import json
 from collections.abc import Coroutine
@@ -14,6 +15,7 @@ class _Counted(Coroutine):
 
     def __init__(self, inner, visited):
         self._inner, self._visited = inner, visited
+        self.__name__, self.__qualname__ = inner.__name__, inner.__qualname__
 
     def send(self, value):
         result = self._inner.send(value)
@@ -35,7 +37,8 @@ class _Counted(Coroutine):
 def counting(loop, inner, **options):
     """A task factory under which the tasks of a visit tell each time they wait."""
     visited = _visited.get()
-    return asyncio.Task(inner if visited is None else _Counted(inner, visited), loop=loop, **options)
+    is_own = visited is not None and inspect.iscoroutine(inner)  # not the end of a generator that nobody reads any more
+    return asyncio.Task(_Counted(inner, visited) if is_own else inner, loop=loop, **options)
 
 
 class Visit:
