@@ -204,4 +204,4 @@ def test_going_at_some_points(own, is_cancelled):
 @pytest.mark.slow
 @pytest.mark.parametrize("own", [False, True], indirect=True, ids=["memory", "disk"])
 def test_going_at_every_point(own):
-    assert check(own, lambda points: range(1, points + 1), [False, True]) > 1000
+    assert check(own, lambda points: range(1, points + 1), [False, True]) > 500
