@@ -231,3 +231,10 @@ class EngineDead(EngineError):
 
     status = 503
     type = "service_unavailable"
+
+
+def reason(error: BaseException) -> str:
+    """What a client may read of an error: of the system's own without the path, which is the server's affair."""
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    return str(error) or type(error).__name__

@@ -108,5 +108,5 @@ async def whole(
     finally:
         for task in (folded, gone):
             task.cancel()
+        generation.close()  # before anything is waited for: a wait may be cancelled too
         await asyncio.gather(folded, gone, return_exceptions=True)
-        generation.close()

@@ -49,6 +49,7 @@ class Completions:
             "model": service.settings.model_name,
         }
         self.headers: dict[str, str] = {}  # what admission found of the session
+        self._pumps: list[asyncio.Task[None]] = []
 
     async def __call__(self, timeout: float | None = None) -> AsyncIterator[Chunk | None]:
         """Every chunk as it comes; None after ``timeout`` seconds of silence.
@@ -63,7 +64,7 @@ class Completions:
             events_of(one, self._service, timeout, with_progress=self._body.return_progress)
             for one in self._generations
         ]
-        async for number, event in merged(streams, timeout):
+        async for number, event in merged(streams, timeout, self._pumps):
             match event:
                 case None:
                     yield None
@@ -90,6 +91,8 @@ class Completions:
 
     def close(self) -> None:
         """Cancel what has not ended."""
+        for task in self._pumps:
+            task.cancel()
         for generation in self._generations:
             generation.close()
 
@@ -164,9 +167,13 @@ def _named(alternatives: Sequence[Alternative]) -> dict[str, float]:
 
 
 async def merged(
-    streams: Sequence[AsyncIterator[Event | Chunk | None]], timeout: float | None
+    streams: Sequence[AsyncIterator[Event | Chunk | None]], timeout: float | None, pumps: list[asyncio.Task[None]]
 ) -> AsyncIterator[tuple[int, Event | Chunk | None]]:
-    """Every stream's events with its index, as they come; (0, None) after ``timeout`` seconds of silence."""
+    """Every stream's events with its index, as they come; (0, None) after ``timeout`` seconds of silence.
+
+    Args:
+        pumps: gets the tasks that read the streams, which whoever does not read to the end must cancel.
+    """
     if len(streams) == 1:
         async for one in streams[0]:
             yield 0, one
@@ -178,7 +185,7 @@ async def merged(
             if event is not None:
                 queue.put_nowait((index, event))
 
-    pumps = [asyncio.create_task(pump(index, one)) for index, one in enumerate(streams)]
+    pumps += [asyncio.create_task(pump(index, one)) for index, one in enumerate(streams)]
     try:
         left = len(pumps)
         while left:

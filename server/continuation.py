@@ -6,6 +6,7 @@ conversation has gone meanwhile. A conversation is a session too; its responses 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import uuid
@@ -39,6 +40,7 @@ class Continuation:
         self._session: Key | None = None
         self._made: Key | None = None  # a session that goes if this response is not kept
         self._is_over = False
+        self._keeping: asyncio.Future[None] | None = None
         if self._conversation is not None:
             if self._conversation in service.conversations:
                 raise Conflict("another response of this conversation is being made", param="conversation",
@@ -126,9 +128,13 @@ class Continuation:
             raise _forgotten()
 
     async def keep(self, answer: dict[str, Any], message: Message) -> None:
-        """The response is complete: from now on it can be read and gone on from, as ``message`` says it."""
-        if not self._body.store:
-            return
+        """The response is complete: from now on it can be read and gone on from, as ``message`` says it. Its session
+        has it already, so this runs to its end also where the client goes meanwhile."""
+        if self._body.store:
+            self._keeping = asyncio.ensure_future(self._keep(answer, message))
+            await asyncio.shield(self._keeping)
+
+    async def _keep(self, answer: dict[str, Any], message: Message) -> None:
         if self._conversation is not None:
             with contextlib.suppress(PaceError):  # its messages are enough to go on from
                 fork = self._service.engine.ops.fork(
@@ -149,6 +155,12 @@ class Continuation:
         if self._is_over:
             return
         self._is_over = True
+        if self._keeping is None or self._keeping.done():
+            self._leave()
+        else:
+            self._keeping.add_done_callback(lambda _: self._leave())
+
+    def _leave(self) -> None:
         if self._conversation is not None:
             self._service.conversations.discard(self._conversation)
         if self._made is not None:

@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 
 from pacellm import errors
 from pacellm.config import PRESETS
+from pacellm.engine.faults import PLACES
 from pacellm.engine.stats import per_layer
 from pacellm.engine.thread import EngineThread
 from pacellm.modes import MODES
@@ -118,6 +119,13 @@ class _EngineCollector(Collector):
         yield self._counter(
             "steps_ahead", "Decode steps launched before the last one's tokens were read.", stats.steps_ahead
         )
+        failures = CounterMetricFamily(
+            "pacellm_engine_faults", "Failures outside the forward pass that the engine survived, by place.",
+            labels=["model_name", "place"],
+        )  # fmt: skip
+        for place in PLACES:
+            failures.add_metric([self._model, place], engine.faults.counts[place])
+        yield failures
         yield self._counter("request_failure", "Requests that failed.", stats.failed)
         yield self._counter("request_aborted", "Requests that were cancelled.", stats.aborted)
         success = CounterMetricFamily(
@@ -171,7 +179,7 @@ class _EngineCollector(Collector):
         yield self._counter("session_restores", "Sessions brought back from host memory or disk.", moves.restores)
         yield self._counter("session_restored_bytes", "Bytes brought back.", moves.restored_bytes)
         yield self._counter("session_restore_seconds", "Seconds spent bringing them back.", moves.restore_seconds)
-        yield self._counter("session_move_failures", "Moves that failed.", moves.failures)
+        yield self._counter("session_move_failures", "Moves, writes and deletions that failed.", moves.failures)
         yield self._counter("session_files_refused", "Session files refused as damaged or foreign.", refused)
         yield self._gauge("progress_entries", "Kept prefill states, idle cache.", len(progress))
         yield self._counter("progress_hits", "Requests that went on from one.", progress.hits)

@@ -378,23 +378,32 @@ class Service:
             self._loop.call_soon_threadsafe(self._dispatch, events)
 
     def _dispatch(self, events: list[tuple[str, Event]]) -> None:
+        """On the event loop: every event reaches its request, whatever goes wrong with those before it."""
+        survived = self.engine.faults.survived
         for request_id, event in events:
-            self.metrics.observe(request_id, event)
+            with survived("delivery"):
+                self.metrics.observe(request_id, event)
             if self.traces is not None:
-                self.traces.observe(request_id, event)
+                with survived("delivery"):
+                    self.traces.observe(request_id, event)
             if isinstance(event, Finished | Failed):
-                written = self._writing.pop(request_id, None)
-                if written is not None and isinstance(event, Finished):
-                    self.histories.drop(
-                        written
-                    )  # a conversation's messages are not what its session stands for any more
-            if isinstance(event, Finished) and event.prefill_seconds > 0:
-                computed = event.usage.prompt_tokens - event.usage.cached_tokens + event.usage.replayed_tokens
-                rate = computed / event.prefill_seconds
-                self.prefill_rate = rate if self.prefill_rate is None else 0.7 * self.prefill_rate + 0.3 * rate
+                with survived("delivery"):
+                    self._has_ended(request_id, event)
             generation = self._generations.get(request_id)
             if generation is not None:
-                generation.push(event)
+                with survived("delivery"):
+                    generation.push(event)
+
+    def _has_ended(self, request_id: str, event: Finished | Failed) -> None:
+        written = self._writing.pop(request_id, None)
+        if isinstance(event, Failed):
+            return
+        if written is not None:
+            self.histories.drop(written)  # a conversation's messages are not what its session stands for any more
+        if event.prefill_seconds > 0:
+            computed = event.usage.prompt_tokens - event.usage.cached_tokens + event.usage.replayed_tokens
+            rate = computed / event.prefill_seconds
+            self.prefill_rate = rate if self.prefill_rate is None else 0.7 * self.prefill_rate + 0.3 * rate
 
 
 def _late() -> DeadlineExceeded:

@@ -10,7 +10,7 @@ import pytest
 from load_tests import routing_simulation
 from load_tests.scenarios.books import Books, grown, parse
 from load_tests.scenarios.client import Reply
-from load_tests.scenarios.disconnects import visits
+from load_tests.scenarios.disconnects import KINDS, visits
 from load_tests.scenarios.kill import leftovers
 from load_tests.scenarios.many_sessions import differences
 from load_tests.scenarios.servers import report
@@ -100,9 +100,11 @@ def test_a_storm_has_every_kind_of_client():
     storm = visits(talks, 200, seed=0)
     assert visits(talks, 200, seed=0) == storm
     assert {one.stream for one in storm} == {True, False}
-    assert {one.session for one in storm} == {None, "storm-0", "storm-1", "storm-2", "storm-3"}
+    assert {one.kind for one in storm} == set(KINDS)
+    assert {one.name for one in storm if one.kind == "chat"} == {None, "storm-0", "storm-1", "storm-2", "storm-3"}
+    assert any(one.kind == "response" and one.name and one.until for one in storm)
     assert any(one.share < 1 for one in storm)
-    assert b"\r\n\r\n{" in storm[0].bytes("h", None)
+    assert all(one.bytes("h", None).count(b"\r\n\r\n") == 1 for one in storm)
 
 
 def test_spread():

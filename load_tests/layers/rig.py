@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from pacellm.config import PAConfig
-from pacellm.memory.bank import Bank, read
+from pacellm.memory.bank import Bank
 from pacellm.model.neurons import decoder_layers, ffns
 
 
@@ -39,7 +39,7 @@ class Remembering(nn.Module):
             starts = range(0, len(x), config.segment)
             output = torch.cat([self.bank.step(x[p : p + config.segment], y[p : p + config.segment]) for p in starts])
         else:
-            output = read(self.bank.state, x, y, config).output
+            output = self.bank.recall(x, y)
         return (output if bias is None else output + bias)[None]
 
 

@@ -1,10 +1,11 @@
 """Storms of clients that leave: ``python -m load_tests.scenarios.disconnects``.
 
 ``--storms`` times ``--clients`` requests at once, each given up at a moment of its own: in the middle of its body,
-queued, while its prompt is read, while it decodes; streamed or not, a part of them in sessions. Beside them
-``--steady`` streams ask on, and must hear what they heard before. Afterwards no request may run or wait, memory and
-file descriptors must be where they were, and every stormed session must answer, and read its banks, exactly as a
-fork made before the storm does. The last line is JSON.
+queued, while its prompt is read, while it decodes, while its answer is stored; streamed or not: chat, a part of it in
+sessions, responses alone and in conversations, and the endpoints of sessions. Beside them ``--steady`` streams ask on,
+and must hear what they heard before. Afterwards no request may run or wait, the engine may have survived no fault,
+memory and file descriptors must be where they were, and every stormed session must answer, and read its banks, exactly
+as a fork made before the storm does. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import random
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 import httpx
@@ -27,6 +28,11 @@ from load_tests.scenarios.talks import Talk, make_talk
 _NEVER_DONE = 4000  # tokens to generate: no request of a storm may end well
 _LATEST = 3.0  # seconds after which every client has gone
 _SESSIONS = 4
+_GUESTS = 6  # names that requests about sessions share
+_EXPECTED = tuple(f"HTTP/1.1 {status}".encode() for status in (200, 201, 404, 409, 429))
+Kind = Literal["chat", "response", "create", "fork", "reset", "delete", "snapshot"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+_WEIGHTS = (50, 25, 5, 5, 5, 5, 5)
 _SHORT = Talk("The code of the archive is 48213.", ("What is it?", "And now?"), ("48213", "48213"))
 
 
@@ -35,26 +41,51 @@ class Visit:
     """One request of a storm.
 
     Attributes:
+        kind: of request. ``name``: of the session or conversation that it is about; None without.
         stays: seconds until its client goes. ``share``: of the request's bytes that it sends before.
+        until: what its client goes upon, where it comes sooner.
     """
 
     talk: Talk
-    session: str | None
+    kind: Kind
+    name: str | None
     stream: bool
     stays: float
     share: float
+    until: bytes | None = None
 
     def bytes(self, host: str, key: str | None) -> bytes:
         """The request as sent."""
-        body = chat_body(self.talk.messages([self.talk.answers[0]]), _NEVER_DONE, ignore_eos=True)
-        if not self.stream:
-            body = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
-        data = json.dumps(body).encode()
-        lines = [f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json"]
+        method, path, body = self._asked()
+        data = b"" if body is None else json.dumps(body).encode()
+        lines = [f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json"]
         lines += [f"Content-Length: {len(data)}"]
-        lines += [f"X-Session-ID: {self.session}"] if self.session else []
+        lines += [f"X-Session-ID: {self.name}"] if self.kind == "chat" and self.name else []
         lines += [f"Authorization: Bearer {key}"] if key else []
         return "\r\n".join(lines).encode() + b"\r\n\r\n" + data
+
+    def _asked(self) -> tuple[str, str, dict[str, Any] | None]:
+        """Method, path and body."""
+        match self.kind:
+            case "chat":
+                body = chat_body(self.talk.messages([self.talk.answers[0]]), _NEVER_DONE, ignore_eos=True)
+                if not self.stream:
+                    body = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
+                return "POST", "/v1/chat/completions", body
+            case "response":
+                text = self.talk.messages([])[0]["content"]
+                told = {"conversation": self.name} if self.name else {}
+                return "POST", "/v1/responses", {"input": text, "max_output_tokens": 1, "stream": self.stream, **told}
+            case "create":
+                return "POST", "/v1/sessions", {"session_id": self.name}
+            case "fork":
+                return "POST", "/v1/sessions/fork-0/fork", {"session_id": self.name}
+            case "reset":
+                return "POST", f"/v1/sessions/{self.name}/reset", None
+            case "delete":
+                return "DELETE", f"/v1/sessions/{self.name}", None
+            case "snapshot":
+                return "GET", "/v1/sessions/fork-0/snapshot?kv=true", None
 
 
 def visits(talks: list[Talk], count: int, seed: int) -> list[Visit]:
@@ -62,10 +93,19 @@ def visits(talks: list[Talk], count: int, seed: int) -> list[Visit]:
     rng = random.Random(seed)
     found = []
     for number in range(count):
-        session = f"storm-{number % _SESSIONS}" if rng.random() < 0.4 else None
-        talk = talks[number % _SESSIONS] if session else rng.choice([_SHORT] * len(talks) + talks)
+        kind = rng.choices(KINDS, _WEIGHTS)[0]
+        talk, name, until = rng.choice([_SHORT] * len(talks) + talks), None, None
+        if kind == "chat" and rng.random() < 0.4:
+            talk, name = talks[number % _SESSIONS], f"storm-{number % _SESSIONS}"
+        elif kind == "response" and rng.random() < 0.6:
+            name = f"conversation-{seed}-{number}"
+        elif kind not in ("chat", "response"):
+            name = f"guest-{number % _GUESTS}"
+        stream = rng.random() < 0.6
+        if kind == "response" and stream and rng.random() < 0.5:
+            talk, until = _SHORT, b"event: response.output_text.delta"
         share = rng.random() if rng.random() < 0.15 else 1.0
-        found.append(Visit(talk, session, rng.random() < 0.6, rng.random() ** 2 * _LATEST, share))
+        found.append(Visit(talk, kind, name, stream, rng.random() ** 2 * _LATEST, share, until))
     return found
 
 
@@ -80,7 +120,7 @@ async def visit(url: str, key: str | None, one: Visit) -> bytes:
         await writer.drain()
         with suppress(TimeoutError):
             async with asyncio.timeout(one.stays):
-                while piece := await reader.read(65536):
+                while (one.until is None or one.until not in came) and (piece := await reader.read(65536)):
                     came += piece
     if int(one.stays * 1e6) % 2:
         writer.transport.abort()
@@ -113,7 +153,7 @@ async def storm(
         ended_well += sum(b"data: [DONE]" in one or b'"finish_reason":"length"' in one for one in got)
         refused += sum(one.startswith((b"HTTP/1.1 429", b"HTTP/1.1 503")) for one in got)
         failures += [f"a request was answered with {one[:200]!r}" for one in got
-                     if one and not one.startswith((b"HTTP/1.1 200", b"HTTP/1.1 429"))]  # fmt: skip
+                     if one and not one.startswith(_EXPECTED)]  # fmt: skip
     until.set()
     heard = await beside
     for right, replies in zip(reference, heard, strict=True):
@@ -176,6 +216,10 @@ async def run(
                 failures.append(f"left over: {now} file descriptors, before {handles}")
     facts["aborted"] = grown(started, ended, "pacellm_request_aborted_total")
     facts["failed"] = grown(started, ended, "pacellm_request_failure_total")
+    faults = {
+        name: value for name, value in ended.samples.items() if name.startswith("pacellm_engine_faults") and value
+    }
+    failures += [f"the engine survived {value:g} faults: {name}" for name, value in faults.items()]
     return facts, failures
 
 

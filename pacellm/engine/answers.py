@@ -19,7 +19,7 @@ from pacellm.engine.sampler import choose, logprob, sample, score, shape, unifor
 from pacellm.engine.sequence import Sequence
 from pacellm.engine.session import Session
 from pacellm.engine.stats import bank_reads, expert_activity
-from pacellm.errors import EngineError, PaceError, RequestError, SessionConflict, SessionDeleted
+from pacellm.errors import EngineError, PaceError, RequestError, SessionConflict, SessionDeleted, reason
 from pacellm.memory.state import COUNTERS
 from pacellm.types import (
     BankReads,
@@ -99,7 +99,7 @@ class Answers:
             return [self._engine.fail(sequence, error)]
         except Exception as error:
             logger.exception("request %s failed while sampling", sequence.id)
-            return [self._engine.fail(sequence, EngineError(f"sampling failed: {error}"))]
+            return [self._engine.fail(sequence, EngineError(f"sampling failed: {reason(error)}"))]
         name = live.name
         return [
             (name, dataclasses.replace(event, index=live.index) if isinstance(event, Delta) else event)
@@ -193,9 +193,17 @@ class Answers:
 
     def _recorded(self, live: Live, done: Future[None]) -> None:
         """The session directory has taken note of a commit, or refused it."""
-        sequence = live.sequence
-        if sequence.id not in self._engine.live:
+        if live.sequence.id not in self._engine.live:
             return
+        try:
+            self._after_record(live, done)
+        except Exception as error:
+            self._engine.faults.note("commit", error)
+            failed = EngineError(f"the request could not be committed: {reason(error)}")
+            self._engine.late.append(self._engine.fail(live.sequence, failed))
+
+    def _after_record(self, live: Live, done: Future[None]) -> None:
+        sequence = live.sequence
         session, error = sequence.session, done.exception()
         if error is None and session is not None and not session.deleted:
             event: Event = self._end(live)
@@ -206,7 +214,7 @@ class Answers:
         if error is None:
             error = SessionDeleted("the session was deleted while this request worked on it")
         elif not isinstance(error, PaceError):
-            error = EngineError(f"the session could not be written: {error}")
+            error = EngineError(f"the session could not be written: {reason(error)}")
         if isinstance(error, SessionConflict) and session is not None:
             self._engine.sessions.remove(session)  # memory is behind; the next request reads what the owner has written
         self._engine.late.append(self._engine.fail(sequence, error))

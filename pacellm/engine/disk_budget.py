@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal
 
@@ -127,7 +128,11 @@ class DiskBudget:
     def _remove(self, key: Key, *names: str) -> None:
         files = self._held[key]
         self.note(key, (0 if LOG in names else files.log, 0), files.last_used)
-        self._worker.submit(lambda: self._disk.drop(key, *names), lambda done: None)
+        self._worker.submit(lambda: self._disk.drop(key, *names), lambda done: self._removed(key, done))
+
+    def _removed(self, key: Key, done: Future[None]) -> None:
+        if (error := done.exception()) is not None:
+            logger.warning("session %r of tenant %r: files could not be removed: %s", key[1], key[0], str(error))
 
     def _victims(self, kind: Literal["log", "state"]) -> Iterator[tuple[Key, Session | None]]:
         """Idle sessions with such a file, in the order in which they give way."""

@@ -7,7 +7,6 @@ again from their sessions' states, with the same result.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import logging
 import os
 import sys
@@ -15,7 +14,6 @@ import time
 from array import array
 from collections.abc import Callable
 
-import torch
 from tokenizers import Tokenizer
 
 from pacellm.config import EngineConfig
@@ -24,11 +22,13 @@ from pacellm.engine import setup
 from pacellm.engine.ahead import Flight, step_after
 from pacellm.engine.answers import Answers
 from pacellm.engine.checks import check
-from pacellm.engine.integrity import check_integrity
-from pacellm.engine.kv import BLOCK, BlockAllocator, KVTable
+from pacellm.engine.faults import Faults
+from pacellm.engine.integrity import IntegrityError, check_integrity
+from pacellm.engine.kv import BLOCK, BlockAllocator
 from pacellm.engine.live import Live
 from pacellm.engine.mover import Mover
 from pacellm.engine.records import Records
+from pacellm.engine.recovery import Recovery
 from pacellm.engine.runner import StepFailed
 from pacellm.engine.scheduler import Scheduler
 from pacellm.engine.sequence import Sequence
@@ -37,9 +37,9 @@ from pacellm.engine.session_ops import SessionOps
 from pacellm.engine.sessions import SessionStore
 from pacellm.engine.snapshot_ops import SnapshotOps
 from pacellm.engine.stats import EngineStats, per_layer
-from pacellm.engine.step import Copy, Step
+from pacellm.engine.step import Copy, Step, Work
 from pacellm.engine.text import TextStream
-from pacellm.errors import EngineError, PaceError, RequestError, SessionDeleted
+from pacellm.errors import EngineError, PaceError, RequestError, reason
 from pacellm.memory.disk import Disk
 from pacellm.memory.tiers import Worker
 from pacellm.model.experts import check_density, detach
@@ -49,7 +49,6 @@ from pacellm.model.patch import unpatch
 from pacellm.types import (
     Admitted,
     Event,
-    Failed,
     GenerationRequest,
     Progress,
 )
@@ -104,8 +103,8 @@ class Engine:
         self.scheduler = Scheduler(self.config, self.allocator, self.sessions, self.pool)
         self.runner = setup.new_runner(model, self.pool, self.num_blocks, self.config, self.kernel, self.products.rows)
         self.scheduler.room.copy_now = self.runner.copy
-        self.stats = EngineStats()
-        self.worker = Worker()
+        self.stats, self.faults = EngineStats(), Faults()
+        self.worker = Worker(lambda error: self.faults.note("worker", error))
         self._records: Records | None = None
         directory = self.config.session_dir
         disk = Disk(directory, sync=self.config.session_sync) if directory is not None else None
@@ -123,7 +122,7 @@ class Engine:
         )
         if self.mover.files is not None:
             self.mover.files.find()
-        self.answers = Answers(self)
+        self.answers, self.recovery = Answers(self), Recovery(self)
         self.ops = SessionOps(self)
         self.snapshots = SnapshotOps(self, self.ops)
         self.live: dict[str, Live] = {}
@@ -239,52 +238,84 @@ class Engine:
         if live.index:
             return False  # a choice is no request
         self.stats.aborted += 1
-        self._take_out(live, keep=True)
+        self.recovery.take_out(live, keep=True)
         return True
-
-    def _take_out(self, live: Live, *, keep: bool = False) -> None:
-        """Remove a request with all its choices."""
-        for choice in [*live.choices[1:], live]:
-            self.live.pop(choice.sequence.id, None)
-            self.scheduler.remove(choice.sequence, keep=keep)
 
     # -- the step ------------------------------------------------------------------------------------------
 
     def step(self) -> list[tuple[str, Event]]:
-        """Schedule, run, commit. Returns what happened, by request id; nothing where nothing could run."""
+        """Schedule, run, commit. Returns what happened, by request id; nothing where nothing could run.
+
+        A failure that belongs to no request and no operation ends every request, and the engine goes on.
+
+        Raises:
+            IntegrityError: memory does not add up, so nothing that is served from it could be trusted.
+        """
+        try:
+            self._step()
+        except IntegrityError:
+            raise
+        except Exception as error:
+            self._ahead = None
+            self.recovery.survive(error)
+        events, self.late = self.late, []
+        return events
+
+    def _step(self) -> None:
+        """A step, whose events go to ``late``."""
         self.worker.poll()
         for session in self.sessions.expired():
-            self.ops.expire(session)
+            with self.faults.survived("expiry"):
+                self.ops.expire(session)
+        if self.mover.files is not None:
+            self.mover.files.tend()
         self.ops.run()
         flight, self._ahead = self._ahead, None
         preempted = self.scheduler.preemptions
-        step = self.scheduler.schedule() if flight is None else flight.step
+        step = self._scheduled() if flight is None else flight.step
         refused = self._refused()
-        events, self.late = self.late + refused + self._admissions(), []
+        self.late += refused + self._admissions()
         if step is None:
             if self.worker.num_open:
                 self.worker.wait(_WAIT)
-                return events
-            if refused or self.scheduler.preemptions > preempted:
-                return events  # there is room now, or those behind have their turn
-            return events + self._stuck()
+            elif not refused and self.scheduler.preemptions == preempted:  # else there is room now for those behind
+                self.late += self._stuck()
+            return
         parts = [(work.position, work.count) for work in step.work if not work.sequence.is_decoding]
+        flight = flight or self._run(step)
         if flight is None:
-            started = time.monotonic()
-            try:
-                output = self.runner.run(step)
-            except StepFailed as error:
-                return events + self._recover(step, error)
-            flight = Flight(step, output, self.answers.choose(output), started)
+            return
         broken = self._run_ahead(flight)
-        events += self._commit(flight)
+        self._commit(flight)
         if broken is not None:
             self._start_again(broken)
         # a device has done its work when tokens were sampled, not when the forward pass returned
         ended, before = time.monotonic(), self._ended
         self.scheduler.pace.observe(len(step.work) - len(parts), parts, ended - max(flight.started, before))
         self._ended = ended
-        return events
+
+    def _scheduled(self) -> Step | None:
+        try:
+            return self.scheduler.schedule()
+        except Exception as error:
+            if self.scheduler.considered is None:
+                raise
+            self.recovery.admission_failed(self.scheduler.considered, error)
+            return None
+
+    def _run(self, step: Step) -> Flight | None:
+        """The forward pass and the tokens it gives; None where it failed, which one request pays for."""
+        started = time.monotonic()
+        try:
+            output = self.runner.run(step)
+            return Flight(step, output, self.answers.choose(output), started)
+        except StepFailed as error:
+            self.late.append(self.recovery.step_failed(step, error))
+        except Exception as error:
+            failed = StepFailed(f"{type(error).__name__}: {reason(error)}", None)
+            failed.__cause__ = error
+            self.late.append(self.recovery.step_failed(step, failed))
+        return None
 
     def _run_ahead(self, flight: Flight) -> Step | None:
         """Launch the next step before this one's tokens are read, where nothing else is to be done; a step that failed
@@ -319,65 +350,46 @@ class Engine:
             (sequence.id, Admitted(sequence.session_status, sequence.cached, sequence.kinship)) for sequence in admitted
         ]
 
-    def _commit(self, flight: Flight) -> list[tuple[str, Event]]:
-        step, logits, chosen = flight.step, flight.output.logits, flight.chosen
+    def _commit(self, flight: Flight) -> None:
         events, failed = self.answers.scores(flight.output)
+        self.late += events
         rows = {sequence.id: row for row, sequence in enumerate(flight.output.sampled)}
         self.stats.steps += 1
-        for work in step.work:
+        for work in flight.step.work:
             sequence = work.sequence
             if not sequence.is_running:
                 continue  # it ended meanwhile; a failed choice takes the others along
-            decoding = sequence.is_decoding
-            self.stats.prompt_tokens += 0 if decoding else work.count
-            sequence.advance(work.count)
-            if not decoding:
-                self.scheduler.keep(sequence)
-                events.append((sequence.id, Progress(sequence.total_work, sequence.done_work)))
-            if sequence.id in failed:
-                events.append(self.fail(sequence, failed[sequence.id]))
-            elif sequence.id in rows:
-                events += self.answers.sample(sequence, logits[rows[sequence.id]], chosen)
+            try:
+                self._advance(work)
+                if sequence.id in failed:
+                    self.late.append(self.fail(sequence, failed[sequence.id]))
+                elif sequence.id in rows:
+                    logits = flight.output.logits[rows[sequence.id]]
+                    self.late += self.answers.sample(sequence, logits, flight.chosen)
+            except Exception as error:
+                self.faults.note("commit", error)
+                self.late.append(self.fail(sequence, EngineError(f"the request failed: {reason(error)}")))
         if self.config.check_integrity:
             check_integrity(self)
-        return events
+
+    def _advance(self, work: Work) -> None:
+        """A sequence's tokens were fed."""
+        sequence, decoding = work.sequence, work.sequence.is_decoding
+        self.stats.prompt_tokens += 0 if decoding else work.count
+        is_replaying = len(sequence.work) > 1
+        sequence.advance(work.count)
+        is_choice = sequence.is_branch and not sequence.generated and not sequence.pending
+        if is_choice or (is_replaying and len(sequence.work) == 1):
+            self.scheduler.room.mark(sequence)
+        if not decoding:
+            self.scheduler.keep(sequence)
+            self.late.append((sequence.id, Progress(sequence.total_work, sequence.done_work)))
 
     # -- failures ------------------------------------------------------------------------------------------
 
-    def _recover(self, step: Step, error: StepFailed) -> list[tuple[str, Event]]:
-        """Fail the sequence that the step failed on, or its largest; the others start again."""
-        blamed = error.sequence or max(step.work, key=lambda work: work.count).sequence
-        logger.error("step failed on request %s: %s", blamed.id, error, exc_info=error.__cause__)
-        for work in reversed(step.work):
-            if work.sequence is not blamed:
-                self.scheduler.preempt(work.sequence)
-        failed = self.fail(blamed, EngineError(f"the model failed on this request: {error}"))
-        gc.collect()
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return [failed]
-
     def fail(self, sequence: Sequence, error: PaceError) -> tuple[str, Event]:
         """End a request with an error; a choice takes its whole request with it."""
-        live = self.live.get(sequence.id)
-        name = live.name if live is not None else sequence.id
-        first = self.live.get(name)
-        if first is not None and first.choices:
-            self._scrub(sequence)
-            self._take_out(first)
-            self.stats.failed += 1
-            return name, Failed(error)
-        self._scrub(sequence)
-        self.scheduler.remove(sequence)
-        self.live.pop(sequence.id, None)
-        self.stats.failed += 1
-        return sequence.id, Failed(error)
-
-    def _scrub(self, sequence: Sequence) -> None:
-        self.scheduler.progress.forget_request(sequence.id)
-        # blocks that others hold were whole before this request
-        owned = [block for block in sequence.table.blocks if self.allocator.references(block) == 1]
-        self.runner.scrub(KVTable(owned))
+        return self.recovery.fail(sequence, error)
 
     def _stuck(self) -> list[tuple[str, Event]]:
         """Nothing runs and something waits: what waits first can never be admitted."""
@@ -401,17 +413,6 @@ class Engine:
     def copy_kv(self, source: int, target: int, length: int) -> None:
         """Copy ``length`` tokens of KV from the start of a block to another, now."""
         self.runner.copy([Copy(source * BLOCK, target * BLOCK, length)])
-
-    def end_requests_of(self, key: Key) -> None:
-        """The session is being deleted: whatever waits for it or works on it ends with an error."""
-        for live in list(self.live.values()):
-            if live.sequence.request.session == key and not (live.is_recorded or live.index):
-                error = SessionDeleted("the session was deleted while this request was in progress")
-                self.late.append(self.fail(live.sequence, error))
-
-    def fail_all(self, error: PaceError) -> list[tuple[str, Event]]:
-        """End every request with an error."""
-        return [self.fail(live.sequence, error) for live in list(self.live.values()) if not live.index]
 
 
 def run_until_idle(engine: Engine, on_event: Callable[[str, Event], None] | None = None) -> dict[str, list[Event]]:

@@ -11,12 +11,16 @@ if TYPE_CHECKING:
     from pacellm.engine.engine import Engine
 
 
+class IntegrityError(EngineError):
+    """Something leaked, is held twice or is about to be overwritten."""
+
+
 def check_integrity(engine: Engine) -> None:
     """Blocks and rows add up: everything that is held is held by a running request or a session, and no running
     request writes where somebody else's KV lies.
 
     Raises:
-        EngineError: something leaked, is held twice or is about to be overwritten.
+        IntegrityError: they do not.
     """
     held: dict[int, int] = {}
     working = [*engine.scheduler.running, *engine.scheduler.finishing]
@@ -27,12 +31,12 @@ def check_integrity(engine: Engine) -> None:
             held[block] = held.get(block, 0) + 1
     wrong = [block for block in range(engine.num_blocks) if engine.allocator.references(block) != held.get(block, 0)]
     if wrong or engine.allocator.num_free != engine.num_blocks - len(held):
-        raise EngineError(f"KV blocks do not add up: {wrong[:8]}")
+        raise IntegrityError(f"KV blocks do not add up: {wrong[:8]}")
     if engine.pool is not None:
         rows = [sequence.row for sequence in working] + engine.sessions.rows()
         rows += engine.scheduler.progress.rows()
         if len(set(rows)) != len(rows) or engine.pool.num_free != engine.pool.num_rows - len(rows):
-            raise EngineError("bank rows do not add up")
+            raise IntegrityError("bank rows do not add up")
     _check_writes(engine)
 
 
@@ -49,4 +53,4 @@ def _check_writes(engine: Engine) -> None:
     for sequence in engine.scheduler.running:
         for block in sequence.table.blocks[sequence.position // BLOCK :]:
             if any(holder is not sequence and end > sequence.position for holder, end in held[block]):
-                raise EngineError(f"request {sequence.id} would overwrite KV block {block}, which is not its own")
+                raise IntegrityError(f"request {sequence.id} would overwrite KV block {block}, which is not its own")

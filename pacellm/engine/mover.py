@@ -19,7 +19,7 @@ from pacellm.engine.session import Session
 from pacellm.engine.session_files import SessionFiles
 from pacellm.engine.sessions import SessionStore
 from pacellm.engine.stats import MoverStats
-from pacellm.errors import SnapshotRefused
+from pacellm.errors import SnapshotRefused, reason
 from pacellm.memory.disk import STATE, Disk
 from pacellm.memory.pool import BankPool
 from pacellm.memory.tiers import Banks, HostState, Span, Worker, banks_nbytes, download, upload
@@ -213,7 +213,7 @@ class Mover:
         if (error := done.exception()) is not None:
             self.store.drop(session)
             self.stats.refused += isinstance(error, SnapshotRefused)
-            session.note = f"{STATE} was refused: {error}"
+            session.note = f"{STATE} was refused: {reason(error)}"
             self.stats.say_failure(session.key, "restoring", error)
             return
         if session.deleted:
@@ -233,7 +233,11 @@ class Mover:
         for session in self.store:
             if session.stub or session.deleted or not (session.commits or session.kept):
                 continue
-            self._save(session, self.files)
+            try:
+                self._save(session, self.files)
+            except Exception as error:  # the others are written all the same
+                self.stats.say_failure(session.key, "writing at the end", error)
+        self.worker.submit(self.files.disk.retry, lambda done: None)
         self.worker.finish()
 
     def _banks(self, session: Session) -> Banks:

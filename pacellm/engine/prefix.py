@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pacellm.engine.kv import BlockAllocator, KVTable, blocks_for
-from pacellm.engine.sequence import Lineage, Sequence
+from pacellm.engine.sequence import Before, Lineage, Sequence
 from pacellm.engine.turn import Turn
 from pacellm.memory.pool import BankPool
 from pacellm.modes import PAMode
@@ -32,6 +32,7 @@ class Entry:
         table: blocks up to ``position``; the last may go on with somebody else's tokens.
         row: banks as they stood at ``position``; None without PA.
         maker: id of the request that made it; ``session``: that request's.
+        before: where the turn began, if it was that request's own.
     """
 
     lineage: Lineage
@@ -43,6 +44,7 @@ class Entry:
     row: int | None
     maker: str
     session: tuple[str, str] | None
+    before: Before | None
 
     @property
     def position(self) -> int:
@@ -92,8 +94,10 @@ class PrefixCache:
         mine = np.frombuffer(entry.ids, dtype=np.int32)
         return bool((mine == np.frombuffer(turn.ids, dtype=np.int32)[: len(mine)]).all())
 
-    def use(self, entry: Entry) -> None:
-        """It is the one used last."""
+    def use(self, entry: Entry, sequence: Sequence) -> None:
+        """A sequence goes on from it. The tokens of its own turn that it saves are its own all the same."""
+        if len(sequence.work) == 1 and entry.before is not None:
+            sequence.before = entry.before
         self._entries.remove(entry)
         self._entries.append(entry)
         self.hits += 1
@@ -158,6 +162,7 @@ class PrefixCache:
                 row,
                 request.request_id,
                 request.session,
+                sequence.before if len(sequence.work) == 1 else None,
             )
         )
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from pacellm.config import Preset
@@ -17,12 +18,33 @@ from pacellm.engine.history import Ending
 from pacellm.engine.session import Session
 from pacellm.engine.turn import Turn
 from pacellm.errors import SnapshotRefused
+from pacellm.memory.owner import About, Count
 from pacellm.memory.snapshot import Parsed, bank_tensors, take_banks
 from pacellm.memory.tiers import Banks, HostState, Span, cut
 from pacellm.modes import MODES, PAChoice, PAMode, resolve
 
 # as logs number them; "on" and "read_only" were written when a fingerprint still told one preset for all turns
 _MODES: tuple[PAChoice, ...] = ("on", "off", "read_only", *(mode for mode in MODES if mode != "off"))
+
+
+_FACT = TypeAdapter(Count)
+_BANKS = TypeAdapter(dict[int, dict[str, Count]])
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a file says about its session, beside the log and the state; fields as of :class:`Session`."""
+
+    generation: int
+    commits: int
+    folds: int
+    banks: dict[int, dict[str, int]]
+    ending: Ending | None
+
+    def give(self, session: Session) -> None:
+        """Put it into a session, its generation apart."""
+        session.commits, session.folds = self.commits, self.folds
+        session.banks, session.ending = self.banks, self.ending
 
 
 class Records:
@@ -128,15 +150,21 @@ class Records:
             f"{self.fingerprint[:12]})"
         )
 
-    def take_facts(self, session: Session, metadata: dict[str, str]) -> None:
-        """Put what a file says about a session into it."""
+    def facts(self, metadata: dict[str, str]) -> Facts:
+        """What a file says about its session.
+
+        Raises:
+            SnapshotRefused: nothing that could be.
+        """
         try:
-            session.commits, session.folds = int(metadata["commits"]), int(metadata["folds"])
-            found = json.loads(metadata["banks"])
-            session.banks = {int(layer): {str(k): int(v) for k, v in facts.items()} for layer, facts in found.items()}
+            numbers = {name: _FACT.validate_python(metadata[name]) for name in ("generation", "commits", "folds")}
             ending = metadata.get("ending")
-            session.ending = None if ending is None else Ending.from_json(ending, self._vocab_size)
-        except (KeyError, ValueError, TypeError, AttributeError):
+            return Facts(
+                **numbers,
+                banks=_BANKS.validate_json(metadata["banks"]),
+                ending=None if ending is None else Ending.from_json(ending, self._vocab_size),
+            )
+        except (KeyError, ValueError, TypeError):
             raise SnapshotRefused("snapshot's metadata is malformed") from None
 
     # -- states --------------------------------------------------------------------------------------------
@@ -224,19 +252,19 @@ class Records:
 
     # -- for clients ---------------------------------------------------------------------------------------
 
-    def about(self, session: Session) -> dict[str, Any]:
+    def about(self, session: Session) -> About:
         """What a list of sessions shows without opening its files."""
-        return {
-            "tokens": len(session.context) or session.num_tokens,
-            "created": session.created,
-            "last_used": session.last_used,
-            "ttl": session.ttl,
-            "commits": session.commits,
-            "kept": session.kept,
-            "stored": session.stored,
-            "saved": session.saved,
-            "banks": session.banks,
-        }
+        return About(
+            tokens=len(session.context) or session.num_tokens,
+            created=session.created,
+            last_used=session.last_used,
+            ttl=session.ttl,
+            commits=session.commits,
+            kept=session.kept,
+            stored=session.stored,
+            saved=session.saved,
+            banks=session.banks,
+        )
 
 
 def ending_metadata(ending: Ending | None) -> dict[str, str]:

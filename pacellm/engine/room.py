@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from pacellm.engine.kv import BLOCK, BlockAllocator, KVTable
 from pacellm.engine.prefix import Entry, PrefixCache
-from pacellm.engine.sequence import Sequence
+from pacellm.engine.sequence import Before, Sequence
 from pacellm.engine.session import Session
 from pacellm.engine.sessions import SessionStore
 from pacellm.engine.step import Copy
@@ -72,8 +72,9 @@ class Room:
         """A table that shares the full blocks before ``start`` and owns the rest."""
         kept = start // BLOCK
         table = KVTable(list(source[:kept]))
+        own = self.allocator.allocate(needed, table.blocks[-1] if table.blocks else None)
         self.allocator.share(table.blocks)
-        table.extend(self.allocator.allocate(needed, table.blocks[-1] if table.blocks else None))
+        table.extend(own)
         if start % BLOCK:
             self._copies.append(Copy(source[kept] * BLOCK, table.blocks[kept] * BLOCK, start % BLOCK))
         return table
@@ -86,9 +87,14 @@ class Room:
         if source is None and session is not None and session.origin is not None:
             for layer, bank in self.pool.banks(sequence.row).items():
                 bank.copy_(session.origin[layer])
-        sequence.counters_before = self.pool.counters(sequence.row)
-        sequence.activity_before = self.pool.activity(sequence.row)
+        if not (sequence.is_branch and sequence.generated):  # a choice's own tokens begin where its prompt ended
+            self.mark(sequence)
         sequence.working_sets.clear()
+
+    def mark(self, sequence: Sequence) -> None:
+        """What its banks and experts do from here on is the request's own."""
+        if self.pool is not None and sequence.row is not None:
+            sequence.before = Before(self.pool.counters(sequence.row), self.pool.activity(sequence.row))
 
     def free(self, sequence: Sequence) -> None:
         """Take a sequence's working copy away."""

@@ -28,7 +28,7 @@ from pacellm.engine.session import Session
 from pacellm.engine.sessions import SessionStore
 from pacellm.engine.step import Step, Work
 from pacellm.engine.turn import Turn
-from pacellm.errors import ContextLengthExceeded, RequestError
+from pacellm.errors import ContextLengthExceeded, PaceError, RequestError
 from pacellm.memory.pool import BankPool
 from pacellm.rows import ROWS
 
@@ -52,7 +52,8 @@ class Scheduler:
         self.finishing: list[Sequence] = []  # complete, but their commit is not yet on disk
         self.mover: Mover | None = None
         self.admitted: list[Sequence] = []  # since the last step
-        self.refused: list[tuple[Sequence, RequestError]] = []  # since the last step
+        self.refused: list[tuple[Sequence, PaceError]] = []  # since the last step
+        self.considered: Sequence | None = None  # the request that is being admitted
         self.preemptions = 0
         self.progress = PrefixCache(allocator, pool, segment=config.bank.segment, max_seqs=config.max_num_seqs)
         self.pace = Pace()
@@ -155,6 +156,7 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """The next step, or None where nothing can run."""
         self._admit()
+        self.considered = None
         step = Step()
         budget = self._add_decodes(step, self.config.max_num_batched_tokens)
         decodes = bool(step.work)
@@ -202,6 +204,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         for sequence in list(self.waiting):
+            self.considered = sequence
             if self.seats + sequence.request.n > self.config.max_num_seqs:
                 return
             session = self._session(sequence)
@@ -342,7 +345,7 @@ class Scheduler:
         sequence.lineage = plan.lineage
         sequence.begin(work, time.monotonic(), index=plan.index, cursor=plan.cursor)
         if plan.entry is not None:
-            self.progress.use(plan.entry)
+            self.progress.use(plan.entry, sequence)
         self.waiting.remove(sequence)
         self.running.append(sequence)
         if not sequence.is_branch:

@@ -29,6 +29,19 @@ class Status(enum.Enum):
     ENDED = enum.auto()
 
 
+@dataclass(frozen=True)
+class Before:
+    """What a row had counted at some point of a history: the same whoever fed it, and however often.
+
+    Attributes:
+        counters: lifetime counters of its banks by layer.
+        activity: [L, E] int64 of its experts; None without a layout.
+    """
+
+    counters: dict[int, list[int]]
+    activity: Any
+
+
 @dataclass(eq=False)
 class Sequence:
     """A request on its way through the engine.
@@ -51,7 +64,7 @@ class Sequence:
         session: the one it works on, while it runs.
         matcher: where it is in what its answer is constrained to, once it was asked.
         num_scored: prompt tokens after the first whose log-probability was reported.
-        activity_before: its working row's expert activity when it began.
+        before: where its own turn began; of a further choice, where its prompt ended.
         working_sets: by layer the experts that its decoded tokens use, as long as they are known.
         cached, replayed: prompt tokens not computed again; tokens of the log that are.
     """
@@ -76,8 +89,7 @@ class Sequence:
     replayed: int = 0
     total_work: int = 0
     done_work: int = 0
-    counters_before: dict[int, list[int]] = field(default_factory=dict)
-    activity_before: Any = None
+    before: Before | None = None
     working_sets: dict[int, Any] = field(default_factory=dict)
     admitted_at: float | None = None
     first_token_at: float | None = None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pacellm.engine.history import Ending
 from pacellm.engine.kv import KVTable
 from pacellm.engine.turn import Turn
+from pacellm.memory.owner import Seen
 from pacellm.memory.state import BankState
 from pacellm.memory.tiers import HostState
 from pacellm.types import SessionStatus
@@ -36,6 +37,7 @@ class Session:
         stub: the log is on disk only. ``num_tokens`` is the context's length then.
         saved: generation whose log is on disk. ``stored``: tokens of this generation's KV and banks on disk.
         generation: commits, resets and imports in its life; ``epoch``: how often it changed servers.
+        seen: what ``owner.json`` last said to this server; None where there is none.
         busy: a running request works on it. ``moving``: the worker does. ``loading``: ``table`` is not filled yet.
         wanted: brought back for a request that has not begun.
         status: what the next request finds. ``found``: where its state came from, until a request has said so.
@@ -59,6 +61,7 @@ class Session:
     stored: int | None = None
     generation: int = 0
     epoch: int = 1
+    seen: Seen | None = None
     busy: bool = False
     moving: bool = False
     loading: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -18,11 +19,13 @@ from pacellm.engine.sessions import SessionStore
 from pacellm.engine.stats import MoverStats
 from pacellm.engine.turn import Turn
 from pacellm.errors import SessionConflict
-from pacellm.memory.disk import Disk, Owner, Sizes
+from pacellm.memory.disk import Disk, Sizes
+from pacellm.memory.owner import Owner, Seen
 from pacellm.memory.pool import BankPool
 from pacellm.memory.tiers import Banks, Worker, copy_banks
 
 Then = Callable[[Future], None]
+_RETRY_SECONDS = 10.0
 
 
 @dataclass
@@ -30,6 +33,7 @@ class Resting:
     """A session at rest, as a save takes it."""
 
     owner: Owner
+    seen: Seen | None
     log: list[Turn] | None
     origin: Banks | None
     meta: dict[str, str]
@@ -60,6 +64,7 @@ class SessionFiles:
         self.disk, self.records, self.stats = disk, records, stats
         self.budget = DiskBudget(limit, store, openings, worker, disk, lambda key: self.bury(key, expired=True))
         openings.on_sizes = self.budget.note
+        self._next_try = 0.0
 
     def find(self) -> None:
         """At start-up: what lies in the directory, as sessions whose logs are on disk only."""
@@ -76,6 +81,7 @@ class SessionFiles:
         """What a save needs of a session, as it is now."""
         return Resting(
             owner=self._owner(session),
+            seen=session.seen,
             log=list(session.log) if session.saved != session.generation else None,
             origin=session.origin,
             meta=self.records.metadata(session),
@@ -110,10 +116,10 @@ class SessionFiles:
         started = time.monotonic()
         log = self.records.log_tensors(resting.log, resting.origin) if resting.log is not None else None
         owner = resting.owner
-        owner.about["saved"] = owner.generation
+        owner.about.saved = owner.generation
         if state is not None:
-            owner.about["stored"] = owner.about["tokens"]
-        self.disk.save(owner, log, state, resting.meta)
+            owner.about.stored = owner.about.tokens
+        self.disk.save(owner, resting.seen, log, state, resting.meta)
         resting.seconds = time.monotonic() - started
         return sum(tensor.nbytes for tensor in (state or {}).values())
 
@@ -124,6 +130,7 @@ class SessionFiles:
             self.stats.say_failure(session.key, "writing to the session directory", error)
             return
         nbytes, sizes = done.result()
+        session.seen = resting.owner.seen
         if not session.deleted and session.generation == resting.owner.generation:
             session.saved, session.foreign = session.generation, False
             if nbytes:
@@ -140,7 +147,8 @@ class SessionFiles:
     # -- commits -------------------------------------------------------------------------------------------
 
     def record(self, sequence: Sequence, session: Session, pool: BankPool | None, then: Then) -> None:
-        """Take note of a commit, with its log where commits are synced; ``then`` gets the future.
+        """Take note of a commit, with its log where commits are synced; ``then`` gets the future. Where they are not, a
+        folder that cannot be written costs nothing but that: the session goes on in memory.
 
         Args:
             sequence: is committed to the session.
@@ -148,11 +156,11 @@ class SessionFiles:
         """
         disk, records = self.disk, self.records
         turn, row = sequence.fed(), sequence.row
-        expected = (session.epoch, session.generation)
-        owner = self._owner(session)
+        seen, owner = session.seen, self._owner(session)
         owner.generation += 1
-        owner.about |= {"stored": None, "saved": owner.generation if disk.sync else session.saved}
-        owner.about |= {"tokens": turn.end, "commits": session.commits + 1}
+        about = owner.about
+        about.stored, about.saved = None, owner.generation if disk.sync else session.saved
+        about.tokens, about.commits = turn.end, session.commits + 1
         meta = records.metadata(session, owner.generation)
         meta.pop("ending", None)
         meta |= {
@@ -162,41 +170,54 @@ class SessionFiles:
         }
         log, origin = [*session.log, turn], session.origin
         if self.store.will_fold(session, turn):
-            log, meta["folds"], owner.about["tokens"] = [], str(session.folds + 1), 0
+            log, meta["folds"], about.tokens = [], str(session.folds + 1), 0
             origin = copy_banks(pool.banks(row)) if pool is not None and row is not None else None
 
-        def job() -> Sizes:
-            disk.record(owner, expected, records.log_tensors(log, origin) if disk.sync else None, meta)
-            return disk.sizes(session.key)
+        def job() -> Sizes | OSError:
+            try:
+                disk.record(owner, seen, records.log_tensors(log, origin) if disk.sync else None, meta)
+                return disk.sizes(session.key)
+            except OSError as error:
+                if disk.sync:
+                    raise
+                return error
 
-        def noted(done: Future[Sizes]) -> None:
+        def noted(done: Future[Sizes | OSError]) -> None:
+            found = None if done.exception() is not None else done.result()
+            if isinstance(found, OSError):
+                self.stats.say_failure(session.key, "noting a commit", found)
+            elif found is not None:
+                session.seen = owner.seen
             then(done)
-            if done.exception() is None:
-                self._noted(session, done.result())
+            if isinstance(found, tuple):
+                self._noted(session, found)
 
         self.worker.submit(job, noted)
 
-    def replace_log(self, session: Session, *, before: int) -> Future[Sizes]:
-        """Take note of a session that was emptied or replaced, with its log; ``before``: its generation until then."""
-        disk, records, owner = self.disk, self.records, self._owner(session)
+    def replace_log(self, session: Session) -> Future[Sizes]:
+        """Take note of a session that was emptied or replaced, with its log."""
+        disk, records, seen, owner = self.disk, self.records, session.seen, self._owner(session)
         log, origin, meta = list(session.log), session.origin, records.metadata(session)
-        owner.about |= {"stored": None, "saved": owner.generation}
-        expected = (session.epoch, before)
+        owner.about.stored, owner.about.saved = None, owner.generation
         session.moving = True
 
         def job() -> Sizes:
-            disk.record(owner, expected, records.log_tensors(log, origin), meta)
+            disk.record(owner, seen, records.log_tensors(log, origin), meta)
             return disk.sizes(session.key)
 
         def then(done: Future[Sizes]) -> None:
             session.moving = False
-            if done.exception() is None:
+            error = done.exception()
+            if error is None:
+                session.seen = owner.seen
                 self._noted(session, done.result())
+            elif not isinstance(error, SessionConflict):
+                self.stats.say_failure(session.key, "writing a changed session", error)
             if session.deleted:
                 self.store.drop(session)
-            elif done.exception() is None:
+            elif error is None:
                 session.saved, session.foreign = session.generation, False
-            elif isinstance(done.exception(), SessionConflict):
+            elif isinstance(error, SessionConflict):
                 self.store.remove(session)
                 self.budget.forget(session.key)
 
@@ -207,20 +228,42 @@ class SessionFiles:
         if self.disk.sync:
             session.saved, session.foreign = session.generation, False
 
+    # -- deleting ------------------------------------------------------------------------------------------
+
     def bury(self, key: Key, *, expired: bool = False) -> Future[bool]:
-        """Leave a tombstone."""
+        """Leave a tombstone, now or at a later try."""
         self.forget(key)
-        return self.worker.submit(lambda: self.disk.delete(key, expired=expired), lambda done: None)
+        return self.worker.submit(lambda: self.disk.delete(key, expired=expired), lambda done: self._buried(key, done))
+
+    def _buried(self, key: Key, done: Future[bool]) -> None:
+        if (error := done.exception()) is not None:
+            self.stats.say_failure(key, "deleting its files, which is tried again,", error)
+
+    def bury_all(self, tenant: str, keys: set[Key]) -> Future[tuple[int, int]]:
+        """Leave a tombstone for all of a tenant's sessions, ``keys`` among them: (how many, how many of them at a later
+        try)."""
+        for key in self.openings.of(tenant) | self.budget.of(tenant):
+            self.forget(key)
+
+        def job() -> tuple[int, int]:
+            gone = keys | {(owner.tenant, owner.id) for owner in self.disk.owners() if owner.tenant == tenant}
+            for key in gone:
+                with suppress(OSError):
+                    self.disk.delete(key)
+            return len(gone), len(gone & self.disk.doomed.keys())
+
+        return self.worker.submit(job, lambda done: None)
+
+    def tend(self) -> None:
+        """Have deletions tried again that the disk has refused, every few seconds."""
+        if self.disk.doomed and time.monotonic() >= self._next_try:
+            self._next_try = time.monotonic() + _RETRY_SECONDS
+            self.worker.submit(self.disk.retry, lambda done: None)
 
     def forget(self, key: Key) -> None:
         """A session's files are about to go."""
         self.openings.forget(key)
         self.budget.forget(key)
-
-    def forget_all(self, tenant: str) -> None:
-        """All of a tenant's files are about to go."""
-        for key in self.openings.of(tenant) | self.budget.of(tenant):
-            self.forget(key)
 
     def _owner(self, session: Session) -> Owner:
         return Owner(

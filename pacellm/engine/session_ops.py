@@ -7,20 +7,19 @@ waits for the worker or for the session's running request. Whoever asked holds a
 from __future__ import annotations
 
 import itertools
-import logging
 from array import array
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
+from pacellm.engine.faults import settle
 from pacellm.engine.kv import BLOCK, KVTable, OutOfBlocks, blocks_for
 from pacellm.engine.session import Key, Session
-from pacellm.errors import EngineError, PaceError, SessionExists, SessionNotFound
+from pacellm.errors import EngineError, PaceError, SessionExists, SessionNotFound, reason
 
 if TYPE_CHECKING:
     from pacellm.engine.engine import Engine
 
-logger = logging.getLogger("pacellm.sessions")
 Operation = Callable[[], Any]
 WAIT = object()  # returned by an operation that must be called again
 
@@ -45,28 +44,30 @@ class SessionOps:
         return future
 
     def run(self) -> None:
-        """Call every waiting operation once."""
+        """Call every waiting operation once; one whose asker has given up is forgotten."""
         waiting, self._waiting = self._waiting, []
         for operation, future in waiting:
+            if future.cancelled():
+                continue
             try:
                 result = operation()
             except PaceError as error:
-                future.set_exception(error)
+                settle(future, error=error)
             except Exception as error:
-                logger.exception("a session operation failed")
-                future.set_exception(EngineError(f"the operation failed: {error}"))
+                self._engine.faults.note("operation", error)
+                settle(future, error=EngineError(f"the operation failed: {reason(error)}"))
             else:
                 if result is WAIT:
                     self._waiting.append((operation, future))
                 elif isinstance(result, Future):
                     _chain(result, future)
                 else:
-                    future.set_result(result)
+                    settle(future, result)
 
     def end(self, error: PaceError) -> None:
         """The engine has ended: nobody waits in silence."""
         for _, future in self._waiting:
-            future.set_exception(error)
+            settle(future, error=error)
         self._waiting = []
 
     # -- finding -------------------------------------------------------------------------------------------
@@ -75,21 +76,24 @@ class SessionOps:
         """Finds a session, after the disk was asked once; None while that takes its time.
 
         Raises (when called):
-            SessionNotFound: there is none, or it is another tenant's.
+            SessionNotFound: there is none, or it is another tenant's. PaceError: the disk cannot tell.
         """
-        asked = self._mover.disk is None
+        openings, asked = self._mover.openings, self._mover.disk is None
+        refused: list[PaceError] = []
 
         def find() -> Session | None:
             nonlocal asked
+            if refused:
+                raise refused[0]
             session = self._store.get(key)
             if not asked and (session is None or not session.busy):
                 asked = True
-                self._mover.openings.open(key)
-            if self._mover.openings.is_asking(key):
+                openings.open(key, refuse=refused.append)
+            if openings.is_asking(key):
                 return None
             session = self._store.get(key)
             if session is not None and session.stub:
-                self._mover.openings.open(key)
+                openings.open(key, refuse=refused.append)
                 return None
             if session is None or not (session.commits or session.kept):
                 raise SessionNotFound(f"no session {key[1]!r}", param="session_id")
@@ -216,54 +220,50 @@ class SessionOps:
             SessionNotFound: there is none.
         """
 
+        was_there = False
+
+        def told(found: tuple[Any, bool]) -> dict[str, Any]:
+            there, is_durable = found
+            return _found(key, bool(there) or was_there or not is_durable, is_durable=is_durable)
+
         def operation() -> Any:
+            nonlocal was_there
             session = self._store.get(key)
             was_there = session is not None and bool(session.commits or session.kept or session.busy)
-            self._engine.end_requests_of(key)
+            self._engine.recovery.end_requests_of(key)
             if session is not None:
                 self._store.remove(session)
             self._engine.forget_progress(key[0], key)
             files = self._mover.files
             if files is None:
                 return _found(key, was_there)
-            buried = files.bury(key)
             result: Future[Any] = Future()
-            buried.add_done_callback(lambda done: _settle(result, done, lambda there: _found(key, there or was_there)))
+            files.bury(key).add_done_callback(lambda done: _pass_on(_durable(done), result, told))
             return result
 
         return operation
 
     def delete_all(self, tenant: str) -> Operation:
-        """Delete all of a tenant's sessions and whatever else is kept of its requests; how many there were."""
+        """Delete all of a tenant's sessions and whatever else is kept of its requests: how many there were, and of how
+        many the files are still to go."""
 
         def operation() -> Any:
             keys = {session.key for session in self._store.of(tenant)} | self._mover.openings.of(tenant)
             for key in keys:
-                self._engine.end_requests_of(key)
+                self._engine.recovery.end_requests_of(key)
                 session = self._store.get(key)
                 if session is not None:
                     self._store.remove(session)
             self._engine.forget_progress(tenant)
             files = self._mover.files
-            if files is None:
-                return len(keys)
-            disk = files.disk
-            files.forget_all(tenant)
-
-            def job() -> int:
-                gone = keys | {(owner.tenant, owner.id) for owner in disk.owners() if owner.tenant == tenant}
-                for key in gone:
-                    disk.delete(key)
-                return len(gone)
-
-            return self._engine.worker.submit(job, lambda done: None)
+            return (len(keys), 0) if files is None else files.bury_all(tenant, keys)
 
         return operation
 
     def expire(self, session: Session) -> None:
         """A session's time has come."""
         if not session.moving:
-            self._engine.end_requests_of(session.key)
+            self._engine.recovery.end_requests_of(session.key)
             self._store.remove(session, lost=bool(session.commits))
             self._engine.forget_progress(session.key[0], session.key)
             if self._mover.files is not None:
@@ -285,13 +285,17 @@ class SessionOps:
         return operation
 
     def written(self, session: Session, description: dict[str, Any]) -> Any:
-        """The description, once the session's log is on disk where there is one."""
+        """The description, once the session's log is on disk where there is one; it says so where it could not be
+        written, which is tried again when the session leaves memory."""
         files = self._mover.files
         if files is None:
             return description
         result: Future[Any] = Future()
-        future = files.replace_log(session, before=session.generation - 1)
-        future.add_done_callback(lambda done: _settle(result, done, lambda _: description))
+        files.replace_log(session).add_done_callback(
+            lambda done: _pass_on(
+                _durable(done), result, lambda found: description if found[1] else {**description, "durable": False}
+            )
+        )
         return result
 
     def fork(self, key: Key, target: Key, ttl: float | None) -> Operation:
@@ -377,20 +381,35 @@ def _rates(banks: dict[int, dict[str, int]]) -> dict[str, dict[str, Any]]:
     return shown
 
 
-def _found(key: Key, was_there: bool) -> dict[str, Any]:
+def _found(key: Key, was_there: bool, *, is_durable: bool = True) -> dict[str, Any]:
     if not was_there:
         raise SessionNotFound(f"no session {key[1]!r}", param="session_id")
-    return {"id": key[1], "object": "session.deleted", "deleted": True}
+    told = {"id": key[1], "object": "session.deleted", "deleted": True}
+    return told if is_durable else {**told, "durable": False}
 
 
-def _settle(target: Future[Any], done: Future[Any], make: Callable[[Any], Any]) -> None:
+def _durable(done: Future[Any]) -> Future[tuple[Any, bool]]:
+    """(the result, whether the disk has it), of a job that wrote to the session directory."""
+    told: Future[tuple[Any, bool]] = Future()
+    error = done.exception()
+    if error is None:
+        told.set_result((done.result(), True))
+    elif isinstance(error, OSError):
+        told.set_result((None, False))
+    else:
+        told.set_exception(error)
+    return told
+
+
+def _pass_on(done: Future[Any], target: Future[Any], make: Callable[[Any], Any]) -> None:
+    """Give ``target`` what ``make`` makes of a result, or the error."""
     try:
-        target.set_result(make(done.result()))
+        settle(target, make(done.result()))
     except PaceError as error:
-        target.set_exception(error)
+        settle(target, error=error)
     except Exception as error:
-        target.set_exception(EngineError(f"the session directory failed: {error}"))
+        settle(target, error=EngineError(f"the session directory failed: {reason(error)}"))
 
 
 def _chain(source: Future[Any], target: Future[Any]) -> None:
-    source.add_done_callback(lambda done: _settle(target, done, lambda result: result))
+    source.add_done_callback(lambda done: _pass_on(done, target, lambda result: result))

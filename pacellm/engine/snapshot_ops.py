@@ -101,8 +101,7 @@ class SnapshotOps:
                 "--share-snapshots takes it"
             )
         log, origin = records.take_log(tensors, metadata)
-        facts = Session(("", ""))
-        records.take_facts(facts, metadata)
+        facts = records.facts(metadata)
         banks = snapshot.take_banks("bank", tensors, records.like)
         context = context_of(log)
         strange = [name for name in tensors if not name.startswith("kv.")]
@@ -133,9 +132,7 @@ class SnapshotOps:
                 return WAIT
             generation = session.generation
             self._store.reset(session)
-            facts: Session = checked["facts"]
-            session.commits, session.folds, session.banks = facts.commits, facts.folds, facts.banks
-            session.ending = facts.ending
+            checked["facts"].give(session)
             session.generation, session.ttl = generation + 1, ttl if ttl is not None else session.ttl
             self._engine.forget_progress(key[0], key)
             self._store.put_log_in(session, checked["log"], checked["origin"])

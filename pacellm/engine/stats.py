@@ -93,11 +93,11 @@ class EngineStats:
 
 def expert_activity(pool: BankPool | None, sequence: Sequence, stats: EngineStats) -> dict[int, list[float]]:
     """What a finishing request's prompt tokens made experts do; also added to the totals. {} without a layout."""
-    if pool is None or sequence.row is None or sequence.activity_before is None:
+    if pool is None or sequence.row is None or sequence.before is None or sequence.before.activity is None:
         return {}
     now = pool.activity(sequence.row)
     assert now is not None
-    done = (now - sequence.activity_before).cpu()
+    done = (now - sequence.before.activity).cpu()
     stats.experts = done if stats.experts is None else stats.experts + done
     return per_layer(done)
 
@@ -108,15 +108,16 @@ def per_layer(activity: Tensor | None) -> dict[int, list[float]]:
 
 
 def bank_reads(pool: BankPool | None, sequence: Sequence, stats: EngineStats) -> BankReads | None:
-    """What a finishing request did to its banks; also added to the totals. None without banks."""
+    """What a finishing request's own turn did to its banks, each token counted once whether it was computed for this
+    request or found as kept progress, and no replay; also added to the totals. None without banks."""
     preset = preset_of(sequence.turn.pa)
-    if pool is None or not pool.shapes or sequence.row is None or preset is None:
+    if pool is None or not pool.shapes or sequence.row is None or sequence.before is None or preset is None:
         return None
     totals: Counter[str] = Counter()
     layers: dict[int, LayerReads] = {}
     filled = pool.filled(sequence.row)
     for layer, counters in pool.counters(sequence.row).items():
-        before = sequence.counters_before[layer]
+        before = sequence.before.counters[layer]
         done = {name: now - then for name, now, then in zip(COUNTERS, counters, before, strict=True)}
         stats.bank.setdefault((layer, preset), Counter()).update(done)
         totals.update(done)

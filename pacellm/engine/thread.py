@@ -17,7 +17,7 @@ from typing import Any
 
 from pacellm.engine.engine import Engine
 from pacellm.engine.session_ops import Operation
-from pacellm.errors import Aborted, Draining, EngineDead, Overloaded, PaceError
+from pacellm.errors import Aborted, Draining, EngineDead, EngineError, Overloaded, PaceError, reason
 from pacellm.types import Admitted, Event, Failed, Finished, GenerationRequest
 
 logger = logging.getLogger("pacellm.engine")
@@ -30,7 +30,7 @@ class EngineThread:
 
     Args:
         engine: used by this thread alone from :meth:`start` on, ``check`` and ``stats`` apart.
-        deliver: called in the engine thread with the events of a step.
+        deliver: called in the engine thread with the events of a step; where it raises, none of them was taken.
     """
 
     def __init__(self, engine: Engine, deliver: Deliver) -> None:
@@ -167,14 +167,13 @@ class EngineThread:
                     self._emit(self.engine.step())
         except BaseException as failure:
             logger.critical("the engine loop ended", exc_info=failure)
-            self._error, error = failure, EngineDead(f"the engine failed: {failure}")
+            self._error, error = failure, EngineDead("the engine failed; the server's log has the details")
         finally:
-            self._end_all(error)
+            with self.engine.faults.survived("shutdown"):
+                self._end_all(error)
             self._is_saving = True
-            try:
+            with self.engine.faults.survived("shutdown"):
                 self.engine.close()
-            except Exception:
-                logger.exception("sessions could not be written")
             self._is_saving = False
 
     def _take_inbox(self) -> None:
@@ -187,29 +186,56 @@ class EngineThread:
         for item in items:
             if isinstance(item, tuple):
                 self.engine.ops.submit(*item)
-                continue
-            if isinstance(item, str):
-                if self.engine.abort(item):
-                    self._emit([(item, Failed(Aborted("the request was cancelled")))])
-                continue
-            try:
-                self.engine.add(item)
-            except PaceError as error:
-                self._emit([(item.request_id, Failed(error))])
+            elif isinstance(item, str):
+                self._abort(item)
+            else:
+                self._add(item)
+
+    def _add(self, request: GenerationRequest) -> None:
+        try:
+            self.engine.add(request)
+        except PaceError as error:
+            self._emit([(request.request_id, Failed(error))])
+        except Exception as error:
+            self.engine.faults.note("inbox", error)
+            refused = EngineError(f"the request could not be queued: {reason(error)}")
+            self._emit([(request.request_id, Failed(refused))])
+
+    def _abort(self, request_id: str) -> None:
+        """Cancel a request; nothing where it has ended or its commit can no longer be taken back."""
+        try:
+            has_ended = self.engine.abort(request_id)
+        except Exception as error:
+            self.engine.faults.note("inbox", error)
+            has_ended = request_id not in self.engine.live
+        if has_ended:
+            self._emit([(request_id, Failed(Aborted("the request was cancelled")))])
 
     def _emit(self, events: list[tuple[str, Event]]) -> None:
+        """Hand events over. Where that fails, their requests end: an answer with a hole in it would be a wrong one."""
         if not events:
             return
+        self._note(events)
+        try:
+            self._deliver(events)
+            return
+        except Exception as error:
+            self.engine.faults.note("delivery", error)
+        lost = EngineError("an event of this request could not be delivered")
+        for request_id in dict.fromkeys(request_id for request_id, _ in events):
+            with self.engine.faults.survived("delivery"):
+                self.engine.abort(request_id)
+                failed: list[tuple[str, Event]] = [(request_id, Failed(lost))]
+                self._note(failed)
+                self._deliver(failed)
+
+    def _note(self, events: list[tuple[str, Event]]) -> None:
         with self._wake:
             for request_id, event in events:
                 if isinstance(event, Admitted | Finished | Failed):
                     self._queued.pop(request_id, None)
                 if isinstance(event, Finished | Failed):
                     self._submitted.discard(request_id)
-        try:
-            self._deliver(events)
-        except Exception:
-            logger.exception("events could not be delivered")
 
     def _end_all(self, error: PaceError) -> None:
         """Nobody is left waiting in silence."""
@@ -218,7 +244,8 @@ class EngineThread:
             calls = [item for item in self._inbox if isinstance(item, tuple)]
             self._inbox.clear()
         for request_id in left:
-            self.engine.abort(request_id)
+            with self.engine.faults.survived("shutdown"):
+                self.engine.abort(request_id)
         for operation, future in calls:
             self.engine.ops.submit(operation, future)
         self.engine.ops.end(error)

@@ -73,6 +73,7 @@ class Read:
     high: Tensor  # [n] bool
     mid: Tensor  # [n] bool
     low: Tensor  # [n] bool
+    counts: Tensor  # [4] int64, outcomes in the order of ``COUNTERS``
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Verdict:
 def read(
     bank: BankState, x: Tensor, y: Tensor, config: PAConfig, total: Total | None = None, mask: Tensor | None = None
 ) -> Read:
-    """Read n tokens against the bank and count the outcomes.
+    """Read n tokens against the bank; nothing of it changes.
 
     Args:
         total: sums over the ranks that F is split over, where it is.
@@ -122,13 +123,12 @@ def read(
     rule = Rule.of(config)
     found = judge(similarity, bank.filled, config, rule)
     missed = ~(found.hit | found.fuse | found.empty)
-    counts = [found.hit.sum(), found.fuse.sum(), missed.sum(), found.empty.expand(n).sum()]
-    bank.counters[:MERGES] += torch.stack(counts)
+    counts = torch.stack([found.hit.sum(), found.fuse.sum(), missed.sum(), found.empty.expand(n).sum()])
     rows = (
         None if config.acts else _selected((found.hit | found.fuse) & ~found.high)
     )  # the others write no output of theirs
     output = _recalled(bank, similarity, found, y, config, rule, rows)
-    return Read(output, found.slots, found.used, found.high, found.mid, found.low)
+    return Read(output, found.slots, found.used, found.high, found.mid, found.low, counts)
 
 
 def _recalled(
@@ -170,8 +170,20 @@ def judge(similarity: Tensor, filled: Tensor, config: PAConfig, rule: Rule) -> V
     return Verdict(hit, fuse, empty, best_slots, used, high, ~high & ~low, low)
 
 
+def count(staged: Stage, result: Read) -> None:
+    """Add a read's outcomes to the segment's stage. They are the bank's once the segment ends, like all its effect: so
+    a copy of a bank in the middle of a segment has none of them, and who feeds the segment again counts it once."""
+    staged.reads.add_(result.counts)
+
+
+def settle(bank: BankState, staged: Stage) -> None:
+    """A segment that only reads has ended: its outcomes are the bank's."""
+    bank.counters[:MERGES] += staged.reads
+    staged.reads.zero_()
+
+
 def stage(staged: Stage, result: Read, x: Tensor, config: PAConfig) -> None:
-    """Add a read's effect to the segment's stage.
+    """Add a read's effect to the segment's stage, its outcomes included.
 
     Args:
         staged: the segment's stage, changed in place.
@@ -179,6 +191,7 @@ def stage(staged: Stage, result: Read, x: Tensor, config: PAConfig) -> None:
         x: [n, F] their inner activations.
         config: the same config.
     """
+    count(staged, result)
     if config.is_paper:
         _count_slots(staged.raised, result, result.high)
     mid = _selected(result.mid)
@@ -191,6 +204,7 @@ def stage(staged: Stage, result: Read, x: Tensor, config: PAConfig) -> None:
 def write(bank: BankState, staged: Stage, config: PAConfig) -> None:
     """Apply a finished segment's stage to the bank and clear the stage."""
     slots = bank.keys.shape[0]
+    settle(bank, staged)
     bank.clock.add_(1)
     bank.usage.add_(staged.raised[:slots])
     _merge(bank, staged, config)
@@ -261,6 +275,14 @@ class Bank:
         stage(self._stage, result, x, self.config)
         write(self.state, self._stage, self.config)
         return result.output if self.config.acts else y
+
+    def recall(self, x: Tensor, y: Tensor) -> Tensor:
+        """Read one segment and count its outcomes, without writing; arguments and result as of :meth:`step`, whose
+        outputs are those of a preset that acts."""
+        result = read(self.state, x, y, self.config)
+        count(self._stage, result)
+        settle(self.state, self._stage)
+        return result.output
 
     @property
     def keys(self) -> Tensor:

@@ -7,66 +7,59 @@
     DIR/HMAC(tenant, id)/       0700
         lock                    held while any server reads or changes the folder
         owner.json              who owns the session, its generation (commits so far), what a list shows; a tombstone
-                                where it was deleted
-        log.safetensors         the log: the session itself
+                                where it was deleted; under a keyed digest
+        log.safetensors         the log: the session itself, and what owner.json said when it was written
         state.safetensors       KV and banks of one generation: a cache of the log
 
+        *.refused               files that were damaged or of another model, kept
+
 A file is written beside its place, synced where asked, and renamed. Several servers may share DIR: opening a session
-takes it over (its *epoch* grows), and a commit under an old epoch or generation is refused.
+takes it over (its *epoch* grows), and a commit is refused where ``owner.json`` is not what this server last saw.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import hmac
-import json
 import logging
 import mmap
 import os
+import re
 import shutil
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from torch import Tensor
 
 from pacellm.errors import ConfigError, SessionConflict, SnapshotRefused
 from pacellm.memory import snapshot
+from pacellm.memory.folder import (
+    LOG,
+    OWNER,
+    STATE,
+    Claim,
+    Key,
+    known,
+    locked,
+    log_generation,
+    name_of,
+    open_lock,
+    owner_of,
+    put,
+    remove_files,
+)
+from pacellm.memory.owner import Owner, OwnerRefused, Seen
+from pacellm.memory.publish import set_aside
 
 logger = logging.getLogger("pacellm.memory")
 _TOMBSTONE_DAYS = 7
 _AHEAD = 8 * 2**20
+_FOLDER = re.compile(r"[0-9a-f]{40}")
 Sizes = tuple[int, int]
-LOG, STATE = "log.safetensors", "state.safetensors"
-
-
-@dataclass
-class Owner:
-    """Contents of ``owner.json``.
-
-    Attributes:
-        server: id of the owning server.
-        epoch: how often the session has changed hands.
-        generation: commits, resets and deletes so far, whether or not their log was written.
-        deleted: the rest is a tombstone. ``expired``: its time had come.
-        about: what a list shows: tokens, created, last_used, ttl and so on.
-    """
-
-    tenant: str
-    id: str
-    server: str
-    epoch: int = 1
-    generation: int = 0
-    deleted: bool = False
-    expired: bool = False
-    changed: float = field(default_factory=time.time)
-    about: dict[str, Any] = field(default_factory=dict)
 
 
 class Disk:
@@ -83,6 +76,7 @@ class Disk:
     def __init__(self, directory: str | Path, *, sync: bool = False) -> None:
         self.directory, self.sync = Path(directory), sync
         self.server = uuid.uuid4().hex
+        self.doomed: dict[Key, bool] = {}  # sessions whose deletion is not on disk yet; True where their time had come
         try:
             (self.directory / "servers").mkdir(mode=0o700, parents=True, exist_ok=True)
             self.secret = self._secret()
@@ -100,100 +94,158 @@ class Disk:
             os.close(self._life)
             self._life = -1
 
-    def folder(self, key: tuple[str, str]) -> Path:
+    def folder(self, key: Key) -> Path:
         """Where a session lies."""
-        name = "\0".join(key).encode()
-        return self.directory / hmac.new(self.secret, name, hashlib.sha256).hexdigest()[:40]
+        return self.directory / name_of(key, self.secret)
 
     # -- owning --------------------------------------------------------------------------------------------
 
     def owners(self) -> Iterator[Owner]:
-        """Every session that is here and not deleted; unreadable folders are named in the log."""
-        for folder in sorted(self.directory.iterdir()):
-            if folder.name not in ("servers", "key") and folder.is_dir():
-                owner = self._owner(folder)
-                if owner is not None and not owner.deleted:
-                    yield owner
+        """Every session that is here and not deleted; what cannot be read is named in the log."""
+        for folder in self._folders():
+            try:
+                found = known(folder, self.secret)
+            except OSError as error:
+                found = Claim(None, str(error))
+            if found.note is not None:
+                logger.warning("session folder %s: %s", folder.name, found.note)
+            if found.owner is not None and not found.owner.deleted:
+                yield found.owner
 
-    def claim(self, key: tuple[str, str]) -> Owner | None:
-        """Take a session over for this server. None where there was never one.
+    def claim(self, key: Key) -> Claim:
+        """Take a session over for this server. A damaged ``owner.json`` is set aside, and the log tells instead.
+
+        Where the folder cannot be written, and commits need not be on disk, what it says is good enough.
 
         Raises:
             SessionConflict: a living server owns commits that are not on disk.
+            OSError: the folder cannot be read, or not taken over where it must be.
         """
         folder = self.folder(key)
-        if not (folder / "owner.json").exists():
-            return None
-        with self._locked(folder):
-            owner = self._owner(folder)
-            if owner is None or owner.deleted or owner.server == self.server:
-                return owner
-            if self._lives(owner.server) and self._log_generation(folder) < owner.generation:
-                raise SessionConflict("another running server holds this session's latest commits")
-            owner.server, owner.epoch = self.server, owner.epoch + 1
-            self._put_owner(folder, owner)
-            return owner
+        if key in self.doomed:
+            with suppress(OSError):
+                self.delete(key, expired=self.doomed[key])
+        if key in self.doomed:
+            return Claim(self._grave(key, known(folder, self.secret).owner, self.doomed[key]))
+        if not folder.is_dir():
+            return Claim(None)
+        try:
+            with locked(folder):
+                return self._take_over(folder)
+        except OSError as error:
+            if self.sync:
+                raise
+            found = known(folder, self.secret)
+            if found.owner is not None and not found.owner.deleted and self.is_elsewhere(found.owner):
+                raise
+            logger.warning("session folder %s is read without being taken over: %s", folder.name, str(error))
+            return found
 
-    def record(
-        self, owner: Owner, expected: tuple[int, int], log: dict[str, Tensor] | None, meta: dict[str, str]
-    ) -> None:
-        """A commit: ``owner`` carries the new generation; with ``log`` it is written and synced first.
+    def _take_over(self, folder: Path) -> Claim:
+        found = known(folder, self.secret)
+        owner = found.owner
+        if found.note is not None:
+            set_aside(folder / OWNER)
+        elif owner is None or owner.deleted or owner.server == self.server:
+            return found
+        if owner is None:
+            return found
+        if self.is_elsewhere(owner) and log_generation(folder) < owner.generation:
+            raise SessionConflict("another running server holds this session's latest commits")
+        owner.server, owner.epoch = self.server, owner.epoch + 1
+        put(folder, self.secret, owner, sync=True)
+        return found
+
+    def record(self, owner: Owner, seen: Seen | None, log: dict[str, Tensor] | None, meta: dict[str, str]) -> None:
+        """A commit: ``owner`` carries the new generation; with ``log`` both are synced.
 
         Args:
-            expected: (epoch, generation) that this server knows.
+            seen: what ``owner.json`` last said to this server; None where there was none.
 
         Raises:
-            SessionConflict: the session has another owner, generation, or was deleted by one.
+            SessionConflict: it says something else now: the session has another owner, or was deleted by one.
             OSError: the disk is full, say; nothing has changed.
         """
-        folder = self.folder((owner.tenant, owner.id))
-        with self._locked(folder):
-            self._expect(folder, owner, expected)
-            if log is not None:
-                self._put(folder / LOG, log, meta, sync=True)
-            self._put_owner(folder, owner, sync=log is not None)
+        self._write(owner, seen, {} if log is None else {LOG: log}, meta, sync=log is not None)
 
     def save(
-        self, owner: Owner, log: dict[str, Tensor] | None, state: dict[str, Tensor] | None, meta: dict[str, str]
+        self,
+        owner: Owner,
+        seen: Seen | None,
+        log: dict[str, Tensor] | None,
+        state: dict[str, Tensor] | None,
+        meta: dict[str, str],
     ) -> None:
-        """Write a session at rest: its state, then its log where it is not there yet, under its present generation.
+        """Write a session at rest: its state, and its log where it is not there yet, under its present generation.
 
         Raises:
             SessionConflict: see :meth:`record`.
             OSError: what was there before is still there.
         """
-        folder = self.folder((owner.tenant, owner.id))
-        with self._locked(folder):
-            self._expect(folder, owner, (owner.epoch, owner.generation))
-            if state is not None:
-                self._put(folder / STATE, state, meta, sync=self.sync)
-            if log is not None:
-                self._put(folder / LOG, log, meta, sync=True)
-            self._put_owner(folder, owner)
+        tensors = {name: found for name, found in ((STATE, state), (LOG, log)) if found is not None}
+        self._write(owner, seen, tensors, meta, sync=self.sync or log is not None)
 
-    def delete(self, key: tuple[str, str], *, expired: bool = False) -> bool:
-        """Leave a synced tombstone, then remove the files. False where there was no session."""
+    def _write(
+        self, owner: Owner, seen: Seen | None, files: dict[str, dict[str, Tensor]], meta: dict[str, str], *, sync: bool
+    ) -> None:
+        key = owner.tenant, owner.id
+        if key in self.doomed:
+            self.delete(key, expired=self.doomed[key])  # what was deleted goes before anything takes its place
         folder = self.folder(key)
-        if not (folder / "owner.json").exists():
-            return False
-        with self._locked(folder):
-            owner = self._owner(folder)
-            was_there = owner is not None and not owner.deleted
-            generation, epoch = (owner.generation, owner.epoch) if owner is not None else (0, 0)
-            grave = Owner(*key, self.server, epoch + 1, generation + 1, deleted=True, expired=expired)
-            self._put_owner(folder, grave, sync=True)
-            for path in folder.iterdir():
-                if path.name not in ("lock", "owner.json"):
-                    path.unlink()
-            return was_there
+        with locked(folder):
+            self._expect(folder, seen)
+            put(folder, self.secret, owner, files, meta, sync=sync, sync_states=self.sync)
 
-    def drop(self, key: tuple[str, str], *names: str) -> None:
+    # -- deleting ------------------------------------------------------------------------------------------
+
+    def delete(self, key: Key, *, expired: bool = False) -> bool:
+        """Leave a synced tombstone, then remove the files. False where there was no session.
+
+        Raises:
+            OSError: not now. The session is ``doomed``: for this server it is gone, and :meth:`retry` tries again.
+        """
+        folder = self.folder(key)
+        was_there = False
+        try:
+            if folder.is_dir():
+                with locked(folder):
+                    was_there = self._bury(folder, key, expired)
+        except OSError:
+            self.doomed[key] = expired
+            raise
+        self.doomed.pop(key, None)
+        return was_there
+
+    def retry(self) -> int:
+        """Delete what could not be deleted before; how many sessions are left."""
+        for key, expired in list(self.doomed.items()):
+            with suppress(OSError):
+                self.delete(key, expired=expired)
+        return len(self.doomed)
+
+    def _bury(self, folder: Path, key: Key, expired: bool) -> bool:
+        found = known(folder, self.secret).owner
+        grave = self._grave(key, found, expired)
+        try:
+            put(folder, self.secret, grave, sync=True)
+        except OSError:  # a full disk: what is to go makes the room
+            remove_files(folder)
+            put(folder, self.secret, grave, sync=True)
+        remove_files(folder)
+        return found is not None and not found.deleted
+
+    def _grave(self, key: Key, owner: Owner | None, expired: bool) -> Owner:
+        """The tombstone that is to stand in ``owner``'s place: the same until it stands there."""
+        epoch, generation = (owner.epoch, owner.generation) if owner is not None else (0, 0)
+        return Owner(*key, self.server, epoch + 1, generation + 1, deleted=True, expired=expired)
+
+    def drop(self, key: Key, *names: str) -> None:
         """Remove files of a session that no other running server owns."""
         folder = self.folder(key)
         if not folder.exists():
             return
-        with self._locked(folder):
-            owner = self._owner(folder)
+        with locked(folder):
+            owner = known(folder, self.secret).owner
             if owner is None or not self.is_elsewhere(owner):
                 for name in names:
                     (folder / name).unlink(missing_ok=True)
@@ -205,7 +257,7 @@ class Disk:
     # -- reading -------------------------------------------------------------------------------------------
 
     @contextmanager
-    def parse(self, key: tuple[str, str], name: str) -> Iterator[snapshot.Parsed]:
+    def parse(self, key: Key, name: str) -> Iterator[snapshot.Parsed]:
         """A file, valid inside the block; its data is yet to be verified.
 
         Raises:
@@ -224,7 +276,7 @@ class Disk:
                         mapped.close()
 
     @contextmanager
-    def open(self, key: tuple[str, str], name: str) -> Iterator[tuple[dict[str, Tensor], dict[str, str]]]:
+    def open(self, key: Key, name: str) -> Iterator[tuple[dict[str, Tensor], dict[str, str]]]:
         """A file's tensors, valid inside the block, and its metadata.
 
         Raises:
@@ -234,7 +286,7 @@ class Disk:
             parsed.verify(self.secret)
             yield parsed.tensors, parsed.metadata
 
-    def sizes(self, key: tuple[str, str]) -> Sizes:
+    def sizes(self, key: Key) -> Sizes:
         """(bytes of the log and what else is kept of a session, bytes of its state)."""
         log = state = 0
         with suppress(FileNotFoundError), os.scandir(self.folder(key)) as files:
@@ -245,55 +297,19 @@ class Disk:
 
     # -- within a folder -----------------------------------------------------------------------------------
 
-    @contextmanager
-    def _locked(self, folder: Path) -> Iterator[None]:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+    def _expect(self, folder: Path, seen: Seen | None) -> None:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(lock)
-
-    def _expect(self, folder: Path, owner: Owner, expected: tuple[int, int]) -> None:
-        found = self._owner(folder)
-        if found is None:
-            return  # missing or unreadable: this server's memory is the better source
-        if found.deleted and expected == (found.epoch, found.generation):
-            return  # created anew by one who has seen the tombstone
-        if found.deleted or found.server != self.server or (found.epoch, found.generation) != expected:
+            found = owner_of(folder, self.secret)
+        except OwnerRefused as error:  # this server's memory, which has asked before, is the better source
+            logger.warning("session folder %s: %s", folder.name, str(error))
+            set_aside(folder / OWNER)
+            return
+        if found is not None and found.seen != seen:
             raise SessionConflict("another server has changed or deleted this session; send the request again")
-
-    def _owner(self, folder: Path) -> Owner | None:
-        try:
-            return Owner(**json.loads((folder / "owner.json").read_bytes()))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, TypeError) as error:
-            logger.warning("session folder %s: owner.json cannot be read: %s", folder.name, str(error))
-            return None
-
-    def _put_owner(self, folder: Path, owner: Owner, *, sync: bool = False) -> None:
-        owner.changed = time.time()
-        with _replacing(folder / "owner.json", sync=sync) as file:
-            file.write(json.dumps(asdict(owner)).encode())
-
-    def _put(self, path: Path, tensors: dict[str, Tensor], meta: dict[str, str], *, sync: bool) -> None:
-        if path.exists() and meta.get("keep_foreign") == "1":
-            path.replace(path.with_suffix(".refused"))
-        with _replacing(path, sync=sync) as file:
-            snapshot.write(file, tensors, meta, self.secret, sums=True)
-
-    def _log_generation(self, folder: Path) -> int:
-        try:
-            mapped = memoryview((folder / LOG).read_bytes())
-            return int(snapshot._header(mapped)[2]["generation"])
-        except (OSError, SnapshotRefused, KeyError, ValueError):
-            return -1
 
     def _lives(self, server: str) -> bool:
         try:
-            handle = os.open(self.directory / "servers" / server, os.O_RDWR)
+            handle = open_lock(self.directory / "servers" / server)
         except FileNotFoundError:
             return False
         try:
@@ -323,19 +339,31 @@ class Disk:
         return secret
 
     def _tidy(self) -> None:
-        """Remove marks of dead servers, half-written files nobody writes any more, and old tombstones."""
+        """Remove marks of dead servers, half-written files nobody writes any more, what deleted sessions have left, and
+        old tombstones."""
         for mark in (self.directory / "servers").iterdir():
             if mark.name != self.server and not self._lives(mark.name):
                 mark.unlink(missing_ok=True)
-        for folder in self.directory.iterdir():
-            if folder.name in ("servers", "key") or not folder.is_dir():
-                continue
-            with self._locked(folder):
-                for draft in folder.glob("*.draft"):
-                    draft.unlink(missing_ok=True)
-                owner = self._owner(folder)
-                if owner is not None and owner.deleted and time.time() - owner.changed > _TOMBSTONE_DAYS * 86400:
-                    shutil.rmtree(folder, ignore_errors=True)
+        for folder in self._folders():
+            try:
+                self._tidy_folder(folder)
+            except OSError as error:
+                logger.warning("session folder %s cannot be tidied: %s", folder.name, str(error))
+
+    def _tidy_folder(self, folder: Path) -> None:
+        with locked(folder):
+            for draft in folder.glob("*.draft"):
+                draft.unlink(missing_ok=True)
+            owner = known(folder, self.secret).owner
+            if owner is None or not owner.deleted:
+                return
+            remove_files(folder)
+            if time.time() - owner.changed > _TOMBSTONE_DAYS * 86400:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _folders(self) -> list[Path]:
+        """Those of sessions, by name."""
+        return sorted(path for path in self.directory.iterdir() if _FOLDER.fullmatch(path.name) and path.is_dir())
 
 
 @contextmanager
@@ -358,25 +386,3 @@ def _reading_ahead(file: BinaryIO) -> Iterator[None]:
         left.set()
         if thread.ident is not None:
             thread.join()
-
-
-@contextmanager
-def _replacing(path: Path, *, sync: bool) -> Iterator[BinaryIO]:
-    """A draft that takes the place of ``path`` once it is whole; on failure nothing has changed."""
-    draft = path.with_name(path.name + ".draft")
-    try:
-        with os.fdopen(os.open(draft, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "wb") as file:
-            yield file
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-        draft.replace(path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-    if sync:
-        handle = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

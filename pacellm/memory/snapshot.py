@@ -143,6 +143,17 @@ def read(data: memoryview, secret: bytes, *, trust_unsigned: bool = False, whole
     return parsed.tensors, parsed.metadata
 
 
+def metadata_of(file: BinaryIO) -> dict[str, str]:
+    """A snapshot's metadata, from its header alone; nothing is verified.
+
+    Raises:
+        SnapshotRefused: the header is damaged.
+    """
+    first = file.read(8)
+    length = int.from_bytes(first, "little")
+    return _header(memoryview(first + file.read(min(length, MAX_HEADER + 1))))[2]
+
+
 def _header(data: memoryview) -> tuple[bytes, dict[str, Any], dict[str, str], int]:
     if len(data) < 8:
         raise SnapshotRefused(f"snapshot is truncated: {len(data)} bytes")

@@ -59,6 +59,7 @@ class Stage(NamedTuple):
         sum_keys: [S + 1, F] and sum_values: [S + 1, H], sums over mid tokens.
         low_keys: [M + 1, F] and low_values: [M + 1, H], the first M low tokens.
         num_low: [] int64, low tokens seen, not capped.
+        reads: [4] int64, what the segment's reads came to, in the order of ``COUNTERS``.
     """
 
     touched: Tensor
@@ -69,6 +70,7 @@ class Stage(NamedTuple):
     low_keys: Tensor
     low_values: Tensor
     num_low: Tensor
+    reads: Tensor
 
     def clear(self) -> None:
         """Forget what was staged."""
@@ -111,4 +113,5 @@ def new_stage(config: PAConfig, inner_size: int, hidden_size: int, dtype: torch.
         low_keys=torch.zeros(slots + 1, inner_size, dtype=dtype, device=device),
         low_values=torch.zeros(slots + 1, hidden_size, dtype=dtype, device=device),
         num_low=torch.zeros((), dtype=torch.int64, device=device),
+        reads=torch.zeros(MERGES, dtype=torch.int64, device=device),
     )

@@ -131,11 +131,15 @@ class Worker:
     """One thread that runs jobs in order. Results are taken by the owner, in its own thread, by :meth:`poll`.
 
     Args:
+        on_error: told what was raised by whoever took a result, or was to be woken; such a failure ends nothing else.
+
+    Attributes:
         on_done: called in the worker's thread after each job, so that the owner may be woken.
     """
 
-    def __init__(self, on_done: Callable[[], None] | None = None) -> None:
-        self.on_done = on_done
+    def __init__(self, on_error: Callable[[Exception], None]) -> None:
+        self.on_done: Callable[[], None] | None = None
+        self._on_error = on_error
         self._jobs: deque[tuple[Callable[[], Any], Future[Any], Callable[[Future[Any]], None]]] = deque()
         self._done: deque[tuple[Future[Any], Callable[[Future[Any]], None]]] = deque()
         self._changed = threading.Condition()
@@ -155,6 +159,7 @@ class Worker:
     def submit(self, job: Callable[[], Any], then: Callable[[Future[Any]], None]) -> Future[Any]:
         """Run ``job`` in the worker's thread, and later ``then`` with its future inside :meth:`poll`."""
         future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()  # whoever waits for it may leave, but not take the job away
         with self._changed:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._main, name="pacellm-mover", daemon=True)
@@ -179,7 +184,10 @@ class Worker:
             future, then = self._done.popleft()
             self._open -= 1
             found = True
-            then(future)
+            try:
+                then(future)
+            except Exception as error:
+                self._on_error(error)
         return found
 
     def wait(self, timeout: float) -> None:
@@ -209,4 +217,7 @@ class Worker:
                 self._changed.notify_all()
             del job, future, then  # a waiting thread keeps nobody's memory
             if self.on_done is not None:
-                self.on_done()
+                try:
+                    self.on_done()
+                except Exception as error:
+                    self._on_error(error)

@@ -123,11 +123,15 @@ class PersistentDown(nn.Module):
             result = bank.read(state, x, y, config, self._total(step), restricts)
             if config.acts:
                 output[rows] = result.output if bias is None else result.output + bias
+            staged = owned.stages[self.layer]
             if owned.writes:
-                staged = owned.stages[self.layer]
                 bank.stage(staged, result, x, config)
                 if piece.ends:
                     bank.write(state, staged, config)
+                continue
+            bank.count(staged, result)
+            if piece.ends:
+                bank.settle(state, staged)
 
     def _remember_decoded(self, step: StepContext, inner: Tensor, plain: Tensor, output: Tensor) -> None:
         """The same for decoded tokens: the first of every sequence at once, then the second, and so on; a step has more

@@ -41,6 +41,7 @@ def fields(optional: dict[str, Schema] | None = None, **required: Schema) -> Sch
 
 
 _SESSION = one_of("none", "new", "resident", "restored", "replayed", "folded", "lost")
+_DURABLE = {"durable": one_of(False)}
 _REASON = one_of("stop", "length", "tool_calls", None)
 _PART = fields(type=one_of("output_text"), text=TEXT, annotations=many(OBJECT), logprobs=many(OBJECT))
 _THOUGHT = fields(type=one_of("reasoning_text"), text=TEXT)
@@ -132,7 +133,7 @@ SCHEMAS: dict[str, Schema] = {
     ),
     "Models": fields(object=one_of("list"), data=many(ref("Model"))),
     "Session": fields(
-        {"forked_from": TEXT, "bytes_added": OBJECT, "expires": maybe(COUNT), "ttl": maybe(NUMBER)},
+        {"forked_from": TEXT, "bytes_added": OBJECT, "expires": maybe(COUNT), "ttl": maybe(NUMBER), **_DURABLE},
         id=TEXT,
         object=one_of("session"),
         created=COUNT,
@@ -148,8 +149,8 @@ SCHEMAS: dict[str, Schema] = {
     "Sessions": fields(
         object=one_of("list"), data=many(ref("Session")), first_id=maybe(TEXT), last_id=maybe(TEXT), has_more=FLAG
     ),
-    "SessionDeleted": fields(id=TEXT, object=one_of("session.deleted"), deleted=one_of(True)),
-    "SessionsDeleted": fields(object=one_of("list.deleted"), deleted=COUNT),
+    "SessionDeleted": fields(_DURABLE, id=TEXT, object=one_of("session.deleted"), deleted=one_of(True)),
+    "SessionsDeleted": fields(_DURABLE, object=one_of("list.deleted"), deleted=COUNT),
     "Cancelled": fields(id=TEXT, object=one_of("request.cancelled"), cancelled=COUNT),
     "Health": fields(status=one_of("ok", "dead"), heartbeat_age_seconds=NUMBER),
     "Ready": fields(status=one_of("ready", "not ready")),

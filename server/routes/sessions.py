@@ -53,13 +53,13 @@ async def create_session(request: Request) -> Response:
 
 
 @router.delete("")
-async def delete_sessions(request: Request) -> dict[str, Any]:
+async def delete_sessions(request: Request) -> Response:
     """Erase all of the caller's sessions and everything else that is kept of its requests."""
     service: Service = request.app.state.service
     service.tokenizer.forget(f"{tenant_of(request)}/", below=True)
     service.histories.drop_all(tenant_of(request))
-    count = await service.operate(service.engine.ops.delete_all(tenant_of(request)))
-    return {"object": "list.deleted", "deleted": count}
+    count, left = await service.operate(service.engine.ops.delete_all(tenant_of(request)))
+    return _told({"object": "list.deleted", "deleted": count, **({"durable": False} if left else {})})
 
 
 @router.get("/{name}")
@@ -70,22 +70,22 @@ async def show_session(request: Request, name: str) -> dict[str, Any]:
 
 
 @router.delete("/{name}")
-async def delete_session(request: Request, name: str) -> dict[str, Any]:
+async def delete_session(request: Request, name: str) -> Response:
     """Delete a session; requests that use it end with an error."""
     service: Service = request.app.state.service
     service.tokenizer.forget("/".join(_key(request, name)))
     service.histories.drop(_key(request, name))
-    return await service.operate(service.engine.ops.delete(_key(request, name)))
+    return _told(await service.operate(service.engine.ops.delete(_key(request, name))))
 
 
 @router.post("/{name}/reset")
-async def reset_session(request: Request, name: str) -> dict[str, Any]:
+async def reset_session(request: Request, name: str) -> Response:
     """Empty a session."""
     service: Service = request.app.state.service
     check_writable(name)
     shown = await service.operate(service.engine.ops.reset(_key(request, name)))
     service.histories.drop(_key(request, name))
-    return shown
+    return _told(shown)
 
 
 @router.post("/{name}/fork")
@@ -97,7 +97,7 @@ async def fork_session(request: Request, name: str) -> Response:
     service.check_room(new)
     made = await service.operate(service.engine.ops.fork(key, new, ttl))
     service.histories.copy(key, new)
-    return JSONResponse(made, status_code=201)
+    return _told(made, 201)
 
 
 @router.get("/{name}/snapshot")
@@ -111,7 +111,7 @@ async def get_snapshot(request: Request, name: str, kv: bool = False) -> Respons
 
 
 @router.put("/{name}/snapshot")
-async def put_snapshot(request: Request, name: str) -> dict[str, Any]:
+async def put_snapshot(request: Request, name: str) -> Response:
     """Make a snapshot the session's state; what is refused changes nothing."""
     service: Service = request.app.state.service
     key = _key(request, name)
@@ -126,7 +126,12 @@ async def put_snapshot(request: Request, name: str) -> dict[str, Any]:
         )
         made = await service.operate(service.engine.snapshots.put(key, checked, None))
     service.histories.drop(key)  # its messages are not what the session stands for any more
-    return made
+    return _told(made)
+
+
+def _told(answer: dict[str, Any], status: int = 200) -> Response:
+    """An answer; 202 where the disk does not have it yet."""
+    return JSONResponse(answer, status_code=status if answer.get("durable", True) else 202)
 
 
 def _key(request: Request, name: str) -> tuple[str, str]:

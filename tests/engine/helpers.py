@@ -67,13 +67,12 @@ def run(engine, *requests):
 
 
 def banks(engine, session):
-    """Copies of a session's bank tensors, by layer and field; counters left out (work done twice counts twice)."""
+    """Copies of a session's bank tensors, by layer and field."""
     found = engine.sessions.get(("tenant", session))
     return {
         (layer, name): tensor.clone()
         for layer, bank in engine.pool.banks(found.row).items()
         for name, tensor in zip(bank._fields, bank, strict=True)
-        if name != "counters"
     }
 
 

@@ -43,7 +43,7 @@ class Oracle:
     """One session, alone in an engine that never evicts."""
 
     def __init__(self, asked=()):
-        self.engine, self.asked = new_engine(MODEL, check_integrity=False), []
+        self.engine, self.asked, self.reads = new_engine(MODEL, check_integrity=False), [], None
         for ids in asked:
             self.ask(ids)
 
@@ -51,7 +51,9 @@ class Oracle:
         self.asked.append(ids)
         self.engine.scheduler.progress.clear()
         self.engine.add(request("x", ids, ANSWER, session="s"))
-        return tokens(run_until_idle(self.engine)["x"])
+        events = run_until_idle(self.engine)["x"]
+        self.reads = events[-1].bank
+        return tokens(events)
 
 
 class Sessions(RuleBasedStateMachine):
@@ -93,6 +95,7 @@ class Sessions(RuleBasedStateMachine):
         assert end.session != "lost"
         oracle = self.oracles.setdefault(name, Oracle())
         assert tokens(events) == oracle.ask(ids)
+        assert end.bank == oracle.reads
         self.history[name] = ids + tokens(events)
         session = self.engine.sessions.get(("tenant", name))
         if session is not None and session.is_resident and not session.moving:
@@ -128,6 +131,7 @@ class Sessions(RuleBasedStateMachine):
                 self._compare(name, asked, events[str(number)])
             else:
                 assert tokens(events[str(number)]) == self.oracles[name].ask(asked)
+                assert events[str(number)][-1].bank == self.oracles[name].reads
                 self.history[name] = asked + tokens(events[str(number)])
 
     @rule(name=names, length=st.integers(1, 400), steps=st.integers(0, 8))

@@ -88,7 +88,6 @@ def test_through_host_memory(model, wanted):
         (layer, name): tensor
         for layer, bank in state.banks.items()
         for name, tensor in zip(bank._fields, bank, strict=True)
-        if name != "counters"
     }
     assert_same_banks(found, wanted[1])
     assert_nothing_held(engine)

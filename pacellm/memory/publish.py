@@ -1,0 +1,67 @@
+"""Files that take the place of others at once: written beside, synced where asked, renamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+
+class Draft(NamedTuple):
+    """A file to be: ``write`` gives its contents.
+
+    Attributes:
+        sync: it is on disk before it takes its place.
+        keeps_former: what stands in its place is set aside, not replaced.
+    """
+
+    name: str
+    write: Callable[[BinaryIO], object]
+    sync: bool
+    keeps_former: bool = False
+
+
+def publish(folder: Path, *drafts: Draft) -> None:
+    """Write all drafts, then let them take their places in order.
+
+    Raises:
+        OSError: the disk is full, say; where a draft could not be written nothing has changed.
+    """
+    paths = [folder / f"{draft.name}.draft" for draft in drafts]
+    try:
+        for path, draft in zip(paths, drafts, strict=True):
+            with os.fdopen(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "wb") as file:
+                draft.write(file)
+                file.flush()
+                if draft.sync:
+                    os.fsync(file.fileno())
+        for path, draft in zip(paths, drafts, strict=True):
+            if draft.keeps_former:
+                set_aside(folder / draft.name)
+            path.replace(folder / draft.name)
+    except BaseException:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        raise
+    if any(draft.sync for draft in drafts):
+        sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """The names in a folder are on disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def set_aside(path: Path) -> None:
+    """Keep a file that was refused, under a name of its own beside others of its kind; nothing where there is none."""
+    target, number = path.with_suffix(".refused"), 0
+    while target.exists():
+        number += 1
+        target = path.with_suffix(f".{number}.refused")
+    if path.exists():
+        path.rename(target)
