@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 import time
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -174,11 +175,13 @@ class GenerationRequest:
         ce_density: part of the experts that decoded tokens use; None is the engine's.
         experts: report expert activity.
         outline: of the prompt. append: makes the prompt out of the session's history.
-        arrival: monotonic seconds.
+        arrival: monotonic seconds. deadline: when its answer is to be complete, None for no limit; what would be later
+            is refused or goes last, and who submitted it aborts it then.
+        is_checked: ``Engine.check`` let it pass, and made its prompt an array.
     """
 
     request_id: str
-    prompt: list[int]
+    prompt: list[int] | array[int]
     sampling: SamplingParams = SamplingParams()
     session: tuple[str, str] | None = None
     tenant: str = "default"
@@ -192,6 +195,8 @@ class GenerationRequest:
     outline: Outline = Outline()
     append: Append | None = None
     arrival: float = field(default_factory=time.monotonic)
+    deadline: float | None = None
+    is_checked: bool = False
 
     def __post_init__(self) -> None:
         if self.ce_density is not None:

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from pacellm.errors import RequestError
+from server.auth import tenant_of
 from server.body import parsed
 from server.prompts import check_text, rendered_chat
 from server.schema.tokens import TokenizeRequest, parse_detokenize, parse_tokenize
@@ -19,9 +20,9 @@ router = APIRouter()
 async def tokenize(request: Request) -> dict[str, Any]:
     """Ids of a text or of a conversation as the model would get it."""
     service: Service = request.app.state.service
-    _, body = await parsed(request, parse_tokenize)
+    raw, body = await parsed(request, parse_tokenize)
     service.check_model(body.model)
-    ids = await service.off_loop(_ids, service, body)
+    ids = await service.off_loop(_ids, service, body, size=len(raw), key=tenant_of(request))
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.engine.config.max_model_len, "tokens": ids}
     if body.return_token_strs:
         answer["token_strs"] = [service.tokenizer.token_text(token) for token in ids]
@@ -36,7 +37,8 @@ async def detokenize(request: Request) -> dict[str, str]:
     service.check_model(body.model)
     if any(token >= service.engine.model.vocab_size for token in body.tokens):
         raise RequestError("tokens has an id outside the vocabulary", param="tokens")
-    return {"prompt": await service.off_loop(service.tokenizer.decode, body.tokens)}
+    decode = service.tokenizer.decode
+    return {"prompt": await service.off_loop(decode, body.tokens, size=len(body.tokens), key=tenant_of(request))}
 
 
 def _ids(service: Service, body: TokenizeRequest) -> list[int]:
