@@ -21,10 +21,10 @@
     │   ├── SessionConflict      another server owns the session's latest state
     │   └── SnapshotRefused      a snapshot that is damaged, foreign or not signed here
     ├── InvalidApiKey            no key, or a wrong one
-    ├── Overloaded               the queue is full: try again after ``retry_after`` seconds
+    ├── Overloaded               too much is to be done already: try again after ``retry_after`` seconds
     ├── Draining                 the server is shutting down
     ├── Aborted                  the request was cancelled
-    ├── DeadlineExceeded         the request's deadline passed before it ended
+    ├── DeadlineExceeded         the request's deadline passed before it ended, or will for certain
     └── EngineError              a failure inside a step; fails one request
         └── EngineDead           the engine loop has ended; nothing can be served any more
 
@@ -169,7 +169,7 @@ class SnapshotRefused(RequestError):
 
 
 class Overloaded(PaceError):
-    """The queue is full; ``retry_after`` is in seconds."""
+    """The queue is full, or the deadline is out of reach behind it; ``retry_after`` is in seconds."""
 
     status = 429
     type = "rate_limit_error"
@@ -199,7 +199,7 @@ class Aborted(PaceError):
 
 
 class DeadlineExceeded(PaceError):
-    """The request's deadline passed before it ended; what it held is free again."""
+    """The request's deadline passed before it ended, or will; what it held is free again."""
 
     status = 504
     type = "timeout"

@@ -87,10 +87,15 @@ class Deadlines:
 
     def _seconds(self, sequence: Sequence, own: Span, ahead: list[Span]) -> float | None:
         """Until a request would be answered, behind what runs and ``ahead``."""
-        scheduler = self._scheduler
-        prompts = [(other.position, other.pending) for other in scheduler.running if not other.is_decoding]
+        scheduler, priority = self._scheduler, sequence.request.priority
+        prompts = [other for other in scheduler.running if not other.is_decoding]
+        before = [
+            (other.position, other.pending)
+            for other in prompts
+            if other.request.priority <= priority and not self.is_late(other)
+        ]
         seats = max(0, scheduler.config.max_num_seqs - scheduler.seats)
-        load = Load([*prompts, *ahead], len(scheduler.running) - len(prompts), seats, len(ahead))
+        load = Load([*before, *ahead], len(scheduler.running) - len(prompts), seats, len(ahead))
         return self.forecast.seconds(scheduler.pace, own, sequence.max_tokens, load)
 
     def _due(self, sequence: Sequence, session: Session | None) -> Span:

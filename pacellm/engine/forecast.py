@@ -58,8 +58,9 @@ class Forecast:
         ahead = list(load.prompts)
         cost, tokens = _work(pace, [*ahead, own])
         like = [span for span in ahead if not parts.overtakes(own[1], span[1])]
-        if len(like) < len(ahead):
-            cost, tokens = min((cost, tokens), tuple(one / parts.SHARE for one in _work(pace, [*like, own])))
+        alone, few = _work(pace, [*like, own])
+        if alone / parts.SHARE < cost:
+            cost, tokens = alone / parts.SHARE, few / parts.SHARE
         is_shared = bool(load.decodes or ahead)
         reading, step = cost, pace.decode
         if is_shared:

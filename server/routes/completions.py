@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -49,12 +50,12 @@ async def _submit(service: Service, body: CompletionRequest, caller: Caller, ses
     generations: list[Generation] = []
     try:
         for prompt in prompts:
-            work = {"size": len(prompt), "key": caller.tenant}
-            ids = await service.off_loop(text_prompt, service.tokenizer, prompt, body, limit, **work)
+            off_loop = functools.partial(service.off_loop, size=len(prompt), key=caller.tenant)
+            ids = await off_loop(text_prompt, service.tokenizer, prompt, body, limit)
             request = service.request("cmpl", body, ids, sampling, caller, session)
             append = None
             if body.pacellm.append:
-                append = await service.off_loop(text_append, service.tokenizer, prompt, ids, **work)
+                append = await off_loop(text_append, service.tokenizer, prompt, ids)
             request = dataclasses.replace(request, constraint=constraint, append=append)
             generations.append(await service.submit(request, caller))
     except BaseException as error:
