@@ -24,7 +24,7 @@
     ├── Overloaded               too much is to be done already: try again after ``retry_after`` seconds
     ├── Draining                 the server is shutting down
     ├── Aborted                  the request was cancelled
-    ├── DeadlineExceeded         the request's deadline passed before it ended, or will for certain
+    ├── DeadlineExceeded         the request's deadline passed before it ended, or is expected to
     └── EngineError              a failure inside a step; fails one request
         └── EngineDead           the engine loop has ended; nothing can be served any more
 
@@ -199,7 +199,7 @@ class Aborted(PaceError):
 
 
 class DeadlineExceeded(PaceError):
-    """The request's deadline passed before it ended, or will; what it held is free again."""
+    """The request's deadline passed before it ended, or is expected to; what it held is free again."""
 
     status = 504
     type = "timeout"

@@ -84,7 +84,7 @@ class Completions:
         first = None
         if self._body.logprobs is not None:
             first = self._columns(index, [(self._tokenizer.token_text(prompt[0]), None, None)])
-        return self._chunk(index, self._tokenizer.decode(prompt), first)
+        return self._chunk(index, self._tokenizer.decode(list(prompt)), first)
 
     def _chunk(
         self, index: int, text: str, logprobs: Chunk | None, reason: str | None = None, stop: str | int | None = None

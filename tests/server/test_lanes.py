@@ -134,7 +134,7 @@ def test_a_short_prompt_is_served_while_long_work_waits(live):
         body = {"model": NAME, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
         assert live.http.post("/v1/chat/completions", json=body).status_code == 200
         assert live.http.post("/tokenize", json={"model": NAME, "prompt": "hello"}).status_code == 200
-        formed = {**body, "structured_outputs": {"regex": "[0-9]{2}"}}
+        formed = {**body, "max_tokens": 9, "structured_outputs": {"regex": "[0-9]{2}"}}
         assert live.http.post("/v1/chat/completions", json=formed).json()["choices"][0]["finish_reason"] == "stop"
     finally:
         release.set()
