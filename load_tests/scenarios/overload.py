@@ -66,7 +66,7 @@ async def storm(client: httpx.AsyncClient, rate: float, seconds: float, timeout:
     """Requests at random moments, ``rate`` a second, until all have ended."""
     rng, tasks, until = random.Random(0), list[asyncio.Task[Ended]](), time.perf_counter() + seconds
     while time.perf_counter() < until:
-        tasks.append(asyncio.create_task(ask(client, body_of(len(tasks), words, timeout))))
+        tasks.append(asyncio.create_task(ask(client, body_of(2 * 10**6 + len(tasks), words, timeout))))
         await asyncio.sleep(rng.expovariate(rate))
     return await asyncio.gather(*tasks)
 
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     found.add_argument("--share", type=float, default=0.8)
     args = found.parse_args(arguments)
     if args.small:
-        args.measure, args.seconds, args.timeout, args.words = 8.0, 15.0, 5.0, 60
+        args.clients, args.measure, args.seconds, args.timeout, args.words = 16, 15.0, 20.0, 5.0, 60
 
     async def run(url: str) -> tuple[dict[str, Any], list[str]]:
         async with open_client(url, args.api_key) as client:
