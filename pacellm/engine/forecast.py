@@ -17,6 +17,7 @@ Span = tuple[int, int]
 """Prompt tokens to feed: (position of the first, how many)."""
 
 _KEPT = 0.8  # of an estimate, at each observation
+_MARGIN = 1.2  # for what others do meanwhile: a late answer costs more than a refusal
 _MOST = 4.0  # times: what experience may make of a forecast
 
 
@@ -69,7 +70,7 @@ class Forecast:
         answer = step * min(max_tokens, self._answer + self._deviation)
         departures = max(0, load.waiting + 1 - load.seats)  # before there is a seat
         queued = departures * step * self._answer / self._seats + pace.cost(*own)
-        return self._factor * (max(reading, queued) + answer)
+        return self._factor * (_MARGIN if is_shared else 1.0) * (max(reading, queued) + answer)
 
     def observe_answer(self, tokens: int, *, is_over: bool = True) -> None:
         """An answer has so many tokens, and is complete or was given up."""
