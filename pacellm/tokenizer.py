@@ -12,6 +12,7 @@ from jinja2 import Environment, TemplateError, TemplateSyntaxError, meta
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from pacellm.detokenizer import Detokenizer, Vocabulary
 from pacellm.dialect import Dialect, detect
 from pacellm.errors import (
     ConfigError,
@@ -125,6 +126,11 @@ class ChatTokenizer:
         return detect(
             self._template_source, self.template_variables, getattr(self._tokenizer, "response_template", None)
         )
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The bytes of its tokens."""
+        return Vocabulary(self.backend)
 
     @cached_property
     def special_texts(self) -> tuple[str, ...]:
@@ -298,12 +304,9 @@ class ChatTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens included."""
-        return self.backend.decode(ids, skip_special_tokens=False)
+        return "".join(self.texts(ids))
 
-    def token_text(self, token: int) -> str:
-        """A token as text; a part of a character comes out as U+FFFD."""
-        return self.backend.decode([token], skip_special_tokens=False)
-
-    def token_bytes(self, token: int) -> list[int]:
-        """The bytes of :meth:`token_text`."""
-        return list(self.token_text(token).encode())
+    def texts(self, ids: list[int]) -> list[str]:
+        """What each of them adds to it: "" for a part of a character that a later one completes."""
+        detokenizer = Detokenizer(self.vocabulary, skip_special=False)
+        return [detokenizer.push(token, is_last=place == len(ids)).text for place, token in enumerate(ids, 1)]

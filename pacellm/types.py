@@ -175,6 +175,7 @@ class GenerationRequest:
         ce_density: part of the experts that decoded tokens use; None is the engine's.
         experts: report expert activity.
         outline: of the prompt. append: makes the prompt out of the session's history.
+        continues: the answer goes on from the prompt's text, so that a space in front of it belongs to it.
         arrival: monotonic seconds. deadline: when its answer is to be complete, None for no limit; what would be later
             is refused or goes last, and who submitted it aborts it then.
         is_checked: ``Engine.check`` let it pass, and made its prompt an array.
@@ -194,6 +195,7 @@ class GenerationRequest:
     experts: bool = False
     outline: Outline = Outline()
     append: Append | None = None
+    continues: bool = False
     arrival: float = field(default_factory=time.monotonic)
     deadline: float | None = None
     is_checked: bool = False
@@ -293,12 +295,14 @@ class PromptScores:
 
 @dataclass(frozen=True)
 class Delta:
-    """New text of a choice, maybe empty while a stop string or a split character is held back."""
+    """New text of a choice, maybe empty while a stop string or a split character is held back; ``is_last`` with the
+    choice's last token."""
 
     text: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     index: int = 0
+    is_last: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
-from pacellm.types import Admitted, ChoiceEnded, Delta, Failed, Finished, FinishReason, TokenLogprob
+from pacellm.types import Admitted, ChoiceEnded, Delta, Failed, Finished, FinishReason
 from server.answer import headers_of
 from server.calls import Delta as Piece
+from server.logprobs import TokenTexts
 from server.progress import events_of
 from server.readers import Reader
 from server.report import report
@@ -34,7 +35,15 @@ class Chunks:
     ) -> None:
         self._readers = readers
         self._generation, self._body, self._service = generation, body, service
-        self._tokenizer = service.tokenizer
+        request = generation.request
+        self._texts = [
+            TokenTexts(
+                service.tokenizer.vocabulary,
+                skip_special=request.sampling.skip_special_tokens,
+                is_start=not request.continues,
+            )
+            for _ in readers
+        ]
         self._head = {
             "id": generation.request.request_id,
             "object": "chat.completion.chunk",
@@ -62,7 +71,7 @@ class Chunks:
                     self.headers = self.headers or headers_of(event)
                 case Delta():
                     pieces = self._readers[event.index].push(event.text)
-                    for chunk in self._deltas(event.index, pieces, event.logprobs):
+                    for chunk in self._deltas(event.index, pieces, self._logprobs(event)):
                         yield chunk
                 case ChoiceEnded():
                     for chunk in self._end(event.index, event.reason, event.stop_reason):
@@ -73,9 +82,7 @@ class Chunks:
                 case Failed():
                     raise event.error
 
-    def _deltas(
-        self, index: int, pieces: Sequence[Piece], logprobs: tuple[TokenLogprob, ...] = ()
-    ) -> Iterator[Chunk]:  # fmt: skip
+    def _deltas(self, index: int, pieces: Sequence[Piece], logprobs: Sequence[Chunk] = ()) -> Iterator[Chunk]:
         """A chunk for each piece; the first has the log-probabilities, also where the tokens have no text yet."""
         for number, piece in enumerate(pieces or ([{}] if logprobs else [])):
             delta = piece
@@ -115,21 +122,21 @@ class Chunks:
         ]
 
     def _choice(
-        self, index: int, delta: dict[str, Any], reason: str | None, logprobs: tuple[TokenLogprob, ...]
+        self, index: int, delta: dict[str, Any], reason: str | None, logprobs: Sequence[Chunk]
     ) -> dict[str, Any]:
-        content = [self._logprob(item) for item in logprobs]
-        shown = {"content": content, "refusal": None} if content else None
+        shown = {"content": list(logprobs), "refusal": None} if logprobs else None
         return {"index": index, "delta": delta, "logprobs": shown, "finish_reason": reason}
 
-    def _logprob(self, item: TokenLogprob) -> dict[str, Any]:
-        return {
-            **self._token(item.token_id, item.logprob),
-            "top_logprobs": [self._token(token, logprob) for token, logprob in item.top],
-        }
-
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._tokenizer.token_text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    def _logprobs(self, event: Delta) -> list[Chunk]:
+        texts = self._texts[event.index]
+        found = [texts.push(item, is_last=event.is_last) for item in event.logprobs]
+        return [
+            {
+                "token": one.text, "logprob": one.logprob, "bytes": one.bytes,
+                "top_logprobs": [{"token": top.text, "logprob": top.logprob, "bytes": top.bytes} for top in one.top],
+            }
+            for one in found
+        ]  # fmt: skip
 
 
 async def fold(chunks: AsyncIterator[Chunk | None]) -> Chunk:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
-from pacellm.types import Admitted, Delta, Event, Failed, Finished, PromptScores, TokenLogprob
+from pacellm.types import Admitted, ChoiceEnded, Delta, Event, Failed, Finished, PromptScores, TokenLogprob
 from server.answer import headers_of
+from server.logprobs import Alternative, Scored, TokenTexts
 from server.progress import events_of
 from server.report import report
 from server.schema.completions import CompletionRequest
@@ -29,8 +30,17 @@ class Completions:
 
     def __init__(self, generations: Sequence[Generation], body: CompletionRequest, service: Service) -> None:
         self._generations, self._body, self._service = generations, body, service
-        self._tokenizer = service.tokenizer
-        self._offsets = [0] * len(generations)
+        vocabulary, first = service.tokenizer.vocabulary, generations[0].request
+        self._n = first.n
+        self._prompts = [TokenTexts(vocabulary, skip_special=False, is_start=True) for _ in generations]
+        self._left = [len(one.request.prompt) for one in generations]  # of a prompt's tokens, to be scored
+        self._texts = [
+            TokenTexts(
+                vocabulary, skip_special=first.sampling.skip_special_tokens, is_start=not one.request.continues
+            )
+            for one in generations for _ in range(self._n)
+        ]  # fmt: skip
+        self._offsets = [0] * len(self._texts)
         self._usage = {"prompt_tokens": 0, "completion_tokens": 0, "cached_tokens": 0}
         self._head = {
             "id": f"cmpl-{generations[0].request.request_id.partition('-')[2]}",
@@ -46,30 +56,34 @@ class Completions:
         Raises:
             PaceError: one of the requests failed.
         """
-        for index in range(len(self._generations)) if self._body.echo else ():
-            yield self._echo(index)
+        for number in range(len(self._generations)) if self._body.echo else ():
+            for chunk in self._echo(number):
+                yield chunk
         streams = [
             events_of(one, self._service, timeout, with_progress=self._body.return_progress)
             for one in self._generations
         ]
-        async for index, event in merged(streams, timeout):
+        async for number, event in merged(streams, timeout):
             match event:
                 case None:
                     yield None
                 case dict():
-                    yield {**self._head, "choices": [], "prompt_progress": {"index": index, **event}}
+                    yield {**self._head, "choices": [], "prompt_progress": {"index": number * self._n, **event}}
                 case Admitted():
                     self.headers = self.headers or headers_of(event)
                 case PromptScores():
-                    yield self._chunk(index, "", self._logprobs(index, event.logprobs))
+                    rows = [self._score(number, item) for item in event.logprobs]
+                    for index in self._choices(number):
+                        yield self._chunk(index, "", self._columns(index, rows))
                 case Delta():
-                    yield self._chunk(index, event.text, self._logprobs(index, event.logprobs))
+                    index = number * self._n + event.index
+                    rows = [self._texts[index].push(item, is_last=event.is_last) for item in event.logprobs]
+                    yield self._chunk(index, event.text, self._columns(index, rows))
+                case ChoiceEnded():
+                    index = number * self._n + event.index
+                    yield self._chunk(index, "", None, event.reason.value, event.stop_reason)
                 case Finished():
-                    self._count(event)
-                    chunk = self._chunk(index, "", None, event.reason.value, event.stop_reason)
-                    told = {"pacellm": report(self._generations[index].request, event)}
-                    (chunk if len(self._generations) == 1 else chunk["choices"][0]).update(told)
-                    yield chunk
+                    yield self._last(number, event)
                 case Failed():
                     raise event.error
         yield {**self._head, "choices": [], "usage": self._whole_usage()}
@@ -79,12 +93,32 @@ class Completions:
         for generation in self._generations:
             generation.close()
 
-    def _echo(self, index: int) -> Chunk:
-        prompt = self._generations[index].request.prompt
-        first = None
+    def _choices(self, number: int) -> range:
+        """A prompt's choices."""
+        return range(number * self._n, (number + 1) * self._n)
+
+    def _echo(self, number: int) -> Iterator[Chunk]:
+        prompt, rows = self._generations[number].request.prompt, []
         if self._body.logprobs is not None:
-            first = self._columns(index, [(self._tokenizer.token_text(prompt[0]), None, None)])
-        return self._chunk(index, self._tokenizer.decode(list(prompt)), first)
+            self._left[number] -= 1
+            rows = [self._prompts[number].first(prompt[0], is_last=not self._left[number])]
+        text = self._service.tokenizer.decode(list(prompt))
+        for index in self._choices(number):
+            yield self._chunk(index, text, self._columns(index, rows))
+
+    def _score(self, number: int, item: TokenLogprob) -> Scored:
+        self._left[number] -= 1
+        return self._prompts[number].push(item, is_last=not self._left[number])
+
+    def _last(self, number: int, event: Finished) -> Chunk:
+        """A prompt's choices have ended; where there is one of them, that one with this chunk."""
+        self._count(event)
+        told = {"pacellm": report(self._generations[number].request, event)}
+        if self._n > 1:
+            return {**self._head, "choices": [], **told}
+        chunk = self._chunk(number, "", None, event.reason.value, event.stop_reason)
+        (chunk if len(self._generations) == 1 else chunk["choices"][0]).update(told)
+        return chunk
 
     def _chunk(
         self, index: int, text: str, logprobs: Chunk | None, reason: str | None = None, stop: str | int | None = None
@@ -92,20 +126,17 @@ class Completions:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
         return {**self._head, "choices": [{**choice, **({} if stop is None else {"stop_reason": stop})}]}
 
-    def _logprobs(self, index: int, items: Sequence[TokenLogprob]) -> Chunk | None:
-        text = self._tokenizer.token_text
-        rows = [
-            (text(item.token_id), item.logprob, {text(token): value for token, value in item.top}) for item in items
-        ]
-        return self._columns(index, rows) if rows else None
-
-    def _columns(self, index: int, rows: Sequence[tuple[str, float | None, dict[str, float] | None]]) -> Chunk:
-        offsets = []
-        for token, _, _ in rows:
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(token)
-        tokens, values, tops = (list(column) for column in zip(*rows, strict=True))
-        return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+    def _columns(self, index: int, rows: Sequence[Scored]) -> Chunk | None:
+        if not rows:
+            return None
+        columns: Chunk = {name: [] for name in _LISTS}
+        for row in rows:
+            columns["tokens"].append(row.text)
+            columns["token_logprobs"].append(row.logprob)
+            columns["top_logprobs"].append(None if row.logprob is None else _named([row.own, *row.top]))
+            columns["text_offset"].append(self._offsets[index])
+            self._offsets[index] += len(row.text)
+        return columns
 
     def _count(self, event: Finished) -> None:
         for name in self._usage:
@@ -119,6 +150,17 @@ class Completions:
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
         }
+
+
+def _named(alternatives: Sequence[Alternative]) -> dict[str, float]:
+    """Log-probabilities by text, the chosen token's first; other tokens of the same text by their numbers."""
+    found: dict[str, float] = {}
+    tokens: set[int] = set()
+    for one in alternatives:
+        if one.token not in tokens:
+            tokens.add(one.token)
+            found[one.text if one.text not in found else f"token_id:{one.token}"] = one.logprob
+    return found
 
 
 async def merged(

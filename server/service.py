@@ -175,7 +175,10 @@ class Service:
         turn = await self.turn(body.turn, body.sampling(), scope, session, caller)
         request = self.request("chatcmpl", body, turn.prompt, turn.sampling, caller, session_id, body.n or 1)
         constraint = await self.compile(turn.grammar, caller.tenant)
-        request = dataclasses.replace(request, constraint=constraint, outline=turn.outline, append=turn.append)
+        continues = body.continue_final_message and constraint is None  # a form holds for the answer by itself
+        request = dataclasses.replace(
+            request, constraint=constraint, outline=turn.outline, append=turn.append, continues=continues
+        )
         return await self.submit(request, caller), turn
 
     async def turn(

@@ -1,7 +1,8 @@
 """Questions for tool loops, the functions they are about, and what came of them: shared by all SDKs.
 
-A loop is complete where the SDK ends it by itself with a text; a call is right where it is of the function that the
-question needs, with the arguments that the question names.
+A loop is complete where the SDK ends it by itself with a text; what a model of this size does to it (a call that is cut
+at the token limit, an empty answer) is counted. No request may be refused. A call is right where it is of the function
+that the question needs, with the arguments that the question names.
 """
 
 from __future__ import annotations
@@ -47,12 +48,17 @@ QUESTIONS: tuple[tuple[str, Call | None], ...] = (
 )
 
 
+_COUNTED = ("complete", "refused", "called", "right", "left alone")
+
+
 @dataclass
 class Tally:
     """What came of the questions."""
 
     name: str
-    num: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("complete", "called", "right", "left alone"), 0))
+    num: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("complete", "refused", "called", "right", "left alone"), 0)
+    )
 
     def run(self, loop: Callable[[str], tuple[list[Call], str]]) -> Tally:
         """Ask every question.
@@ -64,6 +70,7 @@ class Tally:
             try:
                 calls, text = loop(question)
             except Exception as error:  # the loop did not end by itself
+                self.num["refused"] += is_refusal(error)
                 print(f"{self.name}: {question} -> {type(error).__name__}: {str(error)[:200]}", flush=True)
                 continue
             print(f"{self.name}: {question} -> {calls} {text!r}", flush=True)
@@ -74,13 +81,23 @@ class Tally:
         return self
 
     def check(self) -> None:
-        """Every loop is complete, and at least one had a call; the rest is the model's."""
+        """No request was refused, most loops are complete, and at least one had a call; the rest is the model's."""
         needed = sum(wanted is not None for _, wanted in QUESTIONS)
         num = self.num
         print(
-            f"{self.name}: {num['complete']} of {len(QUESTIONS)} loops complete, {num['called']} with a call; right "
-            f"call {num['right']} of {needed}, none where none was needed {num['left alone']} of "
-            f"{len(QUESTIONS) - needed}"
+            f"{self.name}: {num['complete']} of {len(QUESTIONS)} loops complete, {num['refused']} refused, "
+            f"{num['called']} with a call; right call {num['right']} of {needed}, none where none was needed "
+            f"{num['left alone']} of {len(QUESTIONS) - needed}"
         )
-        assert num["complete"] == len(QUESTIONS)
+        assert num["refused"] == 0
+        assert num["complete"] > len(QUESTIONS) / 2
         assert num["called"] > 0
+
+
+def is_refusal(error: BaseException | None) -> bool:
+    """The server answered with an error, whatever the SDK has wrapped around that."""
+    while error is not None:
+        if getattr(error, "status_code", None) is not None:
+            return True
+        error = error.__cause__ or error.__context__
+    return False

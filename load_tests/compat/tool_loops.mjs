@@ -74,8 +74,11 @@ function langchainLoop(streaming) {
   };
 }
 
+// the server answered with an error, whatever the SDK has wrapped around that
+const isRefusal = (error) => !!error && (error.status ?? error.statusCode ?? (error.cause && isRefusal(error.cause)));
+
 async function tally(title, loop) {
-  const num = { complete: 0, called: 0, right: 0, alone: 0 };
+  const num = { complete: 0, refused: 0, called: 0, right: 0, alone: 0 };
   for (const [question, wanted, args] of QUESTIONS) {
     try {
       const [calls, text] = await loop(question);
@@ -87,15 +90,16 @@ async function tally(title, loop) {
       if (wanted) num.right += calls.some(isRight) ? 1 : 0;
       else num.alone += calls.length ? 0 : 1;
     } catch (error) {
+      num.refused += isRefusal(error) ? 1 : 0;
       console.log(`${title}: ${question} -> ${error}`);
     }
   }
   const needed = QUESTIONS.filter(([, wanted]) => wanted).length;
   console.log(
-    `${title}: ${num.complete} of ${QUESTIONS.length} loops complete, ${num.called} with a call; right call ` +
+    `${title}: ${num.complete} of ${QUESTIONS.length} loops complete, ${num.refused} refused, ${num.called} with a call; right call ` +
       `${num.right} of ${needed}, none where none was needed ${num.alone} of ${QUESTIONS.length - needed}`,
   );
-  return num.complete === QUESTIONS.length && num.called > 0;
+  return num.refused === 0 && num.complete > QUESTIONS.length / 2 && num.called > 0;
 }
 
 const compatible = createOpenAICompatible({ name: "pacellm", baseURL, apiKey })(name);

@@ -136,21 +136,18 @@ class Answers:
         ends = not params.ignore_eos and token in self._engine.model.eos_token_ids
         if ends or token in params.stop_token_ids:
             sequence.stop_reason = None if ends else token
-            return [*self._last_text(live, (token,), logprobs), *self._finish(live, FinishReason.STOP)]
+            text = live.text.finish() if live.text is not None else ""
+            return [Delta(text, (token,), logprobs, is_last=True), *self._finish(live, FinishReason.STOP)]
         text = live.text.push(token) if live.text is not None else ""
-        events: list[Event] = [Delta(text, (token,), logprobs)]
-        if live.text is not None and live.text.stopped_by is not None:
-            sequence.stop_reason = live.text.stopped_by
-            return [*events, *self._finish(live, FinishReason.STOP)]
-        if sequence.is_complete:
-            return [*events, *self._last_text(live, (), ()), *self._finish(live, FinishReason.STOP)]
-        if len(sequence.generated) >= sequence.max_tokens:
-            return [*events, *self._last_text(live, (), ()), *self._finish(live, FinishReason.LENGTH)]
-        return events
-
-    def _last_text(self, live: Live, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...]) -> list[Event]:
-        text = live.text.finish() if live.text is not None else ""
-        return [Delta(text, tokens, logprobs)] if text or tokens else []
+        stop = live.text.stopped_by if live.text is not None else None
+        is_full = len(sequence.generated) >= sequence.max_tokens
+        if stop is None and not sequence.is_complete and not is_full:
+            return [Delta(text, (token,), logprobs)]
+        sequence.stop_reason = stop
+        if live.text is not None:
+            text += live.text.finish()
+        reason = FinishReason.LENGTH if stop is None and not sequence.is_complete else FinishReason.STOP
+        return [Delta(text, (token,), logprobs, is_last=True), *self._finish(live, reason)]
 
     def _finish(self, live: Live, reason: FinishReason) -> list[Event]:
         """The request is complete: commit and say so, or first have the session directory take note."""

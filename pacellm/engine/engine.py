@@ -19,6 +19,7 @@ import torch
 from tokenizers import Tokenizer
 
 from pacellm.config import EngineConfig
+from pacellm.detokenizer import Vocabulary
 from pacellm.engine import setup
 from pacellm.engine.ahead import Flight, step_after
 from pacellm.engine.answers import Answers
@@ -81,6 +82,7 @@ class Engine:
             setup.check_parallel(config or EngineConfig())
         check_density((config or EngineConfig()).ce_density, model.module, model.layout, "ce_density")
         self.model, self.tokenizer = model, tokenizer
+        self._vocabulary = None if tokenizer is None else Vocabulary(tokenizer)
         self.kernel = setup.attention_kernel(model, config or EngineConfig())
         self.products = setup.products(model, config or EngineConfig())
         self.config = setup.resolve(model, config or EngineConfig())
@@ -212,9 +214,12 @@ class Engine:
             sequence.num_branches = request.n - 1
 
     def _new_text(self, request: GenerationRequest) -> TextStream | None:
-        if self.tokenizer is None:
+        if self._vocabulary is None:
             return None
-        return TextStream(self.tokenizer, request.sampling.stop, skip_special=request.sampling.skip_special_tokens)
+        sampling = request.sampling
+        return TextStream(
+            self._vocabulary, sampling.stop, skip_special=sampling.skip_special_tokens, is_start=not request.continues
+        )
 
     def _choice(self, first: Live, index: int) -> Live:
         """A further choice, with a seed of its own that follows from the request's."""

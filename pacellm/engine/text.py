@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+from pacellm.detokenizer import Detokenizer, Vocabulary
 
 
 class TextStream:
     """The text of one answer.
 
     Args:
-        tokenizer: the fast tokenizer's backend.
+        vocabulary: of the tokenizer.
         stop: strings that end the answer and are cut from it.
         skip_special: leave special tokens out.
+        is_start: the answer does not go on from a text.
 
     Attributes:
         stopped_by: the stop string that ended it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], *, skip_special: bool = True) -> None:
-        self._tokenizer, self._stop, self._skip_special = tokenizer, stop, skip_special
-        self._stream = DecodeStream(skip_special_tokens=skip_special)
-        self._undecoded: list[int] = []
+    def __init__(
+        self, vocabulary: Vocabulary, stop: tuple[str, ...], *, skip_special: bool = True, is_start: bool = True
+    ) -> None:
+        self._stop = stop
+        self._detokenizer = Detokenizer(vocabulary, skip_special=skip_special, is_start=is_start)
         self._held = ""
         self._texts: list[str] = []  # what each token brought; kept for stop strings only
         self._length = 0  # characters released, or held
@@ -39,23 +40,16 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Text that is now certain. Sets ``stopped_by`` where a stop string is complete."""
-        self._undecoded.append(token)
-        text = self._stream.step(self._tokenizer, token)
+        text = self._detokenizer.push(token).text
         if self._stop:
-            self._texts.append(text or "")
-        if text is None:
-            return ""
-        self._undecoded.clear()
+            self._texts.append(text)
         return self._release(text)
 
     def finish(self) -> str:
         """What was held back, once no more tokens come."""
         if self.stopped_by is not None:
             return ""
-        rest = (
-            self._tokenizer.decode(self._undecoded, skip_special_tokens=self._skip_special) if self._undecoded else ""
-        )
-        text = self._release(rest)
+        text = self._release(self._detokenizer.finish())
         if self.stopped_by is not None:
             return text
         text, self._held = text + self._held, ""

@@ -2,9 +2,10 @@
 
 It takes the place of the FFN's ``forward``, so that parameters keep their names and what stands around projections
 (banks, quantised linears) stays where it is. Prompt tokens use all experts. Decoded tokens of a request whose density
-is below 1 use its working set; each expert's weights are read in place, once for all sequences that chose it, and as
-products of a fixed shape, summed in the experts' order: a row's bits do not depend on the other rows' sets. On CUDA
-that is a Triton kernel (``experts_triton.py``) which finds sets in a table by row, so a decode step waits for nothing.
+is below 1 use its working set: activations of the other experts' neurons are zero. On a CPU that is the whole FFN with
+zeros in it, whose bits do not depend on the other rows' sets; where a step's rows all have one set, gate and up are
+computed of its neurons alone (``compact.py``), which has the same bits and reads less. On CUDA it is a Triton kernel
+(``experts_triton.py``) which finds sets in a table by row, so a decode step waits for nothing.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from pacellm.errors import ConfigError
 from pacellm.experts.layout import LayerLayout, Layout
 from pacellm.kernels import has_triton
 from pacellm.memory import activity
+from pacellm.model.compact import CompactSet
 from pacellm.model.context import Chunk, Experts, StepContext, current_step
 from pacellm.model.ffn import PersistentDown
 from pacellm.model.neurons import FFN, ffns, original
-from pacellm.rows import pad_rows
+from pacellm.model.products import is_packed
 from pacellm.transfer import to_device
 
 _TOLERANCE = 0.03  # of the kernel on CUDA, as a part of the largest output
@@ -128,7 +130,7 @@ class ExpertForward:
         self._ffn, self._plain, self.kernel = ffn, ffn.module.forward, kernel
         self._num_experts = layout.num_experts
         self._activation: Callable[[Tensor], Tensor] = ffn.activation()
-        self._blocks: list[tuple[Tensor, Tensor, Tensor]] | None = None
+        self._compact = CompactSet(self._activation)
         self._read: Weights | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -141,18 +143,18 @@ class ExpertForward:
         reads = [chunk for chunk in chunks if chunk.stop - chunk.start > chunk.num_decoded]
         if step is None or not (thin or reads):
             return self._plain(hidden)
-        flat, down = hidden.flatten(0, -2), self._ffn.down
-        if len(thin) < len(step.chunks) or reads:
-            inner = self._inner(flat)
-            plain = original(down)(inner)
-        else:
-            inner = flat.new_zeros(len(flat), self._ffn.inner)
-            plain = flat.new_zeros(len(flat), self._ffn.hidden)
+        flat, is_thin = hidden.flatten(0, -2), len(thin) == len(step.chunks) and not reads
+        inner = None if is_thin else self._inner(flat)
         for chunk in reads:
+            assert inner is not None
             self._count(chunk, inner)
+        self._choose_sets(thin)
+        if thin and self.kernel is not None:
+            return self._remember(step, *self._by_kernel(step, thin, flat, inner)).view(hidden.shape)
         if thin:
-            self._use_sets(step, thin, flat, inner, plain)
-        return self._remember(step, inner, plain).view(hidden.shape)
+            inner = self._masked(step, thin, flat, inner)
+        assert inner is not None
+        return self._remember(step, inner, original(self._ffn.down)(inner)).view(hidden.shape)
 
     def _static(self, step: StepContext, rows: Tensor, hidden: Tensor) -> Tensor:
         """A step of one token for each sequence, whose sets are known: [B, H], by rows [B] of the table of sets.
@@ -161,13 +163,16 @@ class ExpertForward:
         not depend on its mates they are what they are without any.
         """
         assert step.sets is not None
-        down = self._ffn.down
-        inner, plain = self._products_of(hidden, step.sets.layers[self._ffn.layer], rows)
-        if step.deterministic or hidden.device.type == "cpu":
-            whole = self._inner(hidden)
-            is_whole = (rows == step.sets.everything)[:, None]
-            inner = torch.where(is_whole, whole, inner)
-            plain = torch.where(is_whole, original(down)(whole), plain)
+        table, down = step.sets.layers[self._ffn.layer], self._ffn.down
+        if self.kernel is None:
+            inner = self._zeroed(self._inner(hidden), table[rows])
+            plain = original(down)(inner)
+        else:
+            inner, plain = self._launch(hidden, table, rows)
+            if step.deterministic:
+                whole, is_whole = self._inner(hidden), (rows == step.sets.everything)[:, None]
+                inner = torch.where(is_whole, whole, inner)
+                plain = torch.where(is_whole, original(down)(whole), plain)
         if isinstance(down, PersistentDown) and step.arenas:
             return down.remember_static(step, inner, plain)
         return plain
@@ -198,37 +203,60 @@ class ExpertForward:
                 staged.zero_()
                 owned.sets.pop(layer, None)
 
-    def _use_sets(self, step: StepContext, chunks: list[Chunk], hidden: Tensor, inner: Tensor, plain: Tensor) -> None:
-        """Decoded rows of ``chunks`` by their working sets, into ``plain``, and where banks read it into ``inner``."""
-        assert step.sets is not None
+    def _choose_sets(self, chunks: list[Chunk]) -> None:
         layer = self._ffn.layer
         for chunk in chunks:
             owned = _experts(chunk)
             if layer not in owned.sets:  # from here until the activity changes
                 owned.sets[layer] = owned.table.write(owned.row, owned.state.activity, owned.density, layer)
+
+    def _masked(self, step: StepContext, chunks: list[Chunk], hidden: Tensor, inner: Tensor | None) -> Tensor:
+        """Inner activations [T, F] with zeros in the decoded rows of ``chunks``; ``inner`` is None where a step has no
+        others."""
+        assert step.sets is not None
+        if inner is None and len(chunks) == 1 and (found := self._compacted(chunks[0], hidden)) is not None:
+            return found
         place, rows = _rows_of(step, chunks, hidden.device)
-        x, y = self._products_of(hidden[place], step.sets.layers[layer], rows)
-        plain.index_copy_(0, place, y)
-        if isinstance(self._ffn.down, PersistentDown):
-            inner.index_copy_(0, place, x)
+        inner = self._inner(hidden) if inner is None else inner
+        chosen = step.sets.layers[self._ffn.layer][rows]
+        return inner.index_copy(0, place, self._zeroed(inner[place], chosen))
 
-    def _products_of(self, hidden: Tensor, table: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Inner activations [n, F], zero outside of each row's set, and outputs [n, H]; sets are ``rows`` of ``table``.
+    def _compacted(self, chunk: Chunk, hidden: Tensor) -> Tensor | None:
+        """The same where the step is one sequence's, by that one's weights alone; None where those are not there."""
+        layout, chosen = self._ffn.layout, _experts(chunk).sets[self._ffn.layer]
+        if not is_packed(original(getattr(self._ffn.module, layout.up))):
+            return None
+        if not self._compact.wants(hidden, chosen, self._ffn.inner):
+            return None
+        weights = self._parameters()
+        gate, up = (weights.gate, weights.gate_bias), (weights.up, weights.up_bias)
+        return self._compact.inner(hidden, chosen, gate, up, self._inner)
 
-        In torch's form the host asks which experts there are. Without a bank behind it, it leaves activations at zero.
-        """
-        if self.kernel is not None:
-            from pacellm.model import experts_triton  # Triton is not everywhere
+    def _zeroed(self, inner: Tensor, chosen: Tensor) -> Tensor:
+        """Inner activations [n, F], zero outside of the sets [n, E]."""
+        experts = inner.view(len(inner), self._num_experts, -1)
+        return experts.masked_fill(~chosen[:, :, None], 0.0).flatten(1)
 
-            return experts_triton.products(hidden, self._parameters(), table, rows, self.kernel)
-        chosen, count = table[rows], len(rows)
-        union = chosen.any(0).nonzero()[:, 0].tolist()
-        mask = pad_rows(chosen[:, union].to(hidden.dtype)).T[:, :, None]
-        x, y = self._products(pad_rows(hidden), mask, union)
-        whole = hidden.new_zeros(count, self._num_experts, x.shape[2])
-        if isinstance(self._ffn.down, PersistentDown):
-            whole[:, union] = x[:, :count].transpose(0, 1)
-        return whole.flatten(1), y[:count]
+    def _by_kernel(
+        self, step: StepContext, chunks: list[Chunk], hidden: Tensor, inner: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Inner activations [T, F] and outputs [T, H], the decoded rows of ``chunks`` by the kernel."""
+        assert step.sets is not None
+        if inner is None:
+            inner = hidden.new_zeros(len(hidden), self._ffn.inner)
+            plain = hidden.new_zeros(len(hidden), self._ffn.hidden)
+        else:
+            plain = original(self._ffn.down)(inner)
+        place, rows = _rows_of(step, chunks, hidden.device)
+        x, y = self._launch(hidden[place], step.sets.layers[self._ffn.layer], rows)
+        return inner.index_copy_(0, place, x), plain.index_copy_(0, place, y)
+
+    def _launch(self, hidden: Tensor, table: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Inner activations [n, F], zero outside of sets, which are ``rows`` of ``table``, and outputs [n, H]."""
+        from pacellm.model import experts_triton  # Triton is not everywhere
+
+        assert self.kernel is not None
+        return experts_triton.products(hidden, self._parameters(), table, rows, self.kernel)
 
     @torch.inference_mode()
     def kernel_error(self, activation: str) -> float:
@@ -243,33 +271,10 @@ class ExpertForward:
         table[3], table[4] = False, True
         rows = torch.tensor([4, 1, 0, 3, 2], device=device)
         found = experts_triton.products(hidden, weights, table, rows, activation)
-        mask = table[rows].T[:, :, None].to(dtype)
-        x, y = self._products(hidden, mask, list(range(experts)))
-        pairs = zip(found, (x.transpose(0, 1).flatten(1), y), strict=True)
+        inner = self._zeroed(self._inner(hidden), table[rows])
+        pairs = zip(found, (inner, original(self._ffn.down)(inner)), strict=True)
         errors = torch.stack([(mine - one).abs().max() / one.abs().max() for mine, one in pairs])
         return float(errors.max())  # which keeps what is not a number, as Python's max would not
-
-    def _products(self, hidden: Tensor, mask: Tensor, union: list[int]) -> tuple[Tensor, Tensor]:
-        """Inner activations [U, n, B] of the experts in ``union``, zero where ``mask`` is, and outputs [n, H]."""
-        blocks, bias = self._weights(), self._biases(union)
-        gate = hidden.new_empty(len(union), len(hidden), blocks[0][0].shape[1])
-        up = torch.empty_like(gate)
-        for place, expert in enumerate(union):
-            torch.mm(hidden, blocks[expert][0], out=gate[place])
-            torch.mm(hidden, blocks[expert][1], out=up[place])
-        if bias is not None:
-            gate, up = gate + bias[0], up + bias[1]
-        x = self._activation(gate) * up * mask
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        y = torch.zeros(len(hidden), self._ffn.hidden, dtype=wide, device=hidden.device)
-        for place, expert in enumerate(union):
-            if wide == hidden.dtype:
-                y.addmm_(x[place], blocks[expert][2])
-            else:
-                y += torch.mm(x[place], blocks[expert][2])
-        if (down_bias := original(self._ffn.down).bias) is not None:
-            y = y + down_bias
-        return x, y.to(hidden.dtype)
 
     def _parameters(self) -> Weights:
         """Views of what the kernel reads."""
@@ -279,32 +284,6 @@ class ExpertForward:
             biases = (found.get(("gate", 1)), found.get(("up", 1)), original(self._ffn.down).bias)
             self._read = Weights(*matrices, *biases)
         return self._read
-
-    def _weights(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """By expert views of gate [H, B], up [H, B] and down [B, H].
-
-        On a CPU the down-projection is laid out once so that an expert's part of it lies side by side as well.
-        """
-        if self._blocks is None:
-            weights: dict[str, Tensor] = {}
-            for axis in self._ffn.axes():
-                if axis.role == "down" and axis.parameter.device.type == "cpu":
-                    axis.parameter.data = axis.parameter.data.T.contiguous().T
-                if axis.view.ndim == 2:
-                    weights[axis.role] = axis.view.T if axis.dim == 1 else axis.view  # [F, H]
-            size = self._ffn.inner // self._num_experts
-            gate, up, down = (weights[role].split(size) for role in ("gate", "up", "down"))
-            self._blocks = [(g.T, u.T, d) for g, u, d in zip(gate, up, down, strict=True)]
-        return self._blocks
-
-    def _biases(self, union: list[int]) -> tuple[Tensor, Tensor] | None:
-        """[U, 1, B] of gate and up, None where there are none."""
-        found = {axis.role: axis.view for axis in self._ffn.axes() if axis.view.ndim == 1}
-        if not found:
-            return None
-        size = self._ffn.inner // self._num_experts
-        gate, up = (found[role].view(self._num_experts, 1, size)[union] for role in ("gate", "up"))
-        return gate, up
 
 
 def _experts(chunk: Chunk) -> Experts:

@@ -97,7 +97,7 @@ class OneDNN:
     """
 
     def __init__(self, layer: nn.Linear, *, packs: bool) -> None:
-        self._layer, self._packs = layer, packs
+        self._layer, self.packs = layer, packs
         self._packed: Tensor | None = None
         self._source: tuple[int, int] | None = None  # where the packed weights came from
         if packs:
@@ -111,13 +111,25 @@ class OneDNN:
 
     def _weight(self) -> Tensor:
         weight = self._layer.weight
-        if not self._packs:
+        if not self.packs:
             return weight
         source = weight.data_ptr(), 0 if weight.is_inference() else weight._version
         if self._packed is None or source != self._source:  # neurons may have been put into another order since
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _FEW[0])
             self._source = source
         return self._packed
+
+
+def packed_product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """[..., in] -> [..., out] by oneDNN over a copy of ``weight`` [out, in] in the kernel's own order."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _FEW[0])
+    return lambda hidden: _product()(hidden, packed, bias, "none", [], "")
+
+
+def is_packed(layer: nn.Linear) -> bool:
+    """A layer that works on such a copy: there was memory for one of all weights."""
+    forward = layer.__dict__.get("forward")
+    return isinstance(forward, OneDNN) and forward.packs
 
 
 def _product() -> Callable[..., Tensor]:

@@ -52,11 +52,12 @@ async def _submit(service: Service, body: CompletionRequest, caller: Caller, ses
         for prompt in prompts:
             off_loop = functools.partial(service.off_loop, size=len(prompt), key=caller.tenant)
             ids = await off_loop(text_prompt, service.tokenizer, prompt, body, limit)
-            request = service.request("cmpl", body, ids, sampling, caller, session)
+            request = service.request("cmpl", body, ids, sampling, caller, session, body.n or 1)
             append = None
             if body.pacellm.append:
                 append = await off_loop(text_append, service.tokenizer, prompt, ids)
-            request = dataclasses.replace(request, constraint=constraint, append=append)
+            # a form holds for the answer by itself
+            request = dataclasses.replace(request, constraint=constraint, append=append, continues=constraint is None)
             generations.append(await service.submit(request, caller))
     except BaseException as error:
         for generation in generations:

@@ -25,7 +25,7 @@ async def tokenize(request: Request) -> dict[str, Any]:
     ids = await service.off_loop(_ids, service, body, size=len(raw), key=tenant_of(request))
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.engine.config.max_model_len, "tokens": ids}
     if body.return_token_strs:
-        answer["token_strs"] = [service.tokenizer.token_text(token) for token in ids]
+        answer["token_strs"] = service.tokenizer.texts(ids)
     return answer
 
 

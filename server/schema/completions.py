@@ -16,7 +16,7 @@ _Token = Annotated[int, Field(ge=0, lt=2**31)]
 _Tokens = Annotated[list[_Token], Field(min_length=1)]
 MAX_PROMPTS = 128
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {"n": (1,), "best_of": (1,), "suffix": ("",)}
+NEUTRAL: dict[str, tuple[Any, ...]] = {"best_of": (1,), "suffix": ("",)}
 
 
 class CompletionRequest(SamplingFields):
@@ -32,8 +32,8 @@ class CompletionRequest(SamplingFields):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     add_special_tokens: bool = True
     structured_outputs: StructuredOutputs | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
     # accepted only with their neutral value
-    n: Any = None
     best_of: Any = None
     suffix: Any = None
 

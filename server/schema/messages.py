@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pacellm.errors import RequestError
 from server.schema.base import Strict
@@ -25,20 +25,27 @@ class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(max_length=4096)] | None = None
     name: Annotated[str, Field(max_length=256)] | None = None
-    refusal: None = None
+    refusal: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
     # an answer that is sent back as it came has these, empty
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     audio: None = None
     function_call: None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _own(cls, data: Any) -> Any:
+        """An answer that is sent back may have what its client or another server noted on it: no part of the prompt."""
+        if isinstance(data, dict) and data.get("role") == "assistant":
+            return {name: value for name, value in data.items() if name in cls.model_fields}
+        return data
+
     def text(self) -> str:
-        """The content as one string."""
+        """The content as one string; a refusal is one too."""
         if self.content is None or isinstance(self.content, str):
-            return self.content or ""
+            return self.content or self.refusal or ""
         return "".join(part.text for part in self.content)
 
     def check(self, field: str) -> None:
@@ -48,12 +55,12 @@ class Message(Strict):
             RequestError: names the field, which begins with ``field``.
         """
         own = {"tool_calls": "assistant", "reasoning_content": "assistant", "reasoning": "assistant",
-               "tool_call_id": "tool"}  # fmt: skip
+               "refusal": "assistant", "tool_call_id": "tool"}  # fmt: skip
         for name, role in own.items():
             if getattr(self, name) is not None and self.role != role:
                 message = f"{field}.{name} goes with the role {role}"
                 raise RequestError(message, param=f"{field}.{name}", code="invalid_value")
-        if self.content is None and not self.tool_calls:
+        if self.content is None and self.refusal is None and not self.tool_calls:
             raise RequestError(f"{field}.content is missing", param=f"{field}.content", code="invalid_value")
         if self.role == "tool" and self.tool_call_id is None:
             message = f"{field}.tool_call_id is missing: which call this is the result of"

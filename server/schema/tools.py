@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from pacellm.errors import RequestError
 from server.schema.base import Strict
@@ -52,14 +52,18 @@ ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
 class CalledFunction(Strict):
-    """A function and the JSON it was called with."""
+    """A function and the JSON it was called with; what a client has read out of that is its own."""
+
+    model_config = ConfigDict(extra="ignore")
 
     name: _Name
     arguments: Annotated[str, Field(max_length=2**24)]
 
 
 class ToolCall(Strict):
-    """A call that an earlier answer made."""
+    """A call that an earlier answer made; of a stream's it may have the index."""
+
+    model_config = ConfigDict(extra="ignore")
 
     id: Annotated[str, Field(min_length=1, max_length=256)]
     type: Literal["function"]

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from pacellm.detokenizer import Vocabulary
 from pacellm.engine.text import TextStream
 
 
@@ -18,10 +19,11 @@ def byte_tokenizer():
 
 
 TOKENIZER = byte_tokenizer()
+VOCABULARY = Vocabulary(TOKENIZER)
 
 
 def stream(text, *stop):
-    out, pieces = TextStream(TOKENIZER, stop), []
+    out, pieces = TextStream(VOCABULARY, stop), []
     for token in TOKENIZER.encode(text).ids:
         pieces.append(out.push(token))
         if out.stopped_by is not None:
@@ -57,7 +59,7 @@ def test_a_possible_stop_string_is_held_back():
 
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_an_incomplete_character_at_the_end_is_not_swallowed(cut):
-    out = TextStream(TOKENIZER, ())
+    out = TextStream(VOCABULARY, ())
     ids = TOKENIZER.encode("x😀").ids[: 1 + cut]
     text = "".join(out.push(token) for token in ids) + out.finish()
     assert text == "x" + "\ufffd" * text.count("\ufffd")

@@ -177,3 +177,41 @@ def test_presets_by_request_in_one_session(live, document):
         assert ask("observed", pa)[0]["pa"] == done
     session = live.engine.sessions.get(("default", "observed"))
     assert [turn.pa for turn in session.log] == ["observe", "reference", "observe", "paper_read_only"]
+
+
+def test_tokens_put_together_are_the_content(live):
+    """As texts and as bytes; the token that ends an answer is no part of it."""
+    for text in ("What is the access code? The code is 48213.", "Say 🦜 and é."):
+        answer = live.client.chat.completions.create(
+            model=NAME, messages=[{"role": "user", "content": text}], temperature=1.5, seed=1, logprobs=True,
+            top_logprobs=5, max_tokens=20,
+        )  # fmt: skip
+        choice = answer.choices[0]
+        content = choice.logprobs.content
+        assert "".join(item.token for item in content) == choice.message.content
+        assert bytes(byte for item in content for byte in item.bytes).decode(errors="replace") == choice.message.content
+        assert len(content) == answer.usage.completion_tokens
+
+
+def test_what_clients_note_on_an_answer_is_no_part_of_the_prompt(live):
+    """Unknown fields of an assistant's message, refusals, indices and parsed arguments of its calls."""
+    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+    noted = call | {"index": 0, "function": call["function"] | {"parsed_arguments": {"city": "Oslo"}}}
+    tool = {"role": "tool", "tool_call_id": "call_1", "content": "sun"}
+
+    def tokens(*messages):
+        body = {"messages": [{"role": "user", "content": "hello"}, *messages]}
+        answer = live.http.post("/tokenize", json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["tokens"]
+
+    said = {"role": "assistant", "content": "hi"}
+    notes = {"parsed": {"a": 1}, "annotations": [{"type": "url_citation"}], "reasoning_details": [], "index": 0}
+    question = {"role": "user", "content": "and?"}
+    assert tokens(said | notes, question) == tokens(said, question)
+    refused = {"role": "assistant", "content": None, "refusal": "I will not."}
+    assert tokens(refused, question) == tokens({"role": "assistant", "content": "I will not."}, question)
+    bare = {"role": "assistant", "content": None}
+    assert tokens(bare | {"tool_calls": [noted]}, tool) == tokens(bare | {"tool_calls": [call]}, tool)
+    unknown = live.http.post("/tokenize", json={"messages": [question | {"parsed": 1}]})
+    assert unknown.status_code == 400

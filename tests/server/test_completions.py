@@ -58,8 +58,10 @@ def test_echo_scores_the_prompt_as_one_forward_pass_does(live):
         logprobs = plain(torch.tensor([ids])).logits[0].log_softmax(-1)
     for place in range(1, len(ids)):
         assert scores[place] == pytest.approx(float(logprobs[place - 1, ids[place]]), abs=1e-4)
-        (best,) = choice.logprobs.top_logprobs[place].values()
-        assert best == pytest.approx(float(logprobs[place - 1].max()), abs=1e-4)
+        named = choice.logprobs.top_logprobs[place]
+        assert max(named.values()) == pytest.approx(float(logprobs[place - 1].max()), abs=1e-4)
+        assert scores[place] in named.values()
+        assert 1 <= len(named) <= 2
 
 
 def test_scores_do_not_depend_on_chunks_or_company(live):
@@ -75,6 +77,47 @@ def test_scores_do_not_depend_on_chunks_or_company(live):
         assert scores(other, [ids, ids[5:], ids[:40]])[0] == alone
 
 
+def test_echo_and_answer_are_one_text(live):
+    """What was sent, and the tokens, and the offsets."""
+    choice = complete(live, prompt=TEXTS[0], echo=True, logprobs=0, max_tokens=6).choices[0]
+    alone = complete(live, prompt=TEXTS[0], max_tokens=6).choices[0]
+    assert choice.text == TEXTS[0] + alone.text
+    assert alone.text.startswith(" ")
+    assert "".join(choice.logprobs.tokens) == choice.text
+    for token, offset in zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True):
+        assert choice.text[offset:].startswith(token)
+    assert choice.logprobs.top_logprobs[0] is None
+    for token, value, top in zip(*(column[1:] for column in (
+        choice.logprobs.tokens, choice.logprobs.token_logprobs, choice.logprobs.top_logprobs,
+    )), strict=True):  # fmt: skip
+        assert top == {token: value}
+
+
+def test_the_chosen_token_is_among_the_alternatives(live):
+    choice = complete(live, prompt=TEXTS[0], logprobs=20, max_tokens=5, temperature=2.0, seed=5).choices[0]
+    rows = zip(choice.logprobs.tokens, choice.logprobs.token_logprobs, choice.logprobs.top_logprobs, strict=True)
+    for token, value, top in rows:
+        assert 20 <= len(top) <= 21
+        assert top[token] == value
+
+
+def test_several_choices(live):
+    usual = {"prompt": TEXTS, "n": 2, "temperature": 1.5, "seed": 3, "max_tokens": 6, "echo": True, "logprobs": 1}
+    whole = complete(live, **usual)
+    assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
+    alone = [complete(live, **usual | {"prompt": text, "seed": seed, "n": 1}) for text in TEXTS for seed in (3, 4)]
+    assert [choice.text for choice in whole.choices] == [one.choices[0].text for one in alone]
+    assert [choice.logprobs for choice in whole.choices] == [one.choices[0].logprobs for one in alone]
+    assert {choice.finish_reason for choice in whole.choices} <= {"length", "stop"}
+    chunks = list(complete(live, **usual, stream=True, stream_options={"include_usage": True}))
+    for choice in whole.choices:
+        parts = [part for chunk in chunks for part in chunk.choices if part.index == choice.index]
+        assert "".join(part.text for part in parts) == choice.text
+        assert parts[-1].finish_reason == choice.finish_reason
+    assert chunks[-1].usage == whole.usage
+    assert whole.usage.prompt_tokens == sum(one.usage.prompt_tokens for one in alone[::2])
+
+
 @pytest.mark.parametrize(
     ("changes", "param"),
     [
@@ -86,7 +129,7 @@ def test_scores_do_not_depend_on_chunks_or_company(live):
         ({"prompt": ["a", ""]}, "prompt"),
         ({"prompt": ["a"] * 129}, "prompt"),
         ({"logprobs": 21}, "logprobs"),
-        ({"n": 2}, "n"),
+        ({"n": 0}, "n"),
         ({"best_of": 3}, "best_of"),
         ({"suffix": "x"}, "suffix"),
         ({"prompt": TEXTS, "extra_body": {"session_id": "s"}}, "prompt"),
