@@ -23,10 +23,10 @@
     ├── InvalidApiKey            no key, or a wrong one
     ├── Forbidden                a key that is not for this
     │   └── ForeignOrigin        a browser sent it for someone else's page
-    ├── Overloaded               the queue is full: try again after ``retry_after`` seconds
+    ├── Overloaded               too much is to be done already: try again after ``retry_after`` seconds
     ├── Draining                 the server is shutting down
     ├── Aborted                  the request was cancelled
-    ├── DeadlineExceeded         the request's deadline passed before it ended
+    ├── DeadlineExceeded         the request's deadline passed before it ended, or is expected to
     └── EngineError              a failure inside a step; fails one request
         └── EngineDead           the engine loop has ended; nothing can be served any more
 
@@ -185,7 +185,7 @@ class SnapshotRefused(RequestError):
 
 
 class Overloaded(PaceError):
-    """The queue is full; ``retry_after`` is in seconds."""
+    """The queue is full, or the deadline is out of reach behind it; ``retry_after`` is in seconds."""
 
     status = 429
     type = "rate_limit_error"
@@ -215,7 +215,7 @@ class Aborted(PaceError):
 
 
 class DeadlineExceeded(PaceError):
-    """The request's deadline passed before it ended; what it held is free again."""
+    """The request's deadline passed before it ended, or is expected to; what it held is free again."""
 
     status = 504
     type = "timeout"

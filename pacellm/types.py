@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 import time
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -175,11 +176,13 @@ class GenerationRequest:
         experts: report expert activity.
         outline: of the prompt. append: makes the prompt out of the session's history.
         continues: the answer goes on from the prompt's text, so that a space in front of it belongs to it.
-        arrival: monotonic seconds.
+        arrival: monotonic seconds. deadline: when its answer is to be complete, None for no limit; what would be later
+            is refused or goes last, and who submitted it aborts it then.
+        is_checked: ``Engine.check`` let it pass, and made its prompt an array.
     """
 
     request_id: str
-    prompt: list[int]
+    prompt: list[int] | array[int]
     sampling: SamplingParams = SamplingParams()
     session: tuple[str, str] | None = None
     tenant: str = "default"
@@ -194,6 +197,8 @@ class GenerationRequest:
     append: Append | None = None
     continues: bool = False
     arrival: float = field(default_factory=time.monotonic)
+    deadline: float | None = None
+    is_checked: bool = False
 
     def __post_init__(self) -> None:
         if self.ce_density is not None:

@@ -56,7 +56,9 @@ async def parsed(request: Request, parse: Callable[[bytes | bytearray], T]) -> t
 
     with service.bodies.claim(tenant_of(request)) as claim:
         raw = await timed_body(request, limit, claim)
-        return read(raw) if len(raw) < _SMALL_BODY else await service.off_loop(read, raw)
+        if len(raw) < _SMALL_BODY:
+            return read(raw)
+        return await service.off_loop(read, raw, size=len(raw), key=tenant_of(request))
 
 
 async def timed_body(request: Request, limit: int, claim: Claim) -> bytearray:

@@ -17,6 +17,7 @@ class Caller:
         tenant: namespace of the sessions.
         request_id: the X-Request-ID.
         arrival: monotonic seconds.
+        size: bytes of the request's body.
         timeout: what the request allows itself, in seconds from arrival.
         traceparent: the span that the request belongs to, as its header names it.
     """
@@ -24,11 +25,12 @@ class Caller:
     tenant: str
     request_id: str
     arrival: float
+    size: int = 0
     timeout: float | None = None
     traceparent: str | None = None
 
     @classmethod
-    def of(cls, request: Request, timeout: float | None = None) -> Caller:
+    def of(cls, request: Request, size: int, timeout: float | None = None) -> Caller:
         """The caller of an HTTP request that was let in."""
         parent = request.headers.get("traceparent")
-        return cls(tenant_of(request), request.state.request_id, request.state.arrival, timeout, parent)
+        return cls(tenant_of(request), request.state.request_id, request.state.arrival, size, timeout, parent)

@@ -105,7 +105,7 @@ class Completions:
         if self._body.logprobs is not None:
             self._left[number] -= 1
             rows = [self._prompts[number].first(prompt[0], is_last=not self._left[number])]
-        text = self._service.tokenizer.decode(prompt)
+        text = self._service.tokenizer.decode(list(prompt))
         for index in self._choices(number):
             yield self._chunk(index, text, self._columns(index, rows))
 

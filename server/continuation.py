@@ -72,6 +72,11 @@ class Continuation:
         name = self._body.conversation_id
         return None if name is None else (self._tenant, name)
 
+    @property
+    def size(self) -> int:
+        """Bytes of what was said before."""
+        return 0 if self._previous is None else self._previous.history.total_bytes
+
     def prompt_messages(self) -> list[Message]:
         """The whole conversation: instructions, which hold for this response alone, what was said, and what is new."""
         said = self._previous.history.all() if self._previous is not None else []

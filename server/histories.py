@@ -24,6 +24,7 @@ class History:
         messages: of this turn, the answer included.
         parent: what it goes on from.
         scope: of the tokenizer's memory; the same along a conversation.
+        num_bytes, total_bytes: of its own messages, and of all.
         users: kept entries and later histories that need it.
     """
 
@@ -31,10 +32,12 @@ class History:
     parent: History | None
     scope: str
     num_bytes: int = field(init=False)
+    total_bytes: int = field(init=False)
     users: int = 0
 
     def __post_init__(self) -> None:
         self.num_bytes = _OVERHEAD + sum(_size(one) for one in self.messages)
+        self.total_bytes = self.num_bytes + (0 if self.parent is None else self.parent.total_bytes)
 
     def all(self) -> list[Message]:
         """Every message, the first one first."""

@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pacellm import modes
 from pacellm.calibration.gate import Gate
 from pacellm.engine.engine import Engine
-from pacellm.engine.grammar import Grammars
+from pacellm.engine.grammar import PROCESSES, Grammars
 from pacellm.engine.session_ops import Operation
 from pacellm.engine.thread import EngineThread
 from pacellm.errors import (
@@ -37,6 +37,7 @@ from server.histories import Histories, Key
 from server.idempotency import Idempotency
 from server.inbox import Inbox
 from server.intake import Intake
+from server.lanes import Lanes
 from server.metrics import Metrics
 from server.schema.base import RESPONSE_PREFIX
 from server.schema.chat import ChatCompletionRequest
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from server.traces import Traces
 
 logger = logging.getLogger("pacellm.server")
+T = TypeVar("T")
 
 
 class Generation:
@@ -115,8 +117,7 @@ class Service:
         self.thread = EngineThread(engine, self._deliver)
         self.metrics, self.traces = Metrics(self.thread, settings.model_name), traces
         self.grammars = Grammars(tokenizer.backend, frozenset(engine.model.eos_token_ids))
-        self._compiling = asyncio.Lock()  # one grammar at a time: the threads are for others too
-        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pacellm-tokenizer")
+        self.lanes = Lanes(PROCESSES)
         self._generations: dict[str, Generation] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self.bodies, self.snapshots = Intake(8 * settings.max_body_bytes), Intake(2 * settings.max_snapshot_bytes)
@@ -135,14 +136,20 @@ class Service:
     async def stop(self) -> None:
         """End the engine; unfinished requests fail with an error."""
         await asyncio.to_thread(self.thread.stop)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.lanes.close()
         await asyncio.to_thread(self.grammars.close)
         if self.traces is not None:
             await asyncio.to_thread(self.traces.close)
 
-    async def off_loop(self, function, *arguments):
-        """Run slow work in a thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+    async def off_loop(self, function: Callable[..., T], *arguments: Any, size: int | None = None, key: str = "") -> T:
+        """Run slow work in a thread.
+
+        Args:
+            size: characters or tokens that it works on; None: many.
+            key: whose it is. Keys take turns.
+        """
+        lane = self.lanes.long if size is None else self.lanes.of(size)
+        return await lane.run(key, functools.partial(function, *arguments))
 
     async def operate(self, operation: Operation) -> Any:
         """Run a session operation in the engine thread.
@@ -168,9 +175,9 @@ class Service:
         self.check_options(body, session_id)
         scope = None if session_id is None else f"{caller.tenant}/{session_id}"
         session = None if session_id is None else (caller.tenant, session_id)
-        turn = await self.turn(body.turn, body.sampling(), scope, session)
+        turn = await self.turn(body.turn, body.sampling(), scope, session, caller)
         request = self.request("chatcmpl", body, turn.prompt, turn.sampling, caller, session_id, body.n or 1)
-        constraint = await self.compile(turn.grammar)
+        constraint = await self.compile(turn.grammar, caller.tenant)
         continues = body.continue_final_message and constraint is None  # a form holds for the answer by itself
         request = dataclasses.replace(
             request, constraint=constraint, outline=turn.outline, append=turn.append, continues=continues
@@ -178,7 +185,13 @@ class Service:
         return await self.submit(request, caller), turn
 
     async def turn(
-        self, asked: Callable[[], TurnRequest], sampling: SamplingParams, scope: str | None, session: Key | None
+        self,
+        asked: Callable[[], TurnRequest],
+        sampling: SamplingParams,
+        scope: str | None,
+        session: Key | None,
+        caller: Caller,
+        size: int = 0,
     ) -> Turn:
         """What a conversation comes to.
 
@@ -186,27 +199,36 @@ class Service:
             asked: called off the event loop.
             scope: as for :meth:`Draft.turn`.
             session: that it goes on.
+            caller: who asks.
+            size: characters of the conversation that are not in the caller's body.
 
         Raises:
             RequestError: names the field.
         """
-        limit = self.engine.config.max_model_len
-        draft = await self.off_loop(lambda: Draft(self.tokenizer, self.grammars, asked(), limit))
+        tenant, limit = caller.tenant, self.engine.config.max_model_len
+        draft = await self.off_loop(
+            lambda: Draft(self.tokenizer, self.grammars, asked(), limit), size=caller.size + size, key=tenant
+        )
         logged = None
         if session is not None and draft.needs_log:
             logged = await self.operate(self.engine.ops.context(session))
-        return await self.off_loop(draft.turn, sampling, scope, logged)
+        return await self.off_loop(draft.turn, sampling, scope, logged, size=draft.size, key=tenant)
 
-    async def compile(self, grammar: Grammar | None) -> Constraint | None:
+    async def compile(self, grammar: Grammar | None, key: str) -> Constraint | None:
         """What an answer must look like, for the engine.
+
+        Args:
+            key: who asks. Keys take turns.
 
         Raises:
             RequestError: it is wrong or too complex; names the field.
         """
         if grammar is None:
             return None
-        async with self._compiling:
-            return await self.off_loop(self.grammars.compile, grammar)
+        known = self.grammars.known(grammar)
+        if known is not None:
+            return known
+        return await self.lanes.grammars.run(key, functools.partial(self.grammars.compile, grammar))
 
     def check_model(self, name: str | None) -> None:
         """Refuse another model's name.
@@ -277,7 +299,7 @@ class Service:
         Raises:
             PaceError: it is refused, or its deadline has already passed; nothing was queued.
         """
-        await self.off_loop(self.engine.check, request)  # it walks the prompt
+        request = await self.off_loop(self.engine.check, request, size=len(request.prompt), key=caller.tenant)
         limit = self.settings.max_requests_per_key
         if limit is not None and self._count(caller.tenant) >= limit:
             raise Overloaded(
@@ -286,8 +308,10 @@ class Service:
         if request.session is not None:
             self.check_room(request.session)
         left = self._seconds_left(caller)
-        if left is not None and left <= 0:
-            raise _late()
+        if left is not None:
+            if left <= 0:
+                raise _late()
+            request = dataclasses.replace(request, deadline=time.monotonic() + left)
         self.thread.submit(request)  # its first event needs this loop, so it cannot come before the next line
         if request.session is not None and request.commit and not request.request_id.startswith(RESPONSE_PREFIX):
             self._writing[request.request_id] = request.session

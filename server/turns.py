@@ -64,6 +64,11 @@ class Draft:
         self._rendered = rendered_turn(tokenizer, asked) if self._following is None else self._following.text
 
     @property
+    def size(self) -> int:
+        """Characters to tokenise."""
+        return len(self._rendered)
+
+    @property
     def needs_log(self) -> bool:
         """Which tokens it comes to depends on what its session has generated."""
         return self._following is None and self._tokenizer.literals.has_own(self._rendered)

@@ -13,11 +13,12 @@ from load_tests.scenarios.client import Reply
 from load_tests.scenarios.disconnects import KINDS, visits
 from load_tests.scenarios.kill import leftovers
 from load_tests.scenarios.many_sessions import differences
+from load_tests.scenarios.overload import Ended, judged
 from load_tests.scenarios.servers import report
 from load_tests.scenarios.talks import make_talk, percentile, spread
 
 ROOT = Path(__file__).parent.parent
-SCENARIOS = ("long_beside_short", "many_sessions", "disconnects", "kill", "heavy_bodies")
+SCENARIOS = ("long_beside_short", "many_sessions", "disconnects", "kill", "heavy_bodies", "overload", "histories")
 SCRAPE = """\
 # TYPE pacellm_sessions gauge
 pacellm_sessions{model_name="m"} 3
@@ -111,3 +112,13 @@ def test_spread():
     assert percentile(list(range(100)), 0.99) == 99
     assert spread([0.001, 0.002, 0.004]) == {"median_ms": 2.0, "p99_ms": 4.0, "worst_ms": 4.0}
     assert spread([]) == {}
+
+
+def test_overload_counts_answers_in_time_and_names_refusals_that_do_not_help():
+    good = [Ended(200, 4.0)] * 9 + [Ended(200, 5.5), Ended(504, 5.0)]
+    facts, failures = judged([*good, Ended(429, 0.1, "3")], most=1.0, seconds=10, timeout=5.0, share=0.8)
+    assert (facts["share_of_capacity"], facts["in_time"], facts["late"], failures) == (0.9, 9, 1, [])
+    _, failures = judged([Ended(429, 9.0), Ended(500, 1.0)], most=1.0, seconds=10, timeout=5.0, share=0.8)
+    assert failures == [
+        "500 after 1.0 s", "a 429 without Retry-After", "refusals took up to 9.0 s", "0 answers in time are 0% of 10",
+    ]  # fmt: skip

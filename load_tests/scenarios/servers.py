@@ -63,6 +63,10 @@ class OwnServer:
             self.process.terminate()
             self.process.wait()
 
+    def close(self) -> None:
+        """Forget what it wrote."""
+        self._log.close()
+
     def log(self) -> str:
         """What it wrote."""
         self._log.seek(0)
@@ -104,6 +108,7 @@ def own_server(flags: Sequence[str]) -> Iterator[OwnServer]:
         yield server
     finally:
         server.stop()
+        server.close()
 
 
 @contextmanager

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from array import array
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from pacellm.errors import ConfigError, RequestError
 from pacellm.model.experts import check_density
@@ -12,8 +17,8 @@ if TYPE_CHECKING:
     from pacellm.engine.engine import Engine
 
 
-def check(request: GenerationRequest, engine: Engine) -> None:
-    """Touches nothing of the engine, so any thread may call it.
+def check(request: GenerationRequest, engine: Engine) -> GenerationRequest:
+    """The request, its prompt as an array. Touches nothing of the engine, so any thread may call it.
 
     Raises:
         RequestError: names the field.
@@ -36,8 +41,20 @@ def check(request: GenerationRequest, engine: Engine) -> None:
             raise RequestError(
                 f"logit_bias names token {token}; the vocabulary has {vocabulary} tokens", param="logit_bias"
             )
-    if min(request.prompt) < 0 or max(request.prompt) >= vocabulary:
+    prompt = _ids(request.prompt, vocabulary)
+    if prompt is None:
         raise RequestError(f"the prompt has a token outside the vocabulary of {vocabulary}", param="messages")
+    return dataclasses.replace(request, prompt=prompt, is_checked=True)
+
+
+def _ids(prompt: Iterable[int], vocabulary: int) -> array[int] | None:
+    """None where one is outside the vocabulary."""
+    try:
+        ids = array("i", prompt)
+    except OverflowError:
+        return None
+    numbers = np.frombuffer(ids, dtype=np.int32)
+    return ids if numbers.min() >= 0 and numbers.max() < vocabulary else None
 
 
 def _check_experts(request: GenerationRequest, engine: Engine) -> None:

@@ -173,13 +173,13 @@ class Engine:
         """Prompt tokens that running requests have yet to feed; a glimpse, any thread may take it."""
         return sum(sequence.pending for sequence in list(self.scheduler.running) if not sequence.is_decoding)
 
-    def check(self, request: GenerationRequest) -> None:
-        """Refuse what can never run; touches nothing, so any thread may call it.
+    def check(self, request: GenerationRequest) -> GenerationRequest:
+        """The request as :meth:`add` takes it without another look. Touches nothing, so any thread may call it.
 
         Raises:
-            RequestError: names the field.
+            RequestError: it can never run; names the field.
         """
-        check(request, self)
+        return check(request, self)
 
     def expert_activity(self) -> dict[int, list[float]]:
         """By layer, tokens of prompts by expert: each token counts 1, shared by squared activations. Of requests that
@@ -191,8 +191,9 @@ class Engine:
 
         Raises:
             RequestError: it can never run, or its id is in use.
+            Overloaded, DeadlineExceeded: it would miss its deadline.
         """
-        self.check(request)
+        request = request if request.is_checked else self.check(request)
         if request.request_id in self.live:
             raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
         room = (self.config.max_model_len or 0) - len(request.prompt)
@@ -204,6 +205,7 @@ class Engine:
             seed=int.from_bytes(os.urandom(8), "little") if seed is None else seed,
             tools=request.outline.tools,
         )
+        self.scheduler.deadlines.check(sequence)
         live = self.live[sequence.id] = Live(sequence, self._new_text(request))
         self.scheduler.add(sequence)
         if request.n > 1:

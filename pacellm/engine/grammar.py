@@ -6,26 +6,27 @@ preemption can change what it allows.
 
 from __future__ import annotations
 
-import base64
-import json
-import subprocess
-import sys
+import os
 import threading
-import time
-from queue import Empty, Queue
+from collections import OrderedDict
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 from tokenizers import Tokenizer
 
 from pacellm.engine import probe
+from pacellm.engine.probes import Probes, Verdict, Vocabulary
 from pacellm.errors import RequestError, UnsupportedParameter
 from pacellm.grammar import Grammar, after_space
 
 MAX_BYTES = 2**18
-_SECONDS = 3.0  # to compile one grammar and to try it out
-_START_SECONDS = 60.0
-_WALKS = 3
+PROCESSES = min(4, max(2, os.cpu_count() or 2))
+"""Grammars that are tried out at once."""
+
+_SECONDS = 3.0  # of CPU time, to compile one grammar and to try it out
+_BLAME = 2  # times that, to find the part of a grammar that is wrong
+_KEPT_BYTES = 256 * 2**20  # of grammars whose verdict is kept
+_PER_CHARACTER = 64  # bytes that a grammar takes at least, for each of its text
 _WITHIN = "\x02"  # no tokenizer joins it to what follows
 
 
@@ -90,23 +91,81 @@ class Compiled:
         return Matcher(self._matcher.deep_copy(), self._param)
 
 
+_Key = tuple[str, tuple[str, ...]]
+
+
+class _Kept:
+    """Verdicts on grammars by text and fields, the least recently asked first out.
+
+    Args:
+        max_bytes: that they may take together.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max, self._bytes, self._lock = max_bytes, 0, threading.Lock()
+        self._found: OrderedDict[_Key, tuple[Compiled | RequestError, int]] = OrderedDict()
+
+    def get(self, key: _Key) -> Compiled | None:
+        """A good one, or None where it is not known.
+
+        Raises:
+            RequestError: a bad one.
+        """
+        with self._lock:
+            found, _ = self._found.get(key, (None, 0))
+            if found is not None:
+                self._found.move_to_end(key)
+        if isinstance(found, RequestError):
+            raise RequestError(found.message, param=found.param, code=found.code)
+        return found
+
+    def put(self, key: _Key, found: Compiled | RequestError, size: int) -> None:
+        """Keep a verdict that takes ``size`` bytes, in place of others where it must."""
+        with self._lock:
+            _, before = self._found.pop(key, (None, 0))
+            self._found[key] = found, size
+            self._bytes += size - before
+            while self._bytes > self._max:
+                _, (_, size) = self._found.popitem(last=False)
+                self._bytes -= size
+
+
 class Grammars:
-    """Compiles grammars for one model. Any thread may; it takes milliseconds, or seconds where it is refused.
+    """Compiles grammars for one model, and keeps what it found. Any thread may; it takes milliseconds, or seconds where
+    a grammar is refused.
 
     Args:
         tokenizer: the fast tokenizer's backend.
         eos_token_ids: the model's end tokens.
-        seconds: to try out a grammar.
+        seconds: CPU time to try out a grammar.
+        processes: that try grammars out at once.
     """
 
-    def __init__(self, tokenizer: Tokenizer, eos_token_ids: frozenset[int], seconds: float = _SECONDS) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        eos_token_ids: frozenset[int],
+        seconds: float = _SECONDS,
+        processes: int = PROCESSES,
+    ) -> None:
         self._backend, self._eos, self._seconds = tokenizer, sorted(eos_token_ids), seconds
-        self._lock, self._loading = threading.Lock(), threading.RLock()
+        self._most = processes
+        self._loading, self._kept = threading.RLock(), _Kept(_KEPT_BYTES)
         self._tokenizer: LLTokenizer | None = None
         self._tokens: list[bytes] = []
         self._special: list[int] = []
         self._takes_space = False
-        self._probe: _Probe | None = None
+        self._probes: Probes | None = None
+
+    def known(self, grammar: Grammar) -> Compiled | None:
+        """What :meth:`compile` found of this grammar before, None where that is not known. Never slow.
+
+        Raises:
+            RequestError: as it did then.
+        """
+        if self._tokenizer is None:
+            return None
+        return self._kept.get(self._key(grammar))
 
     def compile(self, grammar: Grammar) -> Compiled:
         """A grammar that is known to compile and to run.
@@ -114,18 +173,25 @@ class Grammars:
         Raises:
             RequestError: it is wrong, or takes too much; names the field.
             UnsupportedParameter: this model's tokenizer has no bytes to constrain.
+            Overloaded: the machine is too busy to tell.
         """
-        text = (after_space(grammar) if self._strips_space() else grammar).text()
+        tokenizer = self._load()
+        key = text, _ = self._key(grammar)
         if len(text) > MAX_BYTES:
             raise RequestError(
                 f"{grammar.start.param} is too large: {len(text):,} bytes, at most {MAX_BYTES:,}",
                 param=grammar.start.param, code="invalid_value",
             )  # fmt: skip
-        with self._lock:
-            error = self._try(text)
-            if error is not None:
-                raise self._refusal(grammar, error)
-        return Compiled(probe.new_matcher(self._load(), text), grammar.start.param)
+        found = self._kept.get(key)
+        if found is None:
+            verdict, size = self._try(text), _PER_CHARACTER * len(text)
+            if verdict.error is not None:
+                refusal = self._refusal(grammar, verdict.error)
+                self._kept.put(key, refusal, size)
+                raise refusal
+            found = Compiled(probe.new_matcher(tokenizer, text), grammar.start.param)
+            self._kept.put(key, found, size + verdict.bytes)
+        return found
 
     def special(self, text: str) -> int | None:
         """The token that a text is, where no other text leads to it."""
@@ -133,45 +199,40 @@ class Grammars:
         return token if token is not None and self._load().is_special_token(token) else None
 
     def close(self) -> None:
-        """End the process that tries grammars out."""
-        with self._lock:
-            if self._probe is not None:
-                self._probe.kill()
-                self._probe = None
+        """End the processes that try grammars out."""
+        with self._loading:
+            if self._probes is not None:
+                self._probes.close()
+
+    def _key(self, grammar: Grammar) -> _Key:
+        text = (after_space(grammar) if self._takes_space else grammar).text()
+        return text, tuple(part.param for part in grammar.parts)
 
     def _refusal(self, grammar: Grammar, error: str) -> RequestError:
         """The error of the part that is to blame."""
-        param, until = grammar.start.param, time.monotonic() + 2 * self._seconds
+        param, left = grammar.start.param, _BLAME * self._seconds
         for part in grammar.parts if len(grammar.parts) > 1 else ():
-            if time.monotonic() > until:
+            if left <= 0.0:
                 break
             if part.schema is not None or "@" not in (part.lark or ""):
                 own = self._try(Grammar((part,)).text())
-                if own is not None:
-                    param, error = part.param, own
+                left -= own.seconds
+                if own.error is not None:
+                    param, error = part.param, own.error
                     break
         return RequestError(f"{param}: {_short(error)}", param=param, code="invalid_value")
 
-    def _try(self, text: str) -> str | None:
-        if self._probe is None:
-            self._load()
-            self._probe = _Probe(self._tokens, self._special, self._eos)
-        try:
-            return self._probe.ask(text, self._seconds)
-        except TimeoutError:
-            self._probe.kill()
-            self._probe = None
-            return f"too complex: it does not compile within {self._seconds:g} s"
-
-    def _strips_space(self) -> bool:
+    def _try(self, text: str) -> Verdict:
         self._load()
-        return self._takes_space
+        assert self._probes is not None
+        return self._probes.ask(text, self._seconds)
 
     def _load(self) -> LLTokenizer:
         """The vocabulary, when first needed: seconds for a large one."""
         with self._loading:
             if self._tokenizer is None:
                 self._read_vocabulary()
+                self._probes = Probes(Vocabulary(self._tokens, self._special, self._eos), self._most)
                 self._tokenizer = probe.build(self._tokens, self._special, self._eos, self._encode)
             return self._tokenizer
 
@@ -209,59 +270,6 @@ class Grammars:
             if token not in hidden and len(text) > 1 and text[:1] == b" " and text[1:].isalpha():
                 return self._backend.decode([token]) == text[1:].decode()
         return False
-
-
-class _Probe:
-    """``probe.py`` in its process."""
-
-    def __init__(self, tokens: list[bytes], special: list[int], eos: list[int]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", probe.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-        self._lines: Queue[str] = Queue()
-        threading.Thread(target=self._read, name="pacellm-grammar", daemon=True).start()
-        encoded = [base64.b64encode(text).decode() for text in tokens]
-        self._write({"tokens": encoded, "special": special, "eos": eos})
-        self.ask('{"grammars":[{"lark_grammar":"start: \\"a\\""}]}', _START_SECONDS)
-
-    def ask(self, grammar: str, seconds: float) -> str | None:
-        """What is wrong with a grammar.
-
-        Raises:
-            TimeoutError: it takes longer, or more memory than the process may have.
-        """
-        self._write({"grammar": grammar, "walks": _WALKS})
-        try:
-            line = self._lines.get(timeout=seconds)
-        except Empty:
-            raise TimeoutError from None
-        if not line:
-            raise TimeoutError
-        return json.loads(line)["error"]
-
-    def kill(self) -> None:
-        """End it."""
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin,):
-            if stream is not None:
-                stream.close()
-
-    def _write(self, what: object) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(what) + "\n")
-            self._process.stdin.flush()
-        except (BrokenPipeError, ValueError):
-            raise TimeoutError from None
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        with self._process.stdout as lines:
-            for line in lines:
-                self._lines.put(line)
-        self._lines.put("")
 
 
 def _short(error: str) -> str:

@@ -1,16 +1,20 @@
 """Tries grammars out in a process of its own, which may be killed: some cannot be compiled in any time or memory.
 
-Run as a script, so that it imports nothing but llguidance. Lines of JSON on stdin and stdout: first the vocabulary,
-then for each ``{"grammar", "walks"}`` an ``{"error"}``, null where the grammar compiles and the steps of random walks
-through it are quick.
+Run as a script, so that it imports nothing but llguidance. Lines of JSON on stdin and stdout: first the vocabulary, of
+which ``{}`` says that it is there; then ``{"grammar", "walks", "seconds"}`` and ``{"error", "seconds", "bytes"}``, in
+turn. The error is null where the grammar compiles and the steps of random walks through it are quick; seconds of CPU
+time and bytes are what it took. A grammar that takes more seconds ends the process by SIGPROF, and one that takes more
+than ``MEMORY`` by a failed allocation, whatever it is in the middle of.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import os
 import random
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +24,11 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 STEP_SECONDS = 0.2
 _STEPS = 48
-_MEMORY = 4 * 2**30
+MEMORY = 512 * 2**20
+"""Bytes that a grammar may take beside the vocabulary."""
+
+_WHOLE = 2 * 2**30  # bytes of the process, where it does not know what it takes
+_NICE = 5  # the engine goes first
 
 # the limits of every matcher, here and in the engine
 LIMITS: dict[str, Any] = {
@@ -118,13 +126,34 @@ def _random_bit(mask: int, rng: random.Random) -> int:
 
 def main() -> None:
     """Answer until stdin ends."""
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    os.nice(_NICE)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     vocabulary: dict[str, Any] = json.loads(sys.stdin.readline())
     tokens = [base64.b64decode(text) for text in vocabulary["tokens"]]
     tokenizer = build(tokens, vocabulary["special"], vocabulary["eos"])
+    size, _ = _used()
+    limit = size + MEMORY if size else _WHOLE
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    print("{}", flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        print(json.dumps({"error": error_of(tokenizer, asked["grammar"], asked["walks"])}), flush=True)
+        started, before = time.process_time(), _used()[1]
+        signal.setitimer(signal.ITIMER_PROF, asked["seconds"])
+        error, used = error_of(tokenizer, asked["grammar"], asked["walks"]), _used()[1]
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        seconds = time.process_time() - started
+        print(json.dumps({"error": error, "seconds": seconds, "bytes": max(0, used - before)}), flush=True)
+
+
+def _used() -> tuple[int, int]:
+    """Bytes of this process's address space and of those in memory; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm") as file:
+            size, resident, *_ = (int(pages) * resource.getpagesize() for pages in file.read().split())
+    except OSError:
+        return 0, 0
+    return size, resident
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """What runs next, and on which memory. No torch.
 
-A step is one token of every decoding sequence, then prompt chunks: the shortest remaining prompt first, each at
-most an equal share of what is left of the budget, so that a long prompt never holds up a short one. Where a
-step decodes, its prompt tokens are capped, in number and in time, so that streams keep flowing.
+A step is one token of every decoding sequence, then parts of prompts (``parts.py``). Where a step decodes, its prompt
+tokens are capped, in number and in time, so that streams keep flowing.
 
 Memory: a request is admitted when its prompt and one more block per running sequence fit. Room is made by
 evicting idle sessions, least recently used first, and then by preempting the youngest sequence of the lowest priority,
@@ -16,10 +15,12 @@ from collections import deque
 from typing import Literal
 
 from pacellm.config import EngineConfig
+from pacellm.engine.deadlines import Deadlines
 from pacellm.engine.history import bind
 from pacellm.engine.kv import BLOCK, BlockAllocator, OutOfBlocks, blocks_for
 from pacellm.engine.mover import Mover
 from pacellm.engine.pace import Pace
+from pacellm.engine.parts import add_parts
 from pacellm.engine.plan import Planner, describe
 from pacellm.engine.prefix import Entry, PrefixCache
 from pacellm.engine.room import Room
@@ -30,9 +31,6 @@ from pacellm.engine.step import Step, Work
 from pacellm.engine.turn import Turn
 from pacellm.errors import ContextLengthExceeded, PaceError, RequestError
 from pacellm.memory.pool import BankPool
-from pacellm.rows import ROWS
-
-_MAX_SCORED = 256  # rows of logits that one request may ask of a step
 
 
 class Scheduler:
@@ -56,11 +54,12 @@ class Scheduler:
         self.considered: Sequence | None = None  # the request that is being admitted
         self.preemptions = 0
         self.progress = PrefixCache(allocator, pool, segment=config.bank.segment, max_seqs=config.max_num_seqs)
-        self.pace = Pace()
+        self.pace, self.clock = Pace(), time.monotonic
         self.room = Room(allocator, sessions, pool, self.progress)
         self.planner = Planner(
             self.progress, preset=config.bank.preset if config.pa else None, density=config.ce_density
         )
+        self.deadlines = Deadlines(self)
 
     # -- requests come and go ------------------------------------------------------------------------------
 
@@ -107,6 +106,7 @@ class Scheduler:
     def remove(self, sequence: Sequence, *, keep: bool = False) -> None:
         """Take a request out wherever it is and free what it holds; its session stays as it was. With ``keep`` its
         prefill progress stays as idle cache."""
+        self.deadlines.given_up(sequence)
         if sequence in self.running:
             self.running.remove(sequence)
             if keep:
@@ -141,6 +141,7 @@ class Scheduler:
         self._close_session(sequence)
         self.room.free(sequence)
         sequence.status = Status.ENDED
+        self.deadlines.answered(sequence)
         self.sessions.trim()
         self._free_working_rows()
 
@@ -164,7 +165,7 @@ class Scheduler:
             budget = min(budget, self.config.max_num_mixed_tokens)
         prompts = [sequence for sequence in self.running if not sequence.is_decoding]
         seconds = self.pace.seconds(decodes=decodes, several=len(prompts) > 1)
-        self._add_prompts(step, sorted(prompts, key=lambda sequence: sequence.pending), budget, seconds)
+        add_parts(step, prompts, budget, seconds, self.pace, self.deadlines.is_late)
         step.copies = self.room.take_copies()
         return step if step.work else None
 
@@ -175,31 +176,6 @@ class Scheduler:
                 budget -= 1
         return budget
 
-    def _add_prompts(self, step: Step, prompts: list[Sequence], budget: int, seconds: float | None) -> None:
-        """Parts of ``prompts`` in their order, within ``budget`` tokens and ``seconds``; None is no limit, 0 none."""
-        if seconds == 0.0:
-            return
-        left, waits = seconds, False
-        for number, sequence in enumerate(prompts):
-            others = len(prompts) - number
-            share = -(-budget // others)
-            if sequence.request.sampling.prompt_logprobs is not None:
-                share = min(share, _MAX_SCORED)
-            count = min(share, len(sequence.turn.ids) - sequence.cursor)
-            if left is not None:
-                fitting = self.pace.fitting(sequence.position, left / others)
-                count = count if fitting is None else min(count, max(fitting, ROWS))
-                price = self.pace.cost(sequence.position, count)
-                if price > left and step.work and not self.pace.afford(price, left):
-                    waits = True
-                    continue
-                left = max(0.0, left - price)
-            if count:
-                step.work.append(Work(sequence, count))
-                budget -= count
-        if waits and seconds is not None and left is not None:
-            self.pace.save(max(left, seconds / len(prompts)))
-
     # -- memory --------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
@@ -207,7 +183,7 @@ class Scheduler:
             self.considered = sequence
             if self.seats + sequence.request.n > self.config.max_num_seqs:
                 return
-            session = self._session(sequence)
+            session = self.session_of(sequence)
             if sequence.is_branch:
                 if not self._try_admit(sequence, session):
                     return
@@ -228,6 +204,9 @@ class Scheduler:
                             continue
                         case "later":
                             return
+            if (error := self.deadlines.missed(sequence, session)) is not None:
+                self.refused.append((sequence, error))
+                continue
             if not self._try_admit(sequence, session):
                 return
 
@@ -266,7 +245,7 @@ class Scheduler:
             sequence.table = self.room.new_table(parent.table.blocks, parent.position, used - parent.position // BLOCK)
             self.room.run_copies()
             self.room.new_banks(sequence, parent.row, None)
-            sequence.begin([own], time.monotonic(), index=parent.index)
+            sequence.begin([own], self.clock(), index=parent.index)
             sequence.advance(parent.cursor)
             self.running.append(sequence)
             return True
@@ -303,7 +282,7 @@ class Scheduler:
 
     def _unwant(self, sequence: Sequence) -> None:
         """A request that waited is gone; what was made for it alone goes too."""
-        session = self._session(sequence)
+        session = self.session_of(sequence)
         if session is not None and not session.busy:
             session.wanted = False
             self.sessions.close(session, keep=False)
@@ -343,7 +322,7 @@ class Scheduler:
         sequence.table = self.room.new_table(plan.blocks, plan.position, needed)
         self.room.new_banks(sequence, plan.row, session)
         sequence.lineage = plan.lineage
-        sequence.begin(work, time.monotonic(), index=plan.index, cursor=plan.cursor)
+        sequence.begin(work, self.clock(), index=plan.index, cursor=plan.cursor)
         if plan.entry is not None:
             self.progress.use(plan.entry, sequence)
         self.waiting.remove(sequence)
@@ -392,7 +371,8 @@ class Scheduler:
     def _make_room(self, blocks: int, keep: Entry | None = None) -> bool:
         return self.room.make_room(blocks, is_alone=not self.running, keep=keep)
 
-    def _session(self, sequence: Sequence) -> Session | None:
+    def session_of(self, sequence: Sequence) -> Session | None:
+        """The session that it names, where that is known."""
         return None if sequence.request.session is None else self.sessions.get(sequence.request.session)
 
     def _close_session(self, sequence: Sequence, *, failed: bool = False) -> None:

@@ -206,9 +206,12 @@ def products(model: LoadedModel, config: EngineConfig) -> Products:
     """
     if model.device.type != "cpu" or model.ranks is not None:
         if not config.exact_products:
-            raise ConfigError(
-                "exact_products is about a CPU; on a GPU leave deterministic off instead", param="exact_products"
+            why = (
+                "is about a CPU; on a GPU leave deterministic off instead"
+                if model.device.type != "cpu"
+                else "is about one process; leave it as it is with tensor_parallel_size"
             )
+            raise ConfigError(f"exact_products {why}", param="exact_products")
         return Products(is_exact=config.deterministic)
     make_even(model.module)
     found = choose(model.module, available_memory(model, config) // 2)

@@ -20,7 +20,7 @@ async def chat_completions(request: Request) -> Response:
     """One turn of a conversation, streamed or not."""
     service: Service = request.app.state.service
     raw, body = await parsed(request, parse_chat)
-    caller = Caller.of(request, body.timeout)
+    caller = Caller.of(request, len(raw), body.timeout)
     session = session_of(request, body.session_id)
 
     async def start() -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -24,7 +25,7 @@ async def completions(request: Request) -> Response:
     """Go on with one text or several, streamed or not; with ``echo`` and ``logprobs`` also score the prompts."""
     service: Service = request.app.state.service
     raw, body = await parsed(request, parse_completion)
-    caller = Caller.of(request, body.timeout)
+    caller = Caller.of(request, len(raw), body.timeout)
     session = session_of(request, body.session_id)
 
     async def start() -> Response:
@@ -43,16 +44,18 @@ async def _submit(service: Service, body: CompletionRequest, caller: Caller, ses
     sampling, prompts = body.sampling(), body.prompts()
     if session is not None and len(prompts) > 1:
         raise RequestError("a session takes one prompt at a time", param="prompt")
-    constraint = await service.compile(None if body.structured_outputs is None else body.structured_outputs.grammar())
+    grammar = None if body.structured_outputs is None else body.structured_outputs.grammar()
+    constraint = await service.compile(grammar, caller.tenant)
     limit = service.engine.config.max_model_len
     generations: list[Generation] = []
     try:
         for prompt in prompts:
-            ids = await service.off_loop(text_prompt, service.tokenizer, prompt, body, limit)
+            off_loop = functools.partial(service.off_loop, size=len(prompt), key=caller.tenant)
+            ids = await off_loop(text_prompt, service.tokenizer, prompt, body, limit)
             request = service.request("cmpl", body, ids, sampling, caller, session, body.n or 1)
             append = None
             if body.pacellm.append:
-                append = await service.off_loop(text_append, service.tokenizer, prompt, ids, limit)
+                append = await off_loop(text_append, service.tokenizer, prompt, ids, limit)
             # a form holds for the answer by itself
             request = dataclasses.replace(request, constraint=constraint, append=append, continues=constraint is None)
             generations.append(await service.submit(request, caller))

@@ -29,7 +29,7 @@ async def create_response(request: Request) -> Response:
     raw, body = await parsed(request, parse_response)
     if "x-session-id" in request.headers:
         raise UnsupportedParameter("name a conversation in the body instead", param="X-Session-ID")
-    caller = Caller.of(request, body.timeout)
+    caller = Caller.of(request, len(raw), body.timeout)
 
     async def start() -> Response:
         try:
@@ -87,8 +87,11 @@ async def _submit(service: Service, body: ResponseRequest, caller: Caller) -> Re
     continuation = Continuation(service, body, caller.tenant)
     try:
         messages = continuation.prompt_messages()
-        turn = await service.turn(lambda: body.turn(messages), body.sampling(), continuation.scope, continuation.source)
-        constraint = await service.compile(turn.grammar)
+        turn = await service.turn(
+            lambda: body.turn(messages), body.sampling(), continuation.scope, continuation.source, caller,
+            continuation.size,
+        )  # fmt: skip
+        constraint = await service.compile(turn.grammar, caller.tenant)
         await continuation.open()
         request = GenerationRequest(
             request_id=continuation.id,

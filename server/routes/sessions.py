@@ -104,7 +104,8 @@ async def fork_session(request: Request, name: str) -> Response:
 async def get_snapshot(request: Request, name: str, kv: bool = False) -> Response:
     """The session as signed bytes: its log and banks, with ``?kv=true`` also its KV."""
     service: Service = request.app.state.service
-    await service.off_loop(lambda: service.engine.records)  # hashes the weights when first asked
+    # hashes the weights when first asked
+    await service.lanes.bulk.run(tenant_of(request), lambda: service.engine.records)
     export = service.engine.snapshots.export(_key(request, name), kv=kv, limit=service.settings.max_snapshot_bytes)
     data = await service.operate(export)
     return Response(data, media_type="application/vnd.safetensors")
@@ -121,8 +122,8 @@ async def put_snapshot(request: Request, name: str) -> Response:
         data = await timed_body(request, service.settings.max_snapshot_bytes, claim)
         trusts, owner = service.settings.allow_unsigned_snapshots, tenant_of(request)
         tenant = None if trusts or service.settings.share_snapshots else owner
-        checked = await service.off_loop(
-            lambda: service.engine.snapshots.check(data, trust_unsigned=trusts, tenant=tenant)
+        checked = await service.lanes.bulk.run(
+            owner, lambda: service.engine.snapshots.check(data, trust_unsigned=trusts, tenant=tenant)
         )
         made = await service.operate(service.engine.snapshots.put(key, checked, None))
     service.histories.drop(key)  # its messages are not what the session stands for any more

@@ -9,6 +9,7 @@ from fastapi.responses import Response
 
 from pacellm.errors import ContextLengthExceeded, RequestError
 from server import sse
+from server.auth import tenant_of
 from server.body import parsed
 from server.prompts import check_characters, check_text, rendered_chat, text_limit
 from server.schema.tokens import DetokenizeRequest, TokenizeRequest, parse_detokenize, parse_tokenize
@@ -21,9 +22,10 @@ router = APIRouter()
 async def tokenize(request: Request) -> Response:
     """Ids of a text or of a conversation as the model would get it."""
     service: Service = request.app.state.service
-    _, body = await parsed(request, parse_tokenize)
+    raw, body = await parsed(request, parse_tokenize)
     service.check_model(body.model)
-    return Response(await service.off_loop(_tokens, service, body), media_type="application/json")
+    answer = await service.off_loop(_tokens, service, body, size=len(raw), key=tenant_of(request))
+    return Response(answer, media_type="application/json")
 
 
 @router.post("/detokenize")
@@ -32,7 +34,8 @@ async def detokenize(request: Request) -> Response:
     service: Service = request.app.state.service
     _, body = await parsed(request, parse_detokenize)
     service.check_model(body.model)
-    return Response(await service.off_loop(_text, service, body), media_type="application/json")
+    answer = await service.off_loop(_text, service, body, size=len(body.tokens), key=tenant_of(request))
+    return Response(answer, media_type="application/json")
 
 
 def _tokens(service: Service, body: TokenizeRequest) -> bytes:

@@ -1,8 +1,13 @@
 """Constrained decoding in the engine: valid, and the same whatever else runs."""
 
+import asyncio
 import dataclasses
 import json
+import os
 import random
+import re
+import signal
+import threading
 
 import jsonschema
 import numpy as np
@@ -12,13 +17,14 @@ import torch
 from pacellm import grammar
 from pacellm.demo import MODEL_PATH
 from pacellm.engine.engine import Engine, run_until_idle
-from pacellm.engine.grammar import Grammars
+from pacellm.engine.grammar import Grammars, _Kept
 from pacellm.engine.probe import Vocabulary
 from pacellm.engine.sampler import sample
 from pacellm.errors import RequestError
 from pacellm.model.load import load
 from pacellm.tokenizer import ChatTokenizer
 from pacellm.types import Delta, Failed, Finished, FinishReason, SamplingParams
+from server.lanes import Lane
 from tests.engine.helpers import assert_nothing_held, finish, prompt, request, tokens
 
 SCHEMA = {
@@ -207,11 +213,90 @@ def test_what_is_forced_is_written_as_the_model_would(tokenizer, grammars):
     assert grammars._encode(b"<|user|>") is None
 
 
-def test_what_takes_too_long_is_given_up(tokenizer):
-    grammars = Grammars(tokenizer.backend, frozenset([2]), seconds=1.0)
-    hostile = {"allOf": [{"type": "string", "pattern": f".*a{{{number}}}.*"} for number in range(60)]}
-    for _ in range(2):
-        with pytest.raises(RequestError, match="too complex"):
-            grammars.compile(grammar.of_json(hostile, "response_format"))
-        grammars.compile(grammar.of_choice(["a"], "x"))
-    grammars.close()
+def hostile(number=60):
+    return grammar.of_json(
+        {"allOf": [{"type": "string", "pattern": f".*a{{{count}}}.*"} for count in range(number)]}, "response_format"
+    )
+
+
+@pytest.fixture
+def impatient(tokenizer):
+    """Gives a grammar half a second of CPU time."""
+    made = Grammars(tokenizer.backend, frozenset([2]), seconds=0.5, processes=1)
+    yield made
+    made.close()
+
+
+def test_what_takes_too_long_is_given_up(impatient):
+    for number in (60, 61):
+        with pytest.raises(RequestError, match=r"too complex: it takes more than 0\.5 s of processor time"):
+            impatient.compile(hostile(number))
+        impatient.compile(grammar.of_choice([f"a{number}"], "x"))
+
+
+def test_a_busy_machine_changes_no_verdict(impatient):
+    """A process that has no CPU for longer than it may use."""
+    impatient.compile(grammar.of_choice(["a"], "x"))
+    [pid] = impatient._probes.pids
+    os.kill(pid, signal.SIGSTOP)
+    timer = threading.Timer(0.7, os.kill, (pid, signal.SIGCONT))
+    timer.start()
+    impatient.compile(grammar.of_choice(["b"], "x"))
+    timer.join()
+    assert impatient._probes.pids == [pid]
+
+
+def test_a_process_that_something_else_ended_is_no_verdict(impatient):
+    impatient.compile(grammar.of_choice(["a"], "x"))
+    os.kill(impatient._probes.pids[0], signal.SIGKILL)
+    impatient.compile(grammar.of_choice(["b"], "x"))
+
+
+def test_verdicts_are_kept(impatient, monkeypatch):
+    good, bad = grammar.of_choice(["a"], "x"), grammar.of_regex("((", "x")
+    assert impatient.known(good) is None
+    compiled = impatient.compile(good)
+    with pytest.raises(RequestError) as first:
+        impatient.compile(bad)
+    monkeypatch.setattr(impatient, "_try", None)
+    assert impatient.known(good) is impatient.compile(good) is compiled
+    with pytest.raises(RequestError, match=re.escape(first.value.message)):
+        impatient.known(bad)
+    assert impatient.known(grammar.of_choice(["a"], "y")) is None  # its errors would name another field
+
+
+def test_what_is_kept_has_a_limit():
+    kept = _Kept(100)
+    for number in range(30):
+        kept.put((str(number), ()), RequestError(str(number)), 10)
+    kept.put(("0", ()), RequestError("again"), 20)
+    assert len(kept._found) == 9
+    assert kept._bytes == 100
+    assert kept.get(("1", ())) is None
+    with pytest.raises(RequestError, match="again"):
+        kept.get(("0", ()))
+
+
+def test_another_keys_grammar_is_compiled_beside_many_that_are_too_complex(tokenizer):
+    made = Grammars(tokenizer.backend, frozenset([2]), seconds=0.5, processes=2)
+
+    async def run():
+        lane, refused = Lane("grammars", 2, 1), []
+
+        async def attack(number):
+            with pytest.raises(RequestError, match="too complex"):
+                await lane.run("attacker", lambda: made.compile(hostile(number)))
+            refused.append(number)
+
+        attacks = [asyncio.create_task(attack(number)) for number in range(60, 63)]
+        await asyncio.sleep(0)
+        await lane.run("other", lambda: made.compile(grammar.of_regex("[0-9]{2}", "x")))
+        found = len(refused)
+        await asyncio.gather(*attacks)
+        lane.close()
+        return found
+
+    try:
+        assert asyncio.run(run()) <= 1
+    finally:
+        made.close()

@@ -2,11 +2,13 @@
 
 import threading
 import time
+from array import array
 
 import pytest
 import torch
 
 from pacellm import EngineConfig
+from pacellm.engine import engine as engine_module
 from pacellm.engine.engine import Engine, run_until_idle
 from pacellm.engine.thread import EngineThread
 from pacellm.errors import (
@@ -263,6 +265,18 @@ def test_what_can_never_run_is_refused_before_the_queue(model):
         Engine(model, EngineConfig(max_model_len=5000))
     with pytest.raises(ConfigError, match="layers 0 to 2"):
         Engine(model, EngineConfig(pa_layers=(3,)))
+
+
+def test_a_prompt_is_checked_once(model, monkeypatch):
+    engine = new_engine(model)
+    checked = engine.check(request("x", SHORT))
+    assert checked.prompt == array("i", SHORT)
+    monkeypatch.setattr(engine_module, "check", None)  # what it was would be asked again
+    assert len(tokens(run(engine, checked)["x"])) == 10
+    for bad in ([-1], [2**40], [97]):
+        monkeypatch.undo()
+        with pytest.raises(RequestError, match="outside the vocabulary"):
+            engine.check(request("y", [5, *bad]))
 
 
 def test_short_requests_are_not_held_up_by_a_long_prompt(model):

@@ -3,19 +3,15 @@
 import pytest
 
 from pacellm.engine.pace import LONGEST, SEVERAL, SHARE, Pace
+from pacellm.engine.parts import add_parts
 from pacellm.engine.sequence import Sequence, Status
 from pacellm.engine.step import Step
 from pacellm.engine.turn import Turn
 from pacellm.model.load import prepare
 from pacellm.rows import ROWS
 from tests.engine.helpers import GREEDY, new_engine, request
+from tests.engine.machine import DECODE, true_cost
 from tests.models import tiny
-
-DECODE, TOKEN, DEPTH = 0.016, 2e-4, 2e-8  # seconds of a step, of a prompt token, and more for each token before it
-
-
-def true_cost(position, count):
-    return count * (TOKEN + DEPTH * (position + count / 2))
 
 
 def experienced():
@@ -98,8 +94,8 @@ class Streams:
     def step(self):
         step = Step([None] * self.num_decodes)
         several = len(self.scheduler.running) > 1
-        prompts = sorted(self.scheduler.running, key=lambda sequence: sequence.pending)
-        self.scheduler._add_prompts(step, prompts, 256, self.pace.seconds(decodes=True, several=several))
+        seconds = self.pace.seconds(decodes=True, several=several)
+        add_parts(step, self.scheduler.running, 256, seconds, self.pace, lambda sequence: False)
         work = step.work[self.num_decodes :]
         parts = [(item.position, item.count) for item in work]
         self.step_seconds.append(DECODE + sum(true_cost(*part) for part in parts))

@@ -5,10 +5,13 @@ import queue
 import signal
 import time
 
+import httpx
 import pytest
 import torch
 
+from load_tests.scenarios.servers import OWN_KEY, own_server
 from pacellm.engine import launch
+from pacellm.engine.describe import describe
 from pacellm.engine.thread import EngineThread
 from pacellm.errors import ConfigError, EngineDead, ModelError, RequestError
 from pacellm.model.load import load
@@ -58,11 +61,29 @@ def test_two_processes_give_the_tokens_of_one(family, tmp_path):
             engine.snapshots.export(("tenant", "a"), kv=True, limit=10**9)
         unpatched = new_engine(team.model, pa=False)
         assert len(tokens(run(unpatched, request("x", prompt(30, 5)))["x"])) == 10
+        describe(unpatched, path, 100)
+        with pytest.raises(ConfigError, match="about one process"):
+            new_engine(team.model, exact_products=False)
         with pytest.raises(ConfigError, match="session_dir"):
             new_engine(team.model, session_dir=str(tmp_path / "sessions"))
     finally:
         team.close()
     assert not any(process.is_alive() for process in team.processes)
+
+
+@pytest.mark.slow
+def test_a_user_serves_the_bundled_model_with_two_processes():
+    question = "The access code of the amber archive is 48213.\n\nWhat is the access code of the amber archive?"
+    body = {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 24}
+    with own_server(["--tensor-parallel-size", "2", "--kv-cache-memory-bytes", "256M"]) as server:
+        answer = httpx.post(
+            f"{server.url}/v1/chat/completions",
+            json=body, headers={"Authorization": f"Bearer {OWN_KEY}", "X-Session-ID": "x"}, timeout=60,
+        ).json()  # fmt: skip
+        assert "48213" in answer["choices"][0]["message"]["content"]
+        assert answer["pacellm"]["session"] == "new"
+        server.stop()
+        assert "Traceback" not in server.log()
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import openai
 import pytest
 
 from pacellm.config import EngineConfig
+from pacellm.engine.forecast import Forecast
 from tests.server.conftest import NAME, start
 
 LONG = [{"role": "user", "content": "the river and the hills " * 4000}]
@@ -53,6 +54,28 @@ def test_the_servers_own_deadline_holds_in_prefill():
         assert answer.status_code == 504
         assert time.monotonic() - started < 5
         live.wait_until_idle()
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_what_would_miss_its_deadline_is_told_when_to_come_back(live, monkeypatch, streamed):
+    def seconds(self, pace, own, max_tokens, load):
+        return 100.0 if load.decodes else 1.0
+
+    monkeypatch.setattr(Forecast, "seconds", seconds)
+    hurried = {"model": NAME, "messages": HI, "max_tokens": 1, "timeout": 20, "stream": streamed}
+    with live.http.stream("POST", "/v1/chat/completions", json={**ENDLESS, "stream": True}) as response:
+        lines = response.iter_lines()
+        while "content" not in next(lines):
+            pass
+        with httpx.Client(base_url=live.url, timeout=30) as other:
+            refused = other.post("/v1/chat/completions", json=hurried)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "deadline_out_of_reach")
+            assert 79 <= int(refused.headers["retry-after"]) <= 81
+            hopeless = other.post("/v1/chat/completions", json={**hurried, "timeout": 0.5})
+            assert (hopeless.status_code, hopeless.headers["x-should-retry"]) == (504, "false")
+            assert other.post("/v1/chat/completions", json={**hurried, "timeout": 101}).status_code == 200
+    live.wait_until_idle()
+    assert post(live, hurried).status_code == 200  # nobody else is there
 
 
 @pytest.mark.parametrize("by", ["header", "answer"])

@@ -1,0 +1,112 @@
+"""Requests that would miss their deadlines are refused before they take from those that make theirs. No torch."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from pacellm.engine.forecast import Forecast, Load, Span
+from pacellm.engine.sequence import Sequence
+from pacellm.engine.session import Session
+from pacellm.errors import DeadlineExceeded, Overloaded, PaceError
+
+if TYPE_CHECKING:
+    from pacellm.engine.scheduler import Scheduler
+
+
+class Deadlines:
+    """Forecasts for a scheduler's requests, and what follows from them.
+
+    Args:
+        scheduler: looked at, not changed.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self.forecast = Forecast(scheduler.config)
+
+    def check(self, sequence: Sequence) -> None:
+        """Refuse what would miss its deadline behind the requests that are there, before it is queued.
+
+        Raises:
+            Overloaded: it could be answered in time later. DeadlineExceeded: not even alone.
+        """
+        scheduler, request = self._scheduler, sequence.request
+        sequence.due = self._due(sequence, scheduler.session_of(sequence))
+        if request.deadline is None or not (scheduler.running or scheduler.waiting):
+            return
+        ahead = [other.due for other in scheduler.waiting if other.request.priority <= request.priority]
+        sequence.forecast = needed = self._seconds(sequence, sequence.due, ahead)
+        left = request.deadline - scheduler.clock()
+        if needed is None or needed <= left:
+            return
+        alone = self.forecast.seconds(scheduler.pace, sequence.due, sequence.max_tokens, Load())
+        if alone is not None and alone > left:
+            raise DeadlineExceeded(
+                f"an answer takes about {alone:.1f} s even with nothing beside it, and the request's deadline leaves "
+                f"{left:.1f} s"
+            )
+        raise Overloaded(
+            f"an answer would take about {needed:.1f} s at the moment, and the request's deadline leaves {left:.1f} s; "
+            "try again later",
+            retry_after=max(1, math.ceil(needed - left)), code="deadline_out_of_reach",
+        )  # fmt: skip
+
+    def missed(self, sequence: Sequence, session: Session | None) -> PaceError | None:
+        """The error of a request whose turn it is, and whose answer would come after its deadline; None where it would
+        not, or where nobody else would use what it takes."""
+        scheduler, deadline = self._scheduler, sequence.request.deadline
+        if deadline is None or not scheduler.running:
+            return None
+        needed = self._seconds(sequence, self._due(sequence, session), [])
+        if needed is None or scheduler.clock() + needed <= deadline:
+            return None
+        return DeadlineExceeded("the request's deadline passes before it can be answered")
+
+    def is_late(self, sequence: Sequence) -> bool:
+        """The answer of a running request would miss its deadline even if its prompt were read next."""
+        scheduler, deadline = self._scheduler, sequence.request.deadline
+        if deadline is None:
+            return False
+        own, load = (sequence.position, sequence.pending), Load(decodes=len(scheduler.running) - 1)
+        needed = self.forecast.seconds(scheduler.pace, own, sequence.max_tokens, load)
+        return needed is not None and scheduler.clock() + needed > deadline
+
+    def answered(self, sequence: Sequence) -> None:
+        """A request is complete."""
+        self.forecast.observe_answer(len(sequence.generated))
+        self.forecast.observe(sequence.forecast, self._age(sequence), is_over=True)
+
+    def given_up(self, sequence: Sequence) -> None:
+        """A request is taken out before its end."""
+        self.forecast.observe_answer(len(sequence.generated), is_over=False)
+        self.forecast.observe(sequence.forecast, self._age(sequence), is_over=False)
+
+    def _age(self, sequence: Sequence) -> float:
+        return self._scheduler.clock() - sequence.request.arrival
+
+    def _seconds(self, sequence: Sequence, own: Span, ahead: list[Span]) -> float | None:
+        """Until a request would be answered, behind what runs and ``ahead``."""
+        scheduler, priority = self._scheduler, sequence.request.priority
+        prompts = [other for other in scheduler.running if not other.is_decoding]
+        before = [
+            (other.position, other.pending)
+            for other in prompts
+            if other.request.priority <= priority and not self.is_late(other)
+        ]
+        seats = max(0, scheduler.config.max_num_seqs - scheduler.seats)
+        load = Load([*before, *ahead], len(scheduler.running) - len(prompts), seats, len(ahead))
+        return self.forecast.seconds(scheduler.pace, own, sequence.max_tokens, load)
+
+    def _due(self, sequence: Sequence, session: Session | None) -> Span:
+        """What is to be fed of a prompt, as far as that is known before its turn."""
+        request, known = sequence.request, 0
+        if session is not None:
+            known = session.num_tokens or len(session.context)
+        if request.append is not None:
+            return known, len(request.prompt)
+        if session is not None and not session.is_resident:  # it will have come back by then
+            start = min(known, len(request.prompt) - 1)
+            return start, len(request.prompt) - start
+        plan = self._scheduler.planner.plan(sequence, session)
+        return plan.position, sum(len(turn.ids) for turn in plan.work) - plan.cursor

@@ -1,0 +1,100 @@
+"""Which prompts a step reads, and how much of each. No torch.
+
+Prompts are read one after another, those that have waited longest first: read side by side they would all end late,
+and under load miss their deadlines together. What is much shorter than the one whose turn it is overtakes it, on at
+most half of every step, so neither waits for the other. Priorities go before that, and what can no longer end before
+its deadline goes last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from pacellm.engine.pace import Pace
+from pacellm.engine.sequence import Sequence
+from pacellm.engine.step import Step, Work
+from pacellm.rows import ROWS
+
+_MUCH = 4  # times shorter: such a prompt overtakes
+SHARE = 0.5
+"""Of a step, for prompts that overtake."""
+
+_MAX_SCORED = 256  # rows of logits that one request may ask of a step
+
+
+def add_parts(
+    step: Step,
+    prompts: Iterable[Sequence],
+    budget: int,
+    seconds: float | None,
+    pace: Pace,
+    is_late: Callable[[Sequence], bool],
+) -> None:
+    """Add parts of ``prompts`` to a step.
+
+    Args:
+        budget: tokens that there is room for.
+        seconds: that they may take; None is no limit, 0 none.
+        is_late: its answer would miss its deadline even if it were read next.
+    """
+    prompts = list(prompts)
+    if seconds == 0.0 or not prompts:
+        return
+    quick, others = _turns(prompts, is_late)
+    room = _Room(step, budget, seconds, pace)
+    if quick:
+        first = others[0]
+        kept = None if seconds is None else (1 - SHARE) * seconds
+        room.fill(quick, int((1 - SHARE) * min(budget, 2 * first.pending)), kept)
+    room.fill(others, 0, None if seconds is None else 0.0)
+
+
+def overtakes(tokens: int, first: int) -> bool:
+    """A prompt of so many tokens does not wait for the one whose turn it is."""
+    return _MUCH * tokens <= first
+
+
+def _turns(prompts: list[Sequence], is_late: Callable[[Sequence], bool]) -> tuple[list[Sequence], list[Sequence]]:
+    """Of one or more: those that overtake, the shortest first, and the others in turn."""
+    ranks = {one.id: (is_late(one), one.request.priority) for one in prompts}
+    in_turn = sorted(prompts, key=lambda one: (ranks[one.id], one.request.arrival))
+    first = in_turn[0]
+    quick = [one for one in in_turn if ranks[one.id] == ranks[first.id] and overtakes(one.pending, first.pending)]
+    return sorted(quick, key=lambda one: one.pending), [one for one in in_turn if one not in quick]
+
+
+@dataclass
+class _Room:
+    """What is left of a step for prompts."""
+
+    step: Step
+    budget: int
+    seconds: float | None
+    pace: Pace
+
+    def fill(self, prompts: list[Sequence], kept: int, kept_seconds: float | None) -> None:
+        """Parts of ``prompts`` in their order, as long as more is left than what is kept for others.
+
+        The first one gets its smallest part even where that takes longer than a step may: once enough steps have gone
+        without it.
+        """
+        for number, sequence in enumerate(prompts):
+            count = min(self.budget - kept, len(sequence.turn.ids) - sequence.cursor)
+            if sequence.request.sampling.prompt_logprobs is not None:
+                count = min(count, _MAX_SCORED)
+            if count <= 0:
+                return
+            if self.seconds is not None and kept_seconds is not None:
+                left = self.seconds - kept_seconds
+                fitting = self.pace.fitting(sequence.position, left)
+                count = count if fitting is None else min(count, max(fitting, ROWS))
+                price = self.pace.cost(sequence.position, count)
+                if price > left and self.step.work and not (number == 0 and self.pace.afford(price, left)):
+                    if number == 0:
+                        self.pace.save(left)
+                        self.seconds = kept_seconds
+                    return
+                self.seconds -= min(price, left)
+            self.step.work.append(Work(sequence, count))
+            self.budget -= count
