@@ -88,6 +88,8 @@ class Operation:
         work = self._run(client, which, chain, leaves is not None)
         try:
             return await (work if leaves is None else asyncio.wait_for(work, leaves))
+        except httpx.ReadTimeout as error:
+            raise Failure("no answer in time") from error
         except (httpx.TransportError, TimeoutError, _Left):
             return None
 
