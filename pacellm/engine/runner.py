@@ -19,6 +19,7 @@ from pacellm.memory.pool import BankPool
 from pacellm.model.attention import slab
 from pacellm.model.beside import join
 from pacellm.model.context import Chunk, DecodeRows, StepContext, step_context
+from pacellm.model.ffn import observe
 from pacellm.model.load import LoadedModel
 from pacellm.model.prefill_kernels import Kernel
 from pacellm.modes import preset_of
@@ -155,6 +156,7 @@ class Runner:
                     use_cache=False,
                     logits_to_keep=kept,
                 )
+                observe(context)
         except Exception as error:
             raise StepFailed(f"{type(error).__name__}: {error}", _blame(step, packed, context)) from error
         logits = output.logits[0, : len(rows)]

@@ -1,8 +1,10 @@
-"""Decoded tokens, each a segment of its own, of many sequences at once: what ``bank.py`` does for one, to the bit.
+"""Decoded tokens, each a segment of its own, of many sequences and layers at once: what ``bank.py`` does for one, to
+the bit.
 
-A decode step reads one token against each sequence's own bank. Done one by one, some fifty small operations each cost
-more than all arithmetic. Here only the two products with a bank are done one by one, and a write touches only the
-slots that change. On a CPU only, because it asks for the outcomes.
+A decode step reads one token against each bank. That is little arithmetic, on memory and with code that the model's
+weights have driven out of the caches, so what counts is how few different operations there are: torch makes the
+products, lengths and choices, NumPy what is done to a row of them, and a verdict is a few numbers. On a CPU only,
+because it asks for the outcomes.
 """
 
 from __future__ import annotations
@@ -15,154 +17,180 @@ import torch
 from torch import Tensor
 
 from pacellm.config import PAConfig
-from pacellm.memory.bank import Rule, Total, Verdict, cosines_of_parts, mix, weigh
+from pacellm.memory.bank import Total, cosines_of_parts
 from pacellm.memory.state import EMPTY, FUSES, HITS, MERGES, MISSES, REPLACEMENTS, BankState, compute_dtype
 from pacellm.rows import pad_rows
 
-_TOGETHER = 4  # rows of a product of one of them; a single row's bits would depend on where in memory it lies
+TOGETHER = 4
+"""Rows of a product of one of them; a single row's bits would depend on where in memory it lies."""
 
 
-def feed(
-    banks: Sequence[BankState],
-    writes: Sequence[bool],
-    x: Tensor,
-    y: Tensor,
-    config: PAConfig,
-    total: Total | None = None,
-    masks: Sequence[Tensor | None] | None = None,
-) -> Tensor:
-    """Read one token against each bank and, where asked, write it.
-
-    Args:
-        banks: N banks of one layer, none twice and none in the middle of a segment.
-        writes: for each whether the token changes it.
-        total: sums over the ranks that F is split over, where it is.
-        x: [N, F] inner activations. y: [N, H] bias-free FFN outputs.
-        masks: for each [F] bool, the neurons that its similarities are about, outside of which x is 0; None is all.
-
-    Returns:
-        [N, H], the outputs before the bias; under ``observe`` the plain ones where nothing is written of a token.
-    """
-    similarity = cosines([bank.keys for bank in banks], x.to(compute_dtype(x.dtype)), total, masks)
-    found = _judge(similarity, [int(bank.filled) for bank in banks], config)
-    wanted = found.hit | found.fuse if config.acts else (found.hit | found.fuse) & ~found.high & np.asarray(writes)
-    output = _recalled(banks, similarity, found, wanted.nonzero()[0], y, config)
-    for row, bank in enumerate(banks):
-        bank.counters.numpy()[found.code(row)] += 1
-        if not writes[row]:
-            continue
-        bank.clock.add_(1)
-        slots = found.slots[row, : found.counts[row]]
-        if found.low[row]:
-            _replace(bank, x[row], output[row], config)
-        elif not found.high[row]:
-            _merge(bank, slots, x[row], output[row], config)
-        elif config.is_paper:
-            bank.usage.numpy()[slots] += 1
-    return output
-
-
-class _Found(NamedTuple):
-    """A :class:`Verdict` of N tokens in NumPy.
+class Token(NamedTuple):
+    """A decoded token of one sequence in one layer.
 
     Attributes:
-        slots: [N, k] the most similar slots, of which the first ``counts`` [N] exist.
-        filled: [N] slots in use in each one's bank.
+        bank: its sequence's, not in the middle of a segment.
+        writes: whether it changes the bank.
+        inner: [T, F] inner activations of it and of others.
+        row: its own.
+        y: [H], its bias-free FFN output.
+        mask: [F] bool, the neurons that its similarities are about, outside of which its inner activations are 0; None
+            is all.
     """
 
-    hit: np.ndarray
-    fuse: np.ndarray
-    high: np.ndarray
-    low: np.ndarray
-    slots: np.ndarray
-    counts: np.ndarray
-    filled: np.ndarray
-
-    def code(self, row: int) -> int:
-        """Which counter a token is."""
-        if not self.filled[row]:
-            return EMPTY
-        return HITS if self.hit[row] else FUSES if self.fuse[row] else MISSES
-
-    def verdict(self, rows: np.ndarray) -> Verdict:
-        """Of some of the tokens, in torch."""
-        hit, fuse, high, low = (torch.from_numpy(flags[rows]) for flags in self[:4])
-        used = torch.from_numpy(np.arange(self.slots.shape[1]) < self.counts[rows, None])
-        empty = torch.from_numpy(self.filled[rows] == 0)
-        return Verdict(hit, fuse, empty, torch.from_numpy(self.slots[rows]), used, high, ~high & ~low, low)
+    bank: BankState
+    writes: bool
+    inner: Tensor
+    row: int
+    y: Tensor
+    mask: Tensor | None = None
 
 
-def _judge(similarity: Tensor, filled: list[int], config: PAConfig) -> _Found:
-    """What :func:`pacellm.memory.bank.judge` does, to the bit. Of few tokens, torch's thirty small operations take
-    longer than the products."""
-    slots, lengths = similarity.shape[1], np.asarray(filled)
-    if min(filled) < slots:
-        similarity = similarity.masked_fill(torch.arange(slots) >= torch.from_numpy(lengths)[:, None], -torch.inf)
-    best, best_slots = (part.numpy() for part in similarity.topk(min(config.top_k, slots), dim=1))
-    number, most = best.dtype.type, best.shape[1]
-    counts = np.minimum(lengths, most)
-    real = best if min(filled) >= most else np.where(np.arange(most) < counts[:, None], best, number(0))
-    mean = np.add.accumulate(real, axis=1)[:, -1] / np.maximum(counts, 1).astype(best.dtype)  # added left to right
-    some, high, low = lengths > 0, number(config.high), number(config.low)
-    hit = some & (best[:, 0] > high)
-    fuse = some & (best[:, 0] > low) & ~hit
-    is_low = ~some | (mean <= low)
-    return _Found(hit, fuse, ~is_low & (mean > high), is_low, best_slots, counts, lengths)
+@np.errstate(all="ignore")  # as torch
+def feed(tokens: Sequence[Token], config: PAConfig, total: Total | None = None) -> list[Tensor]:
+    """Read each token against its bank and, where asked, write it.
 
+    Args:
+        tokens: of no bank two.
+        config: that of all banks.
+        total: sums over the ranks that F is split over, where it is.
 
-def _recalled(
-    banks: Sequence[BankState], similarity: Tensor, found: _Found, rows: np.ndarray, y: Tensor, config: PAConfig
-) -> Tensor:
-    """[N, H] outputs: those of ``rows`` with what is recalled, the others plain."""
-    if not len(rows):
-        return y
-    wide, chosen, verdict = compute_dtype(y.dtype), torch.from_numpy(rows), found.verdict(rows)
-    filled = torch.from_numpy(found.filled[rows])[:, None]
-    weights = weigh(similarity[chosen], filled, verdict, config)
-    recalled = each(weights, [banks[row].values.to(wide) for row in rows])
-    output = mix(recalled, y[chosen].to(wide), verdict, config, Rule.of(config))
-    return y.index_copy(0, chosen, output.to(y.dtype))
+    Returns:
+        For each [H], its output before the bias; under ``observe`` that is y.
+    """
+    banks, _, inner, rows, _, masks = zip(*tokens, strict=True)
+    similarity = cosines([bank.keys for bank in banks], list(zip(inner, rows, strict=True)), masks, total)
+    outputs = []
+    for row, (token, found) in enumerate(zip(tokens, _judge(similarity, banks, config), strict=True)):
+        output = token.y
+        token.bank.counters.numpy()[found.outcome] += 1
+        if found.recalls and (config.acts or (token.writes and not found.high)):
+            output = _recalled(token, similarity[row], found, config)
+        if token.writes:
+            _write(token, found, output, config)
+        outputs.append(output if config.acts else token.y)
+    return outputs
 
 
 def cosines(
     stored: Sequence[Tensor],
-    x: Tensor,
+    places: Sequence[tuple[Tensor, int]],
+    masks: Sequence[Tensor | None],
     total: Total | None = None,
-    masks: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
-    """[N, M] cosines of each row with its own bank's keys."""
-    x, products, lengths = pad_rows(x, _TOGETHER), [], []
-    for row, keys in enumerate(stored):  # one bank after the other: what was just read is still near
-        keys = keys.to(x.dtype)
-        if masks is not None and (mask := masks[row]) is not None and total is None:
-            keys = keys * mask
-        lengths.append((keys * keys).sum(1) if total is not None else torch.linalg.vector_norm(keys, dim=1))
-        products.append(_product(x, row, keys.T))
-    own = x[: len(products)]
+    """[N, M] cosines of N tokens, each with its own bank's keys.
+
+    Args:
+        stored: keys [M, F].
+        places: a matrix [T, F] and which of its rows is the token's.
+        masks: for each [F] bool, the neurons that its similarities are about; None is all.
+        total: sums over the ranks that F is split over, where it is.
+    """
+    products, lengths, squared = [], [], []
+    for keys, (matrix, row), mask in zip(stored, places, masks, strict=True):  # what was just read is still near
+        rows, row = together(matrix, row)
+        rows = rows.to(compute_dtype(rows.dtype))
+        keys = keys.to(rows.dtype)
+        if total is not None:
+            own, other = (rows * rows).sum(1), (keys * keys).sum(1)
+        else:
+            keys = keys if mask is None else keys * mask
+            own, other = torch.linalg.vector_norm(rows, dim=1), torch.linalg.vector_norm(keys, dim=1)
+        products.append(torch.mm(rows, keys.T)[row])
+        lengths.append(own[row : row + 1])
+        squared.append(other)
+    product, own, other = torch.stack(products), torch.stack(lengths), torch.stack(squared)
     if total is not None:
-        squares = (own * own).sum(1, keepdim=True)
-        return cosines_of_parts(torch.stack(products), squares, torch.stack(lengths), total)
-    both = torch.linalg.vector_norm(x, dim=1, keepdim=True)[: len(products)] * torch.stack(lengths)
-    return torch.stack(products) / both.clamp(min=1e-12)
+        return cosines_of_parts(product, own, other, total)
+    return product.div_(other.mul_(own).clamp_(min=1e-12))
 
 
-def each(rows: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """Row i times matrix i."""
-    rows = pad_rows(rows, _TOGETHER)
-    return torch.stack([_product(rows, row, matrix) for row, matrix in enumerate(matrices)])
+def together(matrix: Tensor, row: int) -> tuple[Tensor, int]:
+    """The ``TOGETHER`` rows that a product with one row of a matrix is made of, and which of them it is."""
+    first = row - row % TOGETHER
+    return pad_rows(matrix[first : first + TOGETHER], TOGETHER), row - first
 
 
-def _product(rows: Tensor, row: int, matrix: Tensor) -> Tensor:
-    """One row times a matrix, as one of ``_TOGETHER`` rows: that fixes its bits."""
-    first = row - row % _TOGETHER
-    return (rows[first : first + _TOGETHER] @ matrix)[row - first]
+class _Found(NamedTuple):
+    """A :class:`pacellm.memory.bank.Verdict` of one token: which counter it is, what becomes of it, and [k] the most
+    similar slots of those that exist, best first."""
+
+    outcome: int
+    high: bool | np.bool
+    low: bool | np.bool
+    slots: np.ndarray
+
+    @property
+    def recalls(self) -> bool:
+        """Its output is not the plain one."""
+        return self.outcome in (HITS, FUSES)
+
+
+def _judge(similarity: Tensor, banks: Sequence[BankState], config: PAConfig) -> list[_Found]:
+    """What :func:`pacellm.memory.bank.judge` does. Slots that do not exist become similar to nothing."""
+    filled, slots = [int(bank.filled) for bank in banks], similarity.shape[1]
+    for row, count in enumerate(filled):
+        if count < slots:
+            similarity[row, count:] = -torch.inf
+    best, places = (part.numpy() for part in similarity.topk(min(config.top_k, slots), dim=1))
+    number, found = best.dtype.type, []
+    high, low = number(config.high), number(config.low)
+    for sigmas, chosen, count in zip(best, places, filled, strict=True):
+        if not count:
+            found.append(_Found(EMPTY, False, True, chosen[:0]))
+            continue
+        sigmas = sigmas[:count]
+        mean = sum(sigmas[1:], start=sigmas[0]) / number(len(sigmas))  # added left to right
+        outcome = HITS if sigmas[0] > high else FUSES if sigmas[0] > low else MISSES
+        found.append(_Found(outcome, mean > high, mean <= low, chosen[:count]))
+    return found
+
+
+def _recalled(token: Token, similarity: Tensor, found: _Found, config: PAConfig) -> Tensor:
+    """[H] output of a token that recalls: what :func:`pacellm.memory.bank.weigh` and ``mix`` do."""
+    weights = torch.zeros(TOGETHER, len(similarity), dtype=similarity.dtype)
+    _weigh(weights.numpy()[0], similarity, int(token.bank.filled), found, config)
+    recalled = torch.mm(weights, token.bank.values.to(weights.dtype)).numpy()[0]
+    plain = token.y.to(weights.dtype).numpy()
+    if config.is_paper and found.outcome == FUSES:
+        recalled = recalled + (1.0 - config.fuse_weight) * plain
+    if config.mix != 1.0:
+        recalled = (1.0 - config.mix) * plain + config.mix * recalled
+    return torch.from_numpy(recalled).to(token.y.dtype)
+
+
+def _weigh(weights: np.ndarray, similarity: Tensor, filled: int, found: _Found, config: PAConfig) -> None:
+    """Into [M] zeros."""
+    number = weights.dtype.type
+    share = np.float32(config.fuse_weight if found.outcome == FUSES else 1.0)  # torch.where's dtype for two numbers
+    weights[found.slots] = number(share) / number(len(found.slots))
+    count = min(config.bottom_k, len(weights))
+    if count:
+        if filled < len(weights):
+            similarity[filled:] = torch.inf
+        worst = similarity.topk(count, largest=False).indices.numpy()[:filled]
+        weights[worst] += number(config.negative_weight) / number(len(worst))
+
+
+def _write(token: Token, found: _Found, output: Tensor, config: PAConfig) -> None:
+    """A segment of one token."""
+    bank, x = token.bank, token.inner[token.row]
+    bank.clock.add_(1)
+    if found.low:
+        _replace(bank, x, output, config)
+    elif not found.high:
+        _merge(bank, found.slots, x, output, config)
+    elif config.is_paper:
+        bank.usage.numpy()[found.slots] += 1
 
 
 def _merge(bank: BankState, slots: np.ndarray, x: Tensor, output: Tensor, config: PAConfig) -> None:
     wide, places = compute_dtype(x.dtype), torch.from_numpy(slots)
     for stored, new in ((bank.keys, x), (bank.values, output)):
-        merged = config.momentum * stored[places].to(wide) + (1.0 - config.momentum) * (new.to(wide) + 0.0)
-        stored.index_copy_(0, places, merged.to(stored.dtype))
+        merged = stored.index_select(0, places).to(wide).numpy()
+        merged *= config.momentum
+        merged += (1.0 - config.momentum) * (new.to(wide).numpy() + 0.0)
+        stored.index_copy_(0, places, torch.from_numpy(merged).to(stored.dtype))
     bank.usage.numpy()[slots] += 1
     bank.stamp.numpy()[slots] = int(bank.clock)
     bank.counters.numpy()[MERGES] += len(slots)

@@ -17,7 +17,7 @@ from torch import Tensor
 from pacellm.config import PRESETS, PAConfig
 from pacellm.kernels import has_triton
 from pacellm.memory.bank import Rule, Total, Verdict, cosines_of_parts, judge, mix, weigh
-from pacellm.memory.decoded import cosines, each
+from pacellm.memory.decoded import cosines, together
 from pacellm.memory.state import EMPTY, FUSES, HITS, MERGES, MISSES, REPLACEMENTS, BankState, compute_dtype
 
 OBSERVE, PAPER = PRESETS.index("observe"), PRESETS.index("paper")
@@ -109,8 +109,9 @@ def feed(
 
 def _cosines(keys: Tensor, rows: Tensor, x: Tensor, masks: Tensor | None, total: Total | None) -> Tensor:
     if x.device.type == "cpu":
-        each_mask = None if masks is None else list(masks)
-        return cosines([keys[row] for row in rows.tolist()], x, total, each_mask)
+        each_mask = [None] * len(x) if masks is None else list(masks)
+        places = [(x, number) for number in range(len(x))]
+        return cosines([keys[row] for row in rows.tolist()], places, each_mask, total)
     own = keys[rows].to(x.dtype)
     if masks is not None:
         own = own * masks[:, None]
@@ -123,7 +124,11 @@ def _cosines(keys: Tensor, rows: Tensor, x: Tensor, masks: Tensor | None, total:
 
 def _recall(weights: Tensor, values: Tensor, rows: Tensor) -> Tensor:
     if weights.device.type == "cpu":
-        return each(weights, [values[row].to(weights.dtype) for row in rows.tolist()])
+        found = []
+        for number, row in enumerate(rows.tolist()):
+            own, place = together(weights, number)
+            found.append((own @ values[row].to(weights.dtype))[place])
+        return torch.stack(found)
     return torch.bmm(weights[:, None], values[rows].to(weights.dtype))[:, 0]
 
 

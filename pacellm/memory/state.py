@@ -6,6 +6,7 @@ reads, merges and replacements are linear in them.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -78,6 +79,7 @@ class Stage(NamedTuple):
             tensor.zero_()
 
 
+@cache
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Similarities and sums run in at least float32."""
     return torch.promote_types(dtype, torch.float32)

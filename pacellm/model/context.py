@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pacellm.config import PAConfig, Preset
+from pacellm.config import PRESETS, PAConfig, Preset
 from pacellm.experts.working_set import SetTable
 from pacellm.memory.activity import ActivityState
 from pacellm.memory.bank import Total
@@ -184,6 +185,16 @@ class DecodeRows:
     acts: bool = True
 
 
+class Observed(NamedTuple):
+    """A layer's inner activations [T, F] and bias-free FFN outputs of the rows from ``first``."""
+
+    layer: int
+    inner: Tensor
+    y: Tensor
+    first: int
+    total: Total | None
+
+
 @dataclass
 class StepContext:
     """A step: its chunks in row order, the KV slab by layer, and the config of the banks.
@@ -195,7 +206,8 @@ class StepContext:
     step is one token of each sequence; a CPU's attention still goes by the chunks. ``deterministic`` fixes how sums are
     split, whatever else is in the step. ``total`` sums over the ranks of a tensor-parallel model. ``kernel`` attends
     prompts' chunks on CUDA; None is flash. ``beside`` is a stream for what the step's result does not need.
-    A CPU's products have a multiple of ``rows`` rows.
+    A CPU's products have a multiple of ``rows`` rows. ``observed`` is what the banks of decoded tokens that
+    are only observed are fed at the end of the step.
     """
 
     chunks: list[Chunk]
@@ -214,6 +226,23 @@ class StepContext:
     kernel: Kernel | None = None
     beside: torch.cuda.Stream | None = None
     rows: int = ROWS
+    observed: list[Observed] = field(default_factory=list)
+
+    @cached_property
+    def decoding(self) -> list[tuple[Chunk, Banks]]:
+        """Chunks with decoded tokens and banks."""
+        return [(chunk, chunk.banks) for chunk in self.chunks if chunk.banks is not None and chunk.num_decoded]
+
+    @cached_property
+    def acting(self) -> list[Preset]:
+        """Presets of its banks that change outputs."""
+        found = {chunk.banks.preset for chunk in self.chunks if chunk.banks is not None and chunk.banks.acts}
+        return [preset for preset in PRESETS if preset in found]
+
+    @cached_property
+    def observes(self) -> bool:
+        """Decoded tokens have banks that change no output."""
+        return any(not banks.acts for _, banks in self.decoding)
 
     def first_row(self, chunk: Chunk, layer: int) -> int:
         """The first of a chunk's rows whose attention in ``layer`` anybody reads; ``chunk.stop`` where nobody does.

@@ -7,7 +7,7 @@ without a step, or for a request whose banks are off, it is the original.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from pacellm.config import PRESETS, Preset
 from pacellm.memory import bank, decoded
 from pacellm.memory.bank import Total
+from pacellm.memory.decoded import Token
 from pacellm.memory.feed import Feed, Tokens, best_feed, feed
 from pacellm.model.beside import beside
-from pacellm.model.context import Banks, Chunk, Piece, StepContext, current_step
+from pacellm.model.context import Banks, Chunk, Observed, Piece, StepContext, current_step
 from pacellm.transfer import to_device
 
 
@@ -61,13 +62,13 @@ class PersistentDown(nn.Module):
 
     def remember(self, step: StepContext, inner: Tensor, plain: Tensor) -> Tensor:
         """FFN outputs [T, H] with memory, of a step's inner activations [T, F] and plain outputs [T, H]."""
-        acts = any(chunk.banks is not None and chunk.banks.acts for chunk in step.chunks)
-        output = plain.clone() if acts else plain  # what is only observed is never written to
+        output = plain.clone() if step.acting else plain  # what is only observed is never written to
         for chunk in step.chunks:
             if chunk.banks is not None:
-                step.failing = chunk
                 pieces = chunk.pieces[: len(chunk.pieces) - chunk.num_decoded]
-                self._remember(pieces, chunk, step, inner, plain, output)
+                if pieces:
+                    step.failing = chunk
+                    self._remember(pieces, chunk, step, inner, plain, output)
         step.failing = None
         if inner.device.type == "cpu":
             self._remember_decoded(step, inner, plain, output)
@@ -119,7 +120,7 @@ class PersistentDown(nn.Module):
             restricts = mask if number >= len(chunk.pieces) - chunk.num_decoded else None
             rows = slice(piece.start, piece.stop)
             x, y = inner[rows], plain[rows]
-            y = y if bias is None else y - bias
+            y = y.clone() if bias is None else y - bias
             result = bank.read(state, x, y, config, self._total(step), restricts)
             if config.acts:
                 output[rows] = result.output if bias is None else result.output + bias
@@ -134,35 +135,20 @@ class PersistentDown(nn.Module):
                 bank.settle(state, staged)
 
     def _remember_decoded(self, step: StepContext, inner: Tensor, plain: Tensor, output: Tensor) -> None:
-        """The same for decoded tokens: the first of every sequence at once, then the second, and so on; a step has more
-        than one of a sequence only where a log is replayed. Each preset has its turn."""
-        decoding = _decoding(step)
-        for preset in PRESETS:
-            turn, left = 0, [(chunk, banks) for chunk, banks in decoding if banks.preset == preset]
-            while left:
-                self._remember_turn(turn, left, step, inner, plain, output, preset)
-                turn += 1
-                left = [(chunk, banks) for chunk, banks in left if chunk.num_decoded > turn]
-
-    def _remember_turn(
-        self,
-        turn: int,
-        chunks: list[tuple[Chunk, Banks]],
-        step: StepContext,
-        inner: Tensor,
-        plain: Tensor,
-        output: Tensor,
-        preset: Preset,
-    ) -> None:
-        config, bias = step.pa.of(preset), self.bias
-        rows = _index([chunk.stop - chunk.num_decoded + turn for chunk, _ in chunks])
-        y = plain[rows] if bias is None else plain[rows] - bias
-        banks = [owned.banks[self.layer] for _, owned in chunks]
-        masks = [chunk.mask(self.layer, inner.shape[1]) for chunk, _ in chunks]
-        writes = [owned.writes for _, owned in chunks]
-        found = decoded.feed(banks, writes, inner[rows], y, config, self._total(step), masks)
-        if config.acts:
-            output[rows] = found if bias is None else found + bias
+        """The same for decoded tokens, each preset's in turn; those that are only observed at the end of the step."""
+        decoding, bias = step.decoding, self.bias
+        if not decoding:
+            return
+        first = decoding[0][0].stop - decoding[0][0].num_decoded
+        y = plain[first : decoding[-1][0].stop]
+        y = y.clone() if bias is None else y - bias  # a model may change in place what it is given
+        seen = Observed(self.layer, inner, y, first, self._total(step))
+        if step.observes:
+            step.observed.append(seen)
+        for preset in step.acting:
+            for tokens in _turns(decoding, preset, [seen]):
+                found = torch.stack(decoded.feed(tokens, step.pa.of(preset), seen.total))
+                output[[token.row for token in tokens]] = found if bias is None else found + bias
 
     def _remember_rows(self, step: StepContext, inner: Tensor, plain: Tensor, output: Tensor) -> None:
         """The same on a device: rows of the arena by index, which are uploaded once a step."""
@@ -180,16 +166,30 @@ class PersistentDown(nn.Module):
                 output.index_copy_(0, rows, mixed)
 
 
-def _index(rows: list[int]) -> slice | Tensor:
-    """Ascending rows as an index, as a slice where they lie side by side."""
-    if rows[-1] - rows[0] == len(rows) - 1:
-        return slice(rows[0], rows[-1] + 1)
-    return torch.tensor(rows)
+def observe(step: StepContext) -> None:
+    """Feed the banks of decoded tokens that are only observed, of all layers at once: a layer's few operations find
+    nothing in the caches, all layers' are found there but once."""
+    for total in dict.fromkeys(seen.total for seen in step.observed):
+        layers = [seen for seen in step.observed if seen.total == total]
+        for tokens in _turns(step.decoding, "observe", layers):
+            decoded.feed(tokens, step.pa.of("observe"), total)
+    step.observed.clear()
 
 
-def _decoding(step: StepContext) -> list[tuple[Chunk, Banks]]:
-    """Chunks with decoded tokens and banks."""
-    return [(chunk, chunk.banks) for chunk in step.chunks if chunk.banks is not None and chunk.num_decoded]
+def _turns(decoding: list[tuple[Chunk, Banks]], preset: Preset, layers: list[Observed]) -> Iterator[list[Token]]:
+    """A preset's decoded tokens: the first of every sequence in every layer, then the second, and so on; a step has
+    more than one of a sequence only where a log is replayed."""
+    turn, left = 0, [(chunk, banks) for chunk, banks in decoding if banks.preset == preset]
+    while left:
+        tokens = []
+        for layer, inner, y, first, _ in layers:
+            for chunk, owned in left:
+                row = chunk.stop - chunk.num_decoded + turn
+                mask = chunk.mask(layer, inner.shape[1])
+                tokens.append(Token(owned.banks[layer], owned.writes, inner, row, y[row - first], mask))
+        yield tokens
+        turn += 1
+        left = [(chunk, banks) for chunk, banks in left if chunk.num_decoded > turn]
 
 
 def _whole_sets(step: StepContext, tokens: Tokens) -> Tokens:
@@ -203,8 +203,7 @@ def _whole_sets(step: StepContext, tokens: Tokens) -> Tokens:
 def _decoded_rows(step: StepContext, device: torch.device) -> list[tuple[Tensor, Tokens, bool]]:
     """Rows of the step, whose banks they meet, and whether any of these act: the first decoded token of every sequence,
     then the second, …"""
-    turns, turn = [], 0
-    left = _decoding(step)
+    turns, turn, left = [], 0, step.decoding
     has_sets = any(chunk.set_row is not None for chunk, _ in left)
     everything = 0 if step.sets is None else step.sets.everything
     while left:

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pacellm.engine.stats import EngineStats, per_layer
 from pacellm.errors import ConfigError, RequestError
 from pacellm.experts.working_set import choose
-from pacellm.memory import bank, decoded
+from pacellm.memory import bank
 from pacellm.memory.activity import EXPERTS, UNIT
 from pacellm.memory.state import new_bank
 from pacellm.model.compact import CompactSet
@@ -30,6 +30,7 @@ from tests.engine.helpers import (
     tokens,
 )
 from tests.experts.test_layout import random_layout
+from tests.memory.test_bank import feed_rows
 from tests.models import tiny
 
 PROMPTS = {"a": prompt(37, 1), "b": prompt(301, 2), "c": prompt(530, 3)}
@@ -244,16 +245,16 @@ def test_similarities_are_about_the_set_on_both_sides():
     for _ in range(20):
         x, y = torch.randn(1, 48, generator=generator).abs(), torch.randn(1, 16, generator=generator)
         for state in states[:2]:
-            decoded.feed([state], [True], x, y, BANK)
-        decoded.feed([short], [True], x[:, mask], y, BANK)
+            feed_rows([state], [True], x, y, BANK)
+        feed_rows([short], [True], x[:, mask], y, BANK)
         states[2].copy_(states[0])
         x, y = torch.randn(1, 48, generator=generator).abs() * mask, torch.randn(1, 16, generator=generator)
         short.keys.copy_(states[2].keys[:, mask])
         short.values.copy_(states[2].values)
         for name in ("usage", "stamp", "filled", "clock"):
             getattr(short, name).copy_(getattr(states[2], name))
-        together = decoded.feed([states[2]], [False], x, y, BANK, masks=[mask])
-        assert torch.allclose(together, decoded.feed([short], [False], x[:, mask], y, BANK), atol=1e-5)
+        together = feed_rows([states[2]], [False], x, y, BANK, masks=[mask])
+        assert torch.allclose(together, feed_rows([short], [False], x[:, mask], y, BANK), atol=1e-5)
         assert torch.allclose(together, bank.read(states[2], x, y, BANK, mask=mask).output, atol=1e-5)
 
 

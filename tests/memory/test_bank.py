@@ -9,7 +9,7 @@ from safetensors import safe_open
 from pacellm import Bank, PAConfig
 from pacellm.errors import ConfigError
 from pacellm.memory.bank import effective_rank, read, stage, write
-from pacellm.memory.decoded import feed
+from pacellm.memory.decoded import Token, feed
 from pacellm.memory.state import COUNTERS, new_bank, new_stage
 
 DATA = Path(__file__).parent.parent / "data"
@@ -56,6 +56,13 @@ def data(n, inner=48, hidden=16, seed=0, dtype=torch.float32):
     x = themes[torch.randint(6, (n,), generator=generator)] + 0.9 * torch.randn(n, inner, generator=generator)
     x[::7] = torch.randn(len(x[::7]), inner, generator=generator)
     return x.to(dtype), (x @ torch.randn(inner, hidden, generator=generator)).to(dtype)
+
+
+def feed_rows(banks, writes, x, y, config, masks=None):
+    """[N, H] outputs of one decoded token for each bank, rows of x [N, F] and y [N, H]."""
+    masks = masks or [None] * len(banks)
+    tokens = zip(banks, writes, [x] * len(banks), range(len(banks)), y, masks, strict=True)
+    return torch.stack(feed([Token(*token) for token in tokens], config))
 
 
 def run(config, x, y, segment, piece, dtype=torch.float32):
@@ -201,7 +208,7 @@ def test_decoded_tokens_together_equal_segments_of_one_to_the_bit(preset, ties, 
         going = [number for number in range(count) if at < len(tokens[number][0])]
         if going:
             x, y = (torch.stack([tokens[number][which][at] for number in going]) for which in (0, 1))
-            output = feed([banks[number] for number in going], [True] * len(going), x, y, config)
+            output = feed_rows([banks[number] for number in going], [True] * len(going), x, y, config)
             for row, number in enumerate(going):
                 assert not config.acts or torch.equal(output[row], alone[number][0][at])
     for (_, expected), found in zip(alone, banks, strict=True):
@@ -214,6 +221,43 @@ def test_decoded_tokens_that_only_read_change_nothing_but_counters():
     x, y = data(80)
     _, bank = run(config, x[:60], y[:60], 10, 10)
     before = [tensor.clone() for tensor in bank]
-    feed([bank], [False], x[60:61], y[60:61], config)
+    feed_rows([bank], [False], x[60:61], y[60:61], config)
     assert all(torch.equal(new, old) for new, old in zip(bank[:-1], before[:-1], strict=True))
     assert int((bank.counters - before[-1]).sum()) == 1
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"fuse_weight": 0.3, "negative_weight": 0.07, "momentum": 0.9, "alpha": 0.35, "bottom_k": 3},
+        {"top_k": 20, "bottom_k": 20, "negative_weight": -0.3, "alpha": 1.0},
+        {"top_k": 1, "bottom_k": 0, "momentum": 0.1, "alpha": 0.7},
+    ],
+)
+def test_layers_and_sequences_fed_together_are_each_alone_to_the_bit(preset, dtype, numbers):
+    """Of two sizes, anywhere in a step's rows, beside rows of others."""
+    config = PAConfig(preset=preset, bank_size=12, theta_high=0.6, theta_low=0.2, **numbers)
+    inputs = [data(70, 48 + 16 * (number % 2), 16 + 8 * (number % 2), number, dtype) for number in range(3)]
+    alone = [run(config, x, y, 1, 1, dtype) for x, y in inputs]
+    banks = [new_bank(config, x.shape[1], y.shape[1], dtype, torch.device("cpu")) for x, y in inputs]
+    for at in range(70):
+        tokens = [Token(bank, True, x, at, y[at]) for bank, (x, y) in zip(banks, inputs, strict=True)]
+        for (outputs, _), token, found in zip(alone, tokens, feed(tokens, config), strict=True):
+            assert torch.equal(found, outputs[at] if config.acts else token.y)
+    for (_, expected), found in zip(alone, banks, strict=True):
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+        assert all(found.counters[[0, 1, 4, 5]])
+
+
+def test_numbers_that_are_none_are_fed_without_a_warning():
+    """As one by one: an overflow is the model's own."""
+    config = PAConfig(preset="reference", bank_size=12, theta_high=0.6, theta_low=0.2)
+    x, y = data(40)
+    x[20:23], y[30], x[35] = torch.tensor([[torch.nan], [torch.inf], [3e38]]), -torch.inf, 0.0
+    expected, bank = run(config, x, y, 1, 1)
+    own = new_bank(config, 48, 16, torch.float32, torch.device("cpu"))
+    found = [feed([Token(own, True, x, at, y[at])], config)[0] for at in range(40)]
+    assert torch.equal(torch.stack(found).nan_to_num(), expected.nan_to_num())
+    assert all(torch.equal(*(part.nan_to_num() for part in pair)) for pair in zip(own, bank, strict=True))

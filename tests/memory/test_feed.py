@@ -6,9 +6,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pacellm import PAConfig
 from pacellm.config import PRESETS
-from pacellm.memory import decoded, feed
+from pacellm.memory import feed
 from pacellm.memory.pool import BankPool, BankShape
-from tests.memory.test_bank import data
+from tests.memory.test_bank import data, feed_rows
 
 INNER, HIDDEN, ROWS = 48, 16, 6
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "item", "_unique2")
@@ -68,7 +68,7 @@ def test_masked_equals_one_by_one_to_the_bit(preset, ties, dtype):
     arena = mine.arena[0]
     for rows, writes, x, y in turns(60, dtype):
         banks = [theirs.banks(row)[0] for row in rows.tolist()]
-        expected = decoded.feed(banks, writes.tolist(), x, y, settings)
+        expected = feed_rows(banks, writes.tolist(), x, y, settings)
         # padding and a token that was fed in vain stand beside them
         tokens = feed.Tokens(
             rows=torch.cat([rows, torch.full((3,), mine.scratch_row)]),
@@ -98,7 +98,7 @@ def test_presets_side_by_side_are_each_alone_to_the_bit(ties, dtype):
         assert tokens.acts.tolist() == [row % 3 > 0 for row in rows.tolist()]
         for number, row in enumerate(rows.tolist()):
             one, part = settings.of(PRESETS[presets[number]]), slice(number, number + 1)
-            alone = decoded.feed([theirs.banks(row)[0]], [bool(writes[number])], x[part], y[part], one)
+            alone = feed_rows([theirs.banks(row)[0]], [bool(writes[number])], x[part], y[part], one)
             assert not one.acts or torch.equal(found[number], alone[0])
     assert_same_rows(arena, theirs.arena[0])
     assert arena.counters[:ROWS].sum(0).gt(0).all(), "every outcome must occur"
@@ -113,7 +113,7 @@ def test_sets_by_row_are_masks(dtype):
         masks = [table[row].repeat_interleave(INNER // table.shape[1]) for row in rows.tolist()]
         x = x * torch.stack(masks)
         banks = [theirs.banks(row)[0] for row in rows.tolist()]
-        expected = decoded.feed(banks, writes.tolist(), x, y, settings, masks=masks)
+        expected = feed_rows(banks, writes.tolist(), x, y, settings, masks=masks)
         tokens = told(rows, writes, settings.preset, rows)
         assert torch.equal(feed.feed(arena, tokens, x, y, settings, table), expected)
     assert_same_rows(arena, theirs.arena[0])
