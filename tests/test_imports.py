@@ -16,6 +16,7 @@ LEVELS = {
     "pacellm.transfer": 0,
     "pacellm.kernels": 0,
     "pacellm.pieces": 0,
+    "pacellm.detokenizer": 0,
     "pacellm.literals": 0,
     "pacellm.grammar": 0,
     "pacellm.dialect": 0,

@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from pacellm.demo import MODEL_PATH
+from pacellm.detokenizer import Vocabulary
 from pacellm.engine.engine import run_until_idle
 from pacellm.engine.history import Ending
 from pacellm.engine.text import TextStream
@@ -389,9 +390,10 @@ def test_what_a_prompt_leaves_out(model, caplog):
 
 def test_tokens_before_a_stop_string():
     tokenizer = Tokenizer.from_file(str(MODEL_PATH / "tokenizer.json"))
+    vocabulary = Vocabulary(tokenizer)
     ids = tokenizer.encode("The river is long. Stop here, please.", add_special_tokens=False).ids
     for stop in ("St", "Stop here", ". Stop", "river", "The", "please."):
-        stream, text = TextStream(tokenizer, (stop,)), ""
+        stream, text = TextStream(vocabulary, (stop,)), ""
         for token in ids:
             text += stream.push(token)
             if stream.stopped_by:
@@ -399,7 +401,7 @@ def test_tokens_before_a_stop_string():
         kept = tokenizer.decode(ids[: stream.num_tokens])
         assert kept.strip() == text.strip(), stop
     # a token that reaches into the stop string counts, unless it is only white space that reaches there
-    split = TextStream(tokenizer, ("iver",))
+    split = TextStream(vocabulary, ("iver",))
     for token in ids:
         if not split.stopped_by:
             split.push(token)

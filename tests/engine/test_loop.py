@@ -149,7 +149,8 @@ def test_an_admission_that_fails(model, steady, monkeypatch, where, session):
     original = getattr(place[where], name)
 
     def failing(*arguments):
-        if engine.scheduler.considered.id == "bad":
+        considered = engine.scheduler.considered
+        if considered is not None and considered.id == "bad":
             raise ValueError("on purpose")
         return original(*arguments)
 
@@ -168,7 +169,7 @@ def test_an_admission_that_fails(model, steady, monkeypatch, where, session):
     assert_nothing_held(engine)
 
 
-@pytest.mark.parametrize("where", ["keep", "_finish", "_last_text"])
+@pytest.mark.parametrize("where", ["keep", "_finish", "_accept"])
 def test_a_commit_that_fails(model, steady, monkeypatch, where):
     engine = new_engine(model)
     owner = engine.scheduler if where == "keep" else engine.answers
@@ -184,7 +185,7 @@ def test_a_commit_that_fails(model, steady, monkeypatch, where):
     events = run(engine, request("steady", SHORT, STEADY), request("bad", LONG, bad, session="s"))
     assert isinstance(events["bad"][-1], Failed)
     assert tokens(events["steady"]) == steady
-    assert sum(counts(engine).values()) == (where != "_last_text")
+    assert sum(counts(engine).values()) == (where != "_accept")
     assert_nothing_held(engine)
 
 

@@ -125,7 +125,7 @@ def test_an_answer_that_is_gone_on_with(live, scripted):
     scripted(live, "and more.")
     messages = [*user("Hm?"), {"role": "assistant", "content": "This"}]
     body = {**TOOLS, "extra_body": {"continue_final_message": True, "add_generation_prompt": False}}
-    assert parts(ask(live, messages=messages, **body).choices[0]) == ("and more.", "", [], "stop")
+    assert parts(ask(live, messages=messages, **body).choices[0]) == (" and more.", "", [], "stop")
 
 
 def test_reasoning_comes_first(scripted):
