@@ -12,7 +12,7 @@ of banks, a session's commits, tokens and banks. What was cut off is looked up: 
 Phases, each on servers of its own, for equal shares of ``--minutes``: ``tiers``, ``acting`` (``--pa-preset
 reference``), ``experts`` (a layout and a density), ``ranks`` (two processes), ``disk`` (a file system of 24 MB that
 others fill; needs the right to mount one), and ``steady``: no kills, ``--requests`` requests a third of which are given
-up, with memory, descriptors, threads and series of metrics on the way. The last line is JSON.
+up, without comparisons, with memory, descriptors, threads and series of metrics on the way. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -73,12 +73,20 @@ class Worker:
     """One client of both servers, with sessions that are its own.
 
     Args:
-        rough: the disturbed server's address. calm: the other's. key: whose requests these are.
+        rough: the disturbed server's address. calm: the other's; None compares nothing. key: whose requests these are.
         name: begins its sessions' names. leaves: the share of requests that it gives up.
     """
 
     def __init__(
-        self, rough: str, calm: str, key: str, name: str, seed: int, leaves: float, tally: Tally, flavours: list[str]
+        self,
+        rough: str,
+        calm: str | None,
+        key: str,
+        name: str,
+        seed: int,
+        leaves: float,
+        tally: Tally,
+        flavours: list[str],
     ) -> None:
         limits, headers = httpx.Limits(max_keepalive_connections=4), {"Authorization": f"Bearer {key}"}
         self._rough, self._calm = (
@@ -109,6 +117,16 @@ class Worker:
             mine = await operation.run(self._rough, 0, self._chain, self._rng.random() ** 2 * 0.4 if leaves else None)
         except Failure as failure:
             self._tally.failures.append(f"{operation}: {failure}")
+            return
+        if not self._compares:
+            self._tally.cuts += mine is None
+            if mine is not None and mine.status < 400:
+                operation.note(self._logs, mine)
+                self._chain = (mine.response, mine.response) if mine.response is not None else self._chain
+            elif mine is not None:
+                self._tally.refusals[f"{operation.kind}: {mine.status} {mine.code}"] += 1
+            if operation.kind == "forget":
+                self._chain = None
             return
         if operation.kind == "forget":
             self._chain, forgotten = None, self._chain
@@ -326,13 +344,13 @@ async def run(
         sync = ["--session-sync"] if phase != "steady" else []
         rough = OwnServer([*flags, *_TIGHT, "--session-dir", str(folder), *sync])
         calm = OwnServer([*flags, *_CALM])
-        for server in (rough, calm):
+        for server in (rough, calm) if phase != "steady" else (rough,):
             stack.callback(server.stop)
             await asyncio.to_thread(server.start)
         until = time.monotonic() + (seconds if phase != "steady" else 1e9)
         leaves = 0.33 if phase == "steady" else 0.15
         workers = [
-            Worker(rough.url, calm.url, KEYS[number % 2], f"w{number // 2}", rng.randrange(2**32), leaves, tally,
+            Worker(rough.url, calm.url if phase != "steady" else None, KEYS[number % 2], f"w{number // 2}", rng.randrange(2**32), leaves, tally,
                    flavours_of(phase)).run(until, args.requests // args.workers if phase == "steady" else None)
             for number in range(args.workers)
         ]  # fmt: skip

@@ -3,9 +3,8 @@
 It takes the place of the FFN's ``forward``, so that parameters keep their names and what stands around projections
 (banks, quantised linears) stays where it is. Prompt tokens use all experts. Decoded tokens of a request whose density
 is below 1 use its working set: activations of the other experts' neurons are zero. On a CPU that is the whole FFN with
-zeros in it, whose bits do not depend on the other rows' sets; where a step's rows all have one set, gate and up are
-computed of its neurons alone (``compact.py``), which has the same bits and reads less. On CUDA it is a Triton kernel
-(``experts_triton.py``) which finds sets in a table by row, so a decode step waits for nothing.
+zeros in it, whose bits do not depend on the other rows' sets: reading less was not faster (docs/lab.md). On CUDA it is
+a Triton kernel (``experts_triton.py``) which finds sets in a table by row, so a decode step waits for nothing.
 """
 
 from __future__ import annotations
@@ -22,11 +21,9 @@ from pacellm.errors import ConfigError
 from pacellm.experts.layout import LayerLayout, Layout
 from pacellm.kernels import has_triton
 from pacellm.memory import activity
-from pacellm.model.compact import CompactSet
 from pacellm.model.context import Chunk, Experts, StepContext, current_step
 from pacellm.model.ffn import PersistentDown
 from pacellm.model.neurons import FFN, ffns, original
-from pacellm.model.products import is_packed
 from pacellm.transfer import to_device
 
 _TOLERANCE = 0.03  # of the kernel on CUDA, as a part of the largest output
@@ -130,7 +127,6 @@ class ExpertForward:
         self._ffn, self._plain, self.kernel = ffn, ffn.module.forward, kernel
         self._num_experts = layout.num_experts
         self._activation: Callable[[Tensor], Tensor] = ffn.activation()
-        self._compact = CompactSet(self._activation)
         self._read: Weights | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -144,16 +140,16 @@ class ExpertForward:
         if step is None or not (thin or reads):
             return self._plain(hidden)
         flat, is_thin = hidden.flatten(0, -2), len(thin) == len(step.chunks) and not reads
-        inner = None if is_thin else self._inner(flat)
+        inner = None if is_thin and self.kernel is not None else self._inner(flat)
         for chunk in reads:
             assert inner is not None
             self._count(chunk, inner)
         self._choose_sets(thin)
         if thin and self.kernel is not None:
             return self._remember(step, *self._by_kernel(step, thin, flat, inner)).view(hidden.shape)
-        if thin:
-            inner = self._masked(step, thin, flat, inner)
         assert inner is not None
+        if thin:
+            inner = self._masked(step, thin, inner)
         return self._remember(step, inner, original(self._ffn.down)(inner)).view(hidden.shape)
 
     def _static(self, step: StepContext, rows: Tensor, hidden: Tensor) -> Tensor:
@@ -210,27 +206,12 @@ class ExpertForward:
             if layer not in owned.sets:  # from here until the activity changes
                 owned.sets[layer] = owned.table.write(owned.row, owned.state.activity, owned.density, layer)
 
-    def _masked(self, step: StepContext, chunks: list[Chunk], hidden: Tensor, inner: Tensor | None) -> Tensor:
-        """Inner activations [T, F] with zeros in the decoded rows of ``chunks``; ``inner`` is None where a step has no
-        others."""
+    def _masked(self, step: StepContext, chunks: list[Chunk], inner: Tensor) -> Tensor:
+        """Inner activations [T, F] with zeros in the decoded rows of ``chunks``."""
         assert step.sets is not None
-        if inner is None and len(chunks) == 1 and (found := self._compacted(chunks[0], hidden)) is not None:
-            return found
-        place, rows = _rows_of(step, chunks, hidden.device)
-        inner = self._inner(hidden) if inner is None else inner
+        place, rows = _rows_of(step, chunks, inner.device)
         chosen = step.sets.layers[self._ffn.layer][rows]
         return inner.index_copy(0, place, self._zeroed(inner[place], chosen))
-
-    def _compacted(self, chunk: Chunk, hidden: Tensor) -> Tensor | None:
-        """The same where the step is one sequence's, by that one's weights alone; None where those are not there."""
-        layout, chosen = self._ffn.layout, _experts(chunk).sets[self._ffn.layer]
-        if not is_packed(original(getattr(self._ffn.module, layout.up))):
-            return None
-        if not self._compact.wants(hidden, chosen, self._ffn.inner):
-            return None
-        weights = self._parameters()
-        gate, up = (weights.gate, weights.gate_bias), (weights.up, weights.up_bias)
-        return self._compact.inner(hidden, chosen, gate, up, self._inner)
 
     def _zeroed(self, inner: Tensor, chosen: Tensor) -> Tensor:
         """Inner activations [n, F], zero outside of the sets [n, E]."""

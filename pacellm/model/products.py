@@ -120,18 +120,6 @@ class OneDNN:
         return self._packed
 
 
-def packed_product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """[..., in] -> [..., out] by oneDNN over a copy of ``weight`` [out, in] in the kernel's own order."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _FEW[0])
-    return lambda hidden: _product()(hidden, packed, bias, "none", [], "")
-
-
-def is_packed(layer: nn.Linear) -> bool:
-    """A layer that works on such a copy: there was memory for one of all weights."""
-    forward = layer.__dict__.get("forward")
-    return isinstance(forward, OneDNN) and forward.packs
-
-
 def _product() -> Callable[..., Tensor]:
     return torch.ops.mkldnn._linear_pointwise.default
 

@@ -4,7 +4,6 @@ import random
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from pacellm.engine.stats import EngineStats, per_layer
 from pacellm.errors import ConfigError, RequestError
@@ -12,7 +11,6 @@ from pacellm.experts.working_set import choose
 from pacellm.memory import bank
 from pacellm.memory.activity import EXPERTS, UNIT
 from pacellm.memory.state import new_bank
-from pacellm.model.compact import CompactSet
 from pacellm.model.experts import ExpertForward
 from pacellm.model.layout import apply_layout
 from pacellm.model.load import prepare
@@ -74,65 +72,18 @@ def logprobs(model, **changes):
 
 @pytest.mark.parametrize("pa", [False, True])
 def test_a_set_is_the_ffn_with_other_neurons_at_zero(model, monkeypatch, pa):
-    """By hand from the parameters, whatever the FFN's own path."""
+    """By hand, row by row."""
     found, dense = logprobs(model, ce_density=0.5, pa=pa), logprobs(model, pa=pa)
 
-    def by_hand(self, step, chunks, hidden, inner):
-        weights, rows = self._parameters(), [chunk.stop - 1 for chunk in chunks]
-        gate, up = (torch.nn.functional.linear(hidden, one) for one in (weights.gate, weights.up))
-        for chunk, row in zip(chunks, rows, strict=True):
-            gate[row] *= chunk.mask(self._ffn.layer, gate.shape[1])
-        return torch.nn.functional.silu(gate) * up
+    def by_hand(self, step, chunks, inner):
+        for chunk in chunks:
+            inner[chunk.stop - 1] *= chunk.mask(self._ffn.layer, inner.shape[1])
+        return inner
 
     monkeypatch.setattr(ExpertForward, "_masked", by_hand)
     assert found == pytest.approx(logprobs(model, ce_density=0.5, pa=pa), abs=1e-4)
     assert found[0] == dense[0]  # the prompt's last token is no decoded one
     assert max(abs(mine - theirs) for mine, theirs in zip(found, dense, strict=True)) > 1e-3
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_weights_of_a_set_alone_give_the_same_bits(dtype, monkeypatch):
-    """A sequence by itself uses them after a few steps, one with mates does not."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    module = LlamaForCausalLM(config).to(dtype)
-    model = apply_layout(prepare(module), random_layout(module, experts=8))
-    taken = []
-    part = CompactSet._part
-    monkeypatch.setattr(CompactSet, "_part", lambda self, hidden: taken.append(len(hidden)) or part(self, hidden))
-
-    def answers(*mates):
-        engine = new_engine(model, ce_density=0.5, max_num_seqs=4)
-        sampling = SamplingParams(max_tokens=40, temperature=0, logprobs=0, ignore_eos=True)
-        events = run(engine, request("a", prompt(60, 1), sampling, session="a"), *mates)["a"]
-        return [one for event in events for one in getattr(event, "logprobs", ())], banks(engine, "a")
-
-    alone, alone_banks = answers()
-    assert len(taken) > 2 * 20
-    taken.clear()
-    among, among_banks = answers(*(request(f"{n}", prompt(50, 2 + n), SamplingParams(max_tokens=40)) for n in range(2)))
-    assert not taken
-    assert alone == among
-    assert_same_banks(alone_banks, among_banks)
-
-
-def test_weights_of_a_set_that_are_not_exact_are_not_used():
-    generator = torch.Generator().manual_seed(0)
-    gate, up = (torch.randn(64, 32, generator=generator) for _ in range(2))
-    chosen = torch.arange(8) % 2 == 0
-    hidden = torch.randn(4, 32, generator=generator)
-
-    def whole(rows):
-        return torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T) * 1.5
-
-    compact = CompactSet(torch.nn.functional.silu)
-    assert [compact.wants(hidden, chosen, 64) for _ in range(9)] == [False] * 8 + [True]
-    found = compact.inner(hidden, chosen, (gate, None), (up, None), whole)
-    assert torch.equal(found, whole(hidden) * chosen.repeat_interleave(8))
-    assert not compact.wants(hidden, chosen, 64)
 
 
 def test_bfloat16():
