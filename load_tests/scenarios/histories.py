@@ -349,9 +349,12 @@ async def run(
             await asyncio.to_thread(server.start)
         until = time.monotonic() + (seconds if phase != "steady" else 1e9)
         leaves = 0.33 if phase == "steady" else 0.15
+        share = args.requests // args.workers if phase == "steady" else None
         workers = [
-            Worker(rough.url, calm.url if phase != "steady" else None, KEYS[number % 2], f"w{number // 2}", rng.randrange(2**32), leaves, tally,
-                   flavours_of(phase)).run(until, args.requests // args.workers if phase == "steady" else None)
+            Worker(
+                rough.url, None if phase == "steady" else calm.url, KEYS[number % 2], f"w{number // 2}",
+                rng.randrange(2**32), leaves, tally, flavours_of(phase),
+            ).run(until, share)
             for number in range(args.workers)
         ]  # fmt: skip
         beside = []
