@@ -90,11 +90,10 @@ class Worker:
     ) -> None:
         limits, headers = httpx.Limits(max_keepalive_connections=4), {"Authorization": f"Bearer {key}"}
         self._rough, self._calm = (
-            httpx.AsyncClient(
-                base_url=url, headers=headers, limits=limits, timeout=httpx.Timeout(_PATIENCE, connect=10.0)
-            )
-            for url in (rough, calm)
+            httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=timeout)
+            for url in (rough, calm or rough)
         )
+        self._compares = calm is not None
         self._rng, self._leaves, self._tally, self._flavours = random.Random(seed), leaves, tally, flavours
         self._sessions = [f"{name}-{one}" for one in _NAMES]
         self._logs: dict[str, list[dict[str, str]]] = {}  # messages that a session stands for
