@@ -89,6 +89,7 @@ class Worker:
         flavours: list[str],
     ) -> None:
         limits, headers = httpx.Limits(max_keepalive_connections=4), {"Authorization": f"Bearer {key}"}
+        timeout = httpx.Timeout(_PATIENCE, connect=10.0)
         self._rough, self._calm = (
             httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=timeout)
             for url in (rough, calm or rough)
