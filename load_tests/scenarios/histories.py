@@ -39,7 +39,7 @@ from load_tests.scenarios.servers import OwnServer, parser, report
 KEYS = ("load-tests", "other-tests")
 PHASES = ("tiers", "acting", "experts", "ranks", "disk", "steady")
 _NAMES = ("a", "b", "c")
-_PATIENCE = 180.0  # seconds that a client tries to reach a server again
+_PATIENCE = 60.0  # seconds that a client tries to reach a server again
 _SETTLED = 1.0  # seconds without a change after which a request that was given up has not happened
 _CALM = ["--max-num-seqs", "8", "--max-model-len", "4096", "--kv-cache-memory-bytes", "256M"]
 _TIGHT = ["--max-num-seqs", "8", "--max-model-len", "4096", "--kv-cache-memory-bytes", "48M", "--pa-memory", "12M",
@@ -108,16 +108,15 @@ class Worker:
             while time.monotonic() < until and not self._tally.failures and (requests is None or done < requests):
                 operation = draw(self._rng, self._sessions, self._logs, self._chain is not None, self._flavours)
                 self._tally.operations[operation.kind] += 1
-                await self._do(operation)
+                try:
+                    await self._do(operation)
+                except Failure as failure:
+                    self._tally.failures.append(f"{operation}: {failure}")
                 done += 1
 
     async def _do(self, operation: Operation) -> None:
         leaves = self._rng.random() < self._leaves
-        try:
-            mine = await operation.run(self._rough, 0, self._chain, self._rng.random() ** 2 * 0.4 if leaves else None)
-        except Failure as failure:
-            self._tally.failures.append(f"{operation}: {failure}")
-            return
+        mine = await operation.run(self._rough, 0, self._chain, self._rng.random() ** 2 * 0.4 if leaves else None)
         if not self._compares:
             self._tally.cuts += mine is None
             if mine is not None and mine.status < 400:

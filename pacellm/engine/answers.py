@@ -92,7 +92,7 @@ class Answers:
         if sequence.num_branches:
             return self._branch(live, logits, chosen)
         if len(sequence.generated) >= sequence.max_tokens:  # only with max_tokens 0: a warm-up
-            return [(sequence.id, event) for event in self._finish(live, FinishReason.LENGTH)]
+            return [(live.name, event) for event in self._finish(live, FinishReason.LENGTH)]
         try:
             events = self._accept(live, *self._token(sequence, logits, chosen))
         except RequestError as error:

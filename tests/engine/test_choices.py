@@ -111,3 +111,11 @@ def test_n_is_bounded(model):
         with pytest.raises(RequestError) as caught:
             engine.add(request("x", LONG, n=n))
         assert caught.value.param == "n"
+
+
+def test_choices_of_no_tokens_end(model):
+    engine = new_engine(model)
+    events = run(engine, request("a", prompt(20), SamplingParams(max_tokens=0), n=3))
+    assert events.keys() == {"a"}
+    assert sorted(event.index for event in events["a"] if isinstance(event, ChoiceEnded)) == [0, 1, 2]
+    assert isinstance(events["a"][-1], Finished)
