@@ -10,9 +10,10 @@ disturbed server has carried out is carried out by the other, and compared: text
 of banks, a session's commits, tokens and banks. What was cut off is looked up: either it has happened or it has not.
 
 Phases, each on servers of its own, for equal shares of ``--minutes``: ``tiers``, ``acting`` (``--pa-preset
-reference``), ``experts`` (a layout and a density), ``ranks`` (two processes), ``disk`` (a file system of 24 MB that
-others fill; needs the right to mount one), and ``steady``: no kills, ``--requests`` requests a third of which are given
-up, without comparisons, with memory, descriptors, threads and series of metrics on the way. The last line is JSON.
+reference``), ``experts`` (a layout and a density), ``ranks`` (two processes: no tiers, no kills), ``disk`` (a file
+system of 24 MB that others fill; needs the right to mount one), and ``steady``: no kills, ``--requests`` requests a
+third of which are given up, without comparisons, with memory, descriptors, threads and series of metrics on the way.
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -40,10 +41,11 @@ KEYS = ("load-tests", "other-tests")
 PHASES = ("tiers", "acting", "experts", "ranks", "disk", "steady")
 _NAMES = ("a", "b", "c")
 _PATIENCE = 60.0  # seconds that a client tries to reach a server again
+_EMPTY = {"commits": 0, "tokens": 0}
 _SETTLED = 1.0  # seconds without a change after which a request that was given up has not happened
 _CALM = ["--max-num-seqs", "8", "--max-model-len", "4096", "--kv-cache-memory-bytes", "256M"]
-_TIGHT = ["--max-num-seqs", "8", "--max-model-len", "4096", "--kv-cache-memory-bytes", "48M", "--pa-memory", "12M",
-          "--session-host-memory", "24M"]  # fmt: skip
+_TIGHT = ["--max-num-seqs", "8", "--max-model-len", "4096", "--kv-cache-memory-bytes", "48M"]
+_TIERS = ["--pa-memory", "12M", "--session-host-memory", "24M"]
 _DISK = 24 * 2**20
 
 
@@ -87,6 +89,8 @@ class Worker:
         leaves: float,
         tally: Tally,
         flavours: list[str],
+        *,
+        is_lenient: bool,
     ) -> None:
         limits, headers = httpx.Limits(max_keepalive_connections=4), {"Authorization": f"Bearer {key}"}
         timeout = httpx.Timeout(_PATIENCE, connect=10.0)
@@ -94,12 +98,13 @@ class Worker:
             httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=timeout)
             for url in (rough, calm or rough)
         )
-        self._compares = calm is not None
+        self._compares, self._is_lenient = calm is not None, is_lenient
         self._rng, self._leaves, self._tally, self._flavours = random.Random(seed), leaves, tally, flavours
         self._sessions = [f"{name}-{one}" for one in _NAMES]
         self._logs: dict[str, list[dict[str, str]]] = {}  # messages that a session stands for
         self._chain: tuple[str, str] | None = None  # the last response, by server
         self._cut_off: set[str] = set()  # conversations, in a response that had happened
+        self._kills = 0  # that this worker knows of: a restart forgets responses, and what conversations said
 
     async def run(self, until: float, requests: int | None = None) -> None:
         """Operations until a time, or so many."""
@@ -115,8 +120,13 @@ class Worker:
                 done += 1
 
     async def _do(self, operation: Operation) -> None:
+        needs_responses = operation.kind in ("response", "conversation", "forget")
+        if self._kills != self._tally.kills:
+            await self._look_after_a_kill()
         leaves = self._rng.random() < self._leaves
         mine = await operation.run(self._rough, 0, self._chain, self._rng.random() ** 2 * 0.4 if leaves else None)
+        if needs_responses and self._kills != self._tally.kills:
+            return  # killed meanwhile: what is left is looked at before the next of these
         if not self._compares:
             self._tally.cuts += mine is None
             if mine is not None and mine.status < 400:
@@ -160,18 +170,31 @@ class Worker:
         for session in operation.touches:
             await self._compare_sessions(operation, session)
 
+    async def _look_after_a_kill(self) -> None:
+        """A restart forgets responses, what conversations said, and sessions that are empty."""
+        self._kills, self._chain = self._tally.kills, None
+        self._cut_off.clear()
+        for client in (self._rough, self._calm):
+            await self._until(client, "DELETE", f"/v1/sessions/{self._sessions[0]}-talk")
+        for session in self._sessions:
+            theirs = await self._shown(self._calm, session)
+            if theirs == _EMPTY and await self._shown(self._rough, session) is None:
+                await self._until(self._calm, "DELETE", f"/v1/sessions/{session}")
+
     async def _begin_again(self, conversation: str) -> None:
         """Its first response was cut off between the session's commit and its messages, which is refused by name."""
         self._tally.refusals["conversation: begun again after a cut"] += 1
         self._cut_off.discard(conversation)
         for client in (self._rough, self._calm):
-            await client.delete(f"/v1/sessions/{conversation}")
+            await self._until(client, "DELETE", f"/v1/sessions/{conversation}")
 
     def _compare(self, operation: Operation, mine: Outcome, theirs: Outcome | None) -> None:
         self._tally.comparisons += 1
         if mine.state:
             self._tally.states[mine.state] += 1
         assert theirs is not None
+        if self._is_lenient and operation.kind == "delete" and max(mine.status, theirs.status) <= 404:
+            return  # what a write that failed left behind may be there to be deleted
         problem = mine.differs(theirs)
         if problem:
             self._tally.failures.append(f"{operation}: {problem}")
@@ -214,11 +237,15 @@ class Worker:
         return {name: shown.get(name) for name in ("commits", "tokens")}
 
     async def _get(self, client: httpx.AsyncClient, path: str) -> httpx.Response:
+        return await self._until(client, "GET", path)
+
+    async def _until(self, client: httpx.AsyncClient, method: str, path: str) -> httpx.Response:
+        """An answer that tells, however long the server is away."""
         deadline = time.monotonic() + _PATIENCE
         while True:
             with contextlib.suppress(httpx.TransportError):
-                found = await client.get(path)
-                if found.status_code in (200, 404):
+                found = await client.request(method, path)
+                if found.status_code in (200, 202, 404):
                     return found
             if time.monotonic() > deadline:
                 raise SystemExit(f"{path}: no answer for {_PATIENCE:.0f} s")
@@ -341,7 +368,8 @@ async def run(
     with folder_of(phase) as folder, contextlib.ExitStack() as stack:
         flags = flags_of(phase, layout)
         sync = ["--session-sync"] if phase != "steady" else []
-        rough = OwnServer([*flags, *_TIGHT, "--session-dir", str(folder), *sync])
+        stored = [*_TIERS, "--session-dir", str(folder), *sync] if phase != "ranks" else []
+        rough = OwnServer([*flags, *_TIGHT, *stored])
         calm = OwnServer([*flags, *_CALM])
         for server in (rough, calm) if phase != "steady" else (rough,):
             stack.callback(server.stop)
@@ -352,14 +380,14 @@ async def run(
         workers = [
             Worker(
                 rough.url, None if phase == "steady" else calm.url, KEYS[number % 2], f"w{number // 2}",
-                rng.randrange(2**32), leaves, tally, flavours_of(phase),
+                rng.randrange(2**32), leaves, tally, flavours_of(phase), is_lenient=phase == "disk",
             ).run(until, share)
             for number in range(args.workers)
         ]  # fmt: skip
         beside = []
         if phase == "steady":
             beside.append(asyncio.create_task(watch(rough, args.sample, samples, tally)))
-        else:
+        elif phase != "ranks":
             beside.append(asyncio.create_task(kill_often(rough, args.every, until - 5, tally, rng)))
         if phase == "disk":
             beside.append(asyncio.create_task(fill_disk(folder, until - 5, rng)))
@@ -413,6 +441,8 @@ def main(arguments: list[str] | None = None) -> int:
             tally, more = asyncio.run(run(args, phase, layout, 60 * args.minutes / max(1, len(timed))))
             facts[phase] = {"seconds": round(time.monotonic() - started), **tally.facts(), **more}
             failures += [f"{phase}: {failure}" for failure in tally.failures]
+            for failure in tally.failures:
+                print(f"{phase}: {failure}", flush=True)
             print(phase, {name: value for name, value in facts[phase].items() if name != "curve"}, flush=True)
     return report("histories", {"seed": args.seed, "phases": facts}, failures)
 

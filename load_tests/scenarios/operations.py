@@ -42,7 +42,9 @@ class Outcome:
 
     def differs(self, other: Outcome) -> str | None:
         """The first thing that is not as in the other, if any; reads of banks where as much was read anew."""
-        for name in ("status", "code", "texts", "ends", "scores"):
+        if max(self.status, other.status) >= 300 and self.status != other.status:
+            return f"status {self.status} ({self.code}) instead of {other.status} ({other.code})"
+        for name in ("code", "texts", "ends", "scores"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 return f"{name} {mine!r} instead of {theirs!r}"

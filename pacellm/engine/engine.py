@@ -132,7 +132,14 @@ class Engine:
 
     @property
     def records(self) -> Records:
-        """How sessions of this model and config are written; the weights are hashed when first asked."""
+        """How sessions of this model and config are written; the weights are hashed when first asked.
+
+        Raises:
+            RequestError: the model is split over processes.
+        """
+        if self.model.ranks is not None:
+            raise RequestError("sessions are not written, so there are no snapshots, with tensor_parallel_size",
+                               code="snapshots_unsupported")  # fmt: skip
         if self._records is None:
             self._records = Records(
                 setup.fingerprint_of(self.model, self.config, self.tokenizer),
