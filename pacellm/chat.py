@@ -19,6 +19,8 @@ import httpx
 
 from pacellm.errors import PaceError
 
+TEMPERATURE = 0.2
+"""Small models ramble at 1, the API's default."""
 _HELP = "/reset begins again, /quit ends, Ctrl-C cancels an answer"
 
 
@@ -45,13 +47,20 @@ class Conversation:
         session: the conversation's name there.
         model: the name to ask for; None takes whatever is served.
         document: put in front of the first question.
+        temperature: of the answers.
     """
 
     def __init__(
-        self, http: httpx.Client, session: str, *, model: str | None = None, document: str | None = None
+        self,
+        http: httpx.Client,
+        session: str,
+        *,
+        model: str | None = None,
+        document: str | None = None,
+        temperature: float = TEMPERATURE,
     ) -> None:
         self.session = session
-        self._http, self._model, self._document = http, model, document
+        self._http, self._model, self._document, self._temperature = http, model, document, temperature
         self._has_read = False  # the document was sent
         self._is_there = False  # the session has something to append to, or was emptied
 
@@ -71,6 +80,7 @@ class Conversation:
             "messages": [{"role": "user", "content": f"{self._document}\n\n{question}" if is_first else question}],
             "session_id": self.session,
             "pacellm": {"append": self._is_there},
+            "temperature": self._temperature,
             "stream": True,
             "stream_options": {"include_usage": True},
             "return_progress": True,
@@ -231,7 +241,9 @@ class Terminal:
         self._target.flush()
 
 
-def talk(url: str, key: str | None, session: str | None, model: str | None, file: Path | None) -> int:
+def talk(
+    url: str, key: str | None, session: str | None, model: str | None, file: Path | None, temperature: float
+) -> int:
     """Run the client.
 
     Args:
@@ -239,6 +251,7 @@ def talk(url: str, key: str | None, session: str | None, model: str | None, file
         key: API key; None sends none.
         session: the conversation's name; None makes one up.
         file: a document, read as UTF-8.
+        temperature: of the answers.
 
     Raises:
         PaceError: an unreadable document.
@@ -254,7 +267,8 @@ def talk(url: str, key: str | None, session: str | None, model: str | None, file
     # the server says that it lives every few seconds, however long a prompt takes
     with httpx.Client(base_url=base, headers=headers, timeout=httpx.Timeout(120.0, connect=10.0)) as http:
         name = session or f"chat-{uuid.uuid4().hex[:12]}"
-        return Terminal(Conversation(http, name, model=model, document=document)).run()
+        conversation = Conversation(http, name, model=model, document=document, temperature=temperature)
+        return Terminal(conversation).run()
 
 
 def _message(response: httpx.Response) -> str:

@@ -216,7 +216,7 @@ def chat(options: argparse.Namespace) -> int:
     from pacellm.chat import talk
 
     key = options.api_key or os.environ.get("OPENAI_API_KEY")
-    return talk(options.url, key, options.session, options.model, options.file)
+    return talk(options.url, key, options.session, options.model, options.file, options.temperature)
 
 
 def convert(options: argparse.Namespace) -> int:
@@ -389,6 +389,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     add("--model", help="the name to ask for (default: what is served)")
     add("--session", help="name of a conversation to begin or go on with (default: a new one)")
     add("--file", type=Path, help="a document to put in front of the first question")
+    add("--temperature", type=float, default=0.2, help="of the answers (default: 0.2; small models ramble at 1)")
     parser.set_defaults(run=chat)
 
 
