@@ -50,7 +50,9 @@ class Chunks:
             "created": int(time.time()),
             "model": service.settings.model_name,
         }
-        self._several = generation.request.n > 1
+        self._going = generation.request.n  # choices that have not ended
+        self._several = self._going > 1
+        self._end_of_last: list[Chunk] = []  # kept until the request's end, which rides on it
         self.headers: dict[str, str] = {}  # what admission found of the session
         self._has_role: set[int] = set()  # choices that have begun
 
@@ -74,7 +76,11 @@ class Chunks:
                     for chunk in self._deltas(event.index, pieces, self._logprobs(event)):
                         yield chunk
                 case ChoiceEnded():
-                    for chunk in self._end(event.index, event.reason, event.stop_reason):
+                    ends = self._end(event.index, event.reason, event.stop_reason)
+                    self._going -= 1
+                    if not self._going:
+                        self._end_of_last = [ends.pop()]
+                    for chunk in ends:
                         yield chunk
                 case Finished():
                     for chunk in self._last(event):
@@ -106,8 +112,8 @@ class Chunks:
         return "tool_calls" if has_called and reason is FinishReason.STOP else reason.value
 
     def _last(self, event: Finished) -> list[Chunk]:
-        ends = [] if self._several else self._end(0, event.reason, event.stop_reason)
-        choices = ends.pop()["choices"] if ends else []
+        ends = self._end_of_last if self._several else self._end(0, event.reason, event.stop_reason)
+        choices = ends.pop()["choices"]
         pace = report(self._generation.request, event)
         usage = {
             "prompt_tokens": event.usage.prompt_tokens,

@@ -41,6 +41,7 @@ class Completions:
             for one in generations for _ in range(self._n)
         ]  # fmt: skip
         self._offsets = [0] * len(self._texts)
+        self._ends: dict[int, list[ChoiceEnded]] = {}  # by prompt, of its choices
         self._usage = {"prompt_tokens": 0, "completion_tokens": 0, "cached_tokens": 0}
         self._head = {
             "id": f"cmpl-{generations[0].request.request_id.partition('-')[2]}",
@@ -81,8 +82,10 @@ class Completions:
                     rows = [self._texts[index].push(item, is_last=event.is_last) for item in event.logprobs]
                     yield self._chunk(index, event.text, self._columns(index, rows))
                 case ChoiceEnded():
-                    index = number * self._n + event.index
-                    yield self._chunk(index, "", None, event.reason.value, event.stop_reason)
+                    ends = self._ends.setdefault(number, [])
+                    ends.append(event)
+                    if len(ends) < self._n:  # what is told of the request rides on the last one
+                        yield self._end(number, event)
                 case Finished():
                     yield self._last(number, event)
                 case Failed():
@@ -113,13 +116,17 @@ class Completions:
         self._left[number] -= 1
         return self._prompts[number].push(item, is_last=not self._left[number])
 
+    def _end(self, number: int, event: ChoiceEnded) -> Chunk:
+        return self._chunk(number * self._n + event.index, "", None, event.reason.value, event.stop_reason)
+
     def _last(self, number: int, event: Finished) -> Chunk:
-        """A prompt's choices have ended; where there is one of them, that one with this chunk."""
+        """The end of a prompt's only or last choice, with what is told of the request."""
         self._count(event)
         told = {"pacellm": report(self._generations[number].request, event)}
         if self._n > 1:
-            return {**self._head, "choices": [], **told}
-        chunk = self._chunk(number, "", None, event.reason.value, event.stop_reason)
+            chunk = self._end(number, self._ends.pop(number)[-1])
+        else:
+            chunk = self._chunk(number, "", None, event.reason.value, event.stop_reason)
         (chunk if len(self._generations) == 1 else chunk["choices"][0]).update(told)
         return chunk
 

@@ -215,3 +215,12 @@ def test_what_clients_note_on_an_answer_is_no_part_of_the_prompt(live):
     assert tokens(bare | {"tool_calls": [noted]}, tool) == tokens(bare | {"tool_calls": [call]}, tool)
     unknown = live.http.post("/tokenize", json={"messages": [question | {"parsed": 1}]})
     assert unknown.status_code == 400
+
+
+def test_no_chunk_of_several_choices_is_without_a_choice(live):
+    """openai-node reads `choices[0].delta` of every chunk that it did not ask for as usage."""
+    body = {"model": NAME, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "n": 3, "stream": True}
+    chunks = list(live.client.chat.completions.create(**body, seed=1))
+    assert all(len(chunk.choices) == 1 for chunk in chunks)
+    assert [bool(chunk.model_dump().get("pacellm")) for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert sorted(chunk.choices[0].index for chunk in chunks if chunk.choices[0].finish_reason) == [0, 1, 2]

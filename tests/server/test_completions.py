@@ -115,6 +115,7 @@ def test_several_choices(live):
         assert "".join(part.text for part in parts) == choice.text
         assert parts[-1].finish_reason == choice.finish_reason
     assert chunks[-1].usage == whole.usage
+    assert all(chunk.choices for chunk in chunks[:-1])  # clients look at the first choice of every chunk
     assert whole.usage.prompt_tokens == sum(one.usage.prompt_tokens for one in alone[::2])
 
 
