@@ -52,7 +52,7 @@ class Continuation:
         """Whose texts these are for the tokenizer's memory; None where nothing is kept."""
         if self._previous is not None:
             return self._previous.history.scope
-        if not self._body.store:
+        if not self._body.is_stored:
             return None
         return f"{self._tenant}/{self._body.conversation_id or self.id}"
 
@@ -112,7 +112,7 @@ class Continuation:
             self._session = self._conversation
             return
         before = None if self._previous is None else (self._tenant, str(body.previous_response_id))
-        if not body.store:
+        if not body.is_stored:
             self._session = before
             return
         self._session = self._made = (self._tenant, self.id)
@@ -135,7 +135,7 @@ class Continuation:
     async def keep(self, answer: dict[str, Any], message: Message) -> None:
         """The response is complete: from now on it can be read and gone on from, as ``message`` says it. Its session
         has it already, so this runs to its end also where the client goes meanwhile."""
-        if self._body.store:
+        if self._body.is_stored:
             self._keeping = asyncio.ensure_future(self._keep(answer, message))
             await asyncio.shield(self._keeping)
 

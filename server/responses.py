@@ -221,7 +221,7 @@ def _head(continuation: Continuation, body: ResponseRequest, service: Service, g
         "reasoning": {"effort": None, "summary": None},
         "safety_identifier": body.safety_identifier,
         "service_tier": "default",
-        "store": body.store,
+        "store": body.is_stored,
         "temperature": sampling.temperature,
         "text": {"format": _format(body), "verbosity": "medium"},
         "tool_choice": _shown(body.tool_choice) or "auto",

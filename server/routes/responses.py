@@ -100,7 +100,7 @@ async def _submit(service: Service, body: ResponseRequest, caller: Caller) -> Re
             session=continuation.session,
             tenant=caller.tenant,
             pa=body.pacellm.pa or "on",
-            commit=body.store,
+            commit=body.is_stored,
             ce_density=body.pacellm.ce_density,
             experts=body.pacellm.experts,
             priority=body.priority,

@@ -25,7 +25,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
-}
+    **dict.fromkeys(("audio", "moderation", "prediction", "prompt_cache_options", "prompt_cache_retention",
+                     "reasoning_effort", "verbosity", "web_search_options"), ()),
+}  # fmt: skip
 
 
 class ChatCompletionRequest(SamplingFields):
@@ -54,6 +56,14 @@ class ChatCompletionRequest(SamplingFields):
     functions: Any = None
     function_call: Any = None
     modalities: Any = None
+    audio: Any = None
+    moderation: Any = None
+    prediction: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
+    web_search_options: Any = None
 
     @property
     def choice(self) -> Literal["none", "auto", "required"] | NamedTool:

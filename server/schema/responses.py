@@ -46,7 +46,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "truncation": ("disabled",),
     "top_logprobs": (0,),
     "reasoning": ({}, {"effort": None}, {"effort": None, "summary": None}),
-}
+    **dict.fromkeys(("access_programs", "background_options", "context_management", "image", "max_tool_calls",
+                     "moderation", "prompt", "prompt_cache_options", "prompt_cache_retention"), ()),
+}  # fmt: skip
 
 
 class ResponseRequest(GenerationFields):
@@ -55,7 +57,7 @@ class ResponseRequest(GenerationFields):
     input: str | Annotated[list[InputItem], Field(min_length=1, max_length=16_384, fail_fast=True)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    store: bool = True
+    store: bool | None = None
     previous_response_id: Annotated[str, Field(max_length=512)] | None = None
     conversation: Annotated[str, Field(pattern=SESSION_ID)] | ConversationId | None = None
     text: TextOptions | None = None
@@ -74,6 +76,20 @@ class ResponseRequest(GenerationFields):
     truncation: Any = None
     top_logprobs: Any = None
     reasoning: Any = None
+    access_programs: Any = None
+    background_options: Any = None
+    context_management: Any = None
+    image: Any = None
+    max_tool_calls: Any = None
+    moderation: Any = None
+    prompt: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+
+    @property
+    def is_stored(self) -> bool:
+        """The response can be gone on from: OpenAI's default."""
+        return self.store is not False
 
     @property
     def conversation_id(self) -> str | None:
@@ -153,7 +169,7 @@ def parse_response(body: bytes | bytearray) -> ResponseRequest:
     if (request.conversation_id or "").startswith(RESPONSE_PREFIX):
         raise RequestError("a stored response is no conversation; send previous_response_id", param="conversation",
                            code="invalid_value")  # fmt: skip
-    if request.store and not request.pacellm.commit:
+    if request.is_stored and not request.pacellm.commit:
         raise RequestError("a response that is stored is committed; send store: false", param="pacellm.commit",
                            code="invalid_value")  # fmt: skip
     if request.pacellm.append:

@@ -1,9 +1,16 @@
 """Whatever is sent: a 4xx in OpenAI's form that names the field, and the server goes on."""
 
 import json
+import typing
 
 import pytest
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatFields
+from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionFields
+from openai.types.responses.response_create_params import ResponseCreateParamsBase as ResponseFields
 
+from server.schema.chat import parse_chat
+from server.schema.completions import parse_completion
+from server.schema.responses import parse_response
 from tests.server.conftest import NAME
 
 HI = [{"role": "user", "content": "hi"}]
@@ -130,3 +137,19 @@ def test_wrong_paths(live, method, path, status):
 def test_the_server_goes_on(live):
     assert live.http.post("/v1/chat/completions", content=body()).status_code == 200
     assert live.http.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "parse", "least"),
+    [
+        (ChatFields, parse_chat, {"messages": [{"role": "user", "content": "x"}]}),
+        (CompletionFields, parse_completion, {"prompt": "x"}),
+        (ResponseFields, parse_response, {"input": "x"}),
+    ],
+)
+def test_null_is_absent(fields, parse, least):
+    """For every field that openai-python knows."""
+    names = typing.get_type_hints(fields).keys() - least.keys()
+    assert len(names) > 12
+    parsed = parse(json.dumps(least | dict.fromkeys(names)).encode())
+    assert parsed.model_dump(exclude=names) == parse(json.dumps(least).encode()).model_dump(exclude=names)
