@@ -214,10 +214,10 @@ class Worker:
         unchanged = time.monotonic()
         while True:  # a request that was given up ends soon, but not at once, and may not have begun yet
             mine, theirs = await self._shown(self._rough, session), await self._shown(self._calm, session)
-            if mine != theirs:
-                return True
-            if await self._is_busy(session):
+            if await self._is_busy(session):  # a session that is begun is there before anything has happened to it
                 unchanged = time.monotonic()
+            elif mine != theirs:
+                return True
             elif time.monotonic() > unchanged + _SETTLED:
                 return False
             if time.monotonic() > deadline:
