@@ -213,8 +213,10 @@ class Worker:
         deadline = time.monotonic() + _PATIENCE
         unchanged = time.monotonic()
         while True:  # a request that was given up ends soon, but not at once, and may not have begun yet
+            # a session that is begun is there before anything has happened to it
+            is_busy = await self._is_busy(session)
             mine, theirs = await self._shown(self._rough, session), await self._shown(self._calm, session)
-            if await self._is_busy(session):  # a session that is begun is there before anything has happened to it
+            if is_busy or await self._is_busy(session):
                 unchanged = time.monotonic()
             elif mine != theirs:
                 return True
