@@ -158,7 +158,7 @@ class Responses:
             "completed_at": int(time.time()) if is_whole else None,
             "incomplete_details": None if is_whole else {"reason": "max_output_tokens"},
             "output": self._items.output,
-            "usage": _usage(event, self._num_reasoning),
+            "usage": _usage(event, self._num_reasoning, is_stored=self._body.is_stored),
             "pacellm": {**report(self._generation.request, event), "session": self.status(event.session)},
         }
         await self._continuation.keep(self._response, self._items.message)
@@ -184,11 +184,13 @@ def _format(body: ResponseRequest) -> Event:
     return body.text.format.model_dump(by_alias=True, exclude_none=True)
 
 
-def _usage(event: Finished, reasoning_tokens: int) -> Event:
+def _usage(event: Finished, reasoning_tokens: int, *, is_stored: bool) -> Event:
+    """Tokens of a stored response's prompt that were not there are kept for those that go on from it."""
     usage = event.usage
+    kept = usage.prompt_tokens - usage.cached_tokens if is_stored else 0
     return {
         "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": kept},
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": reasoning_tokens},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,

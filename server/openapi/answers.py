@@ -118,7 +118,7 @@ SCHEMAS: dict[str, Schema] = {
         metadata=OBJECT,
         usage=fields(
             input_tokens=COUNT,
-            input_tokens_details=fields(cached_tokens=COUNT),
+            input_tokens_details=fields(cached_tokens=COUNT, cache_write_tokens=COUNT),
             output_tokens=COUNT,
             output_tokens_details=fields(reasoning_tokens=COUNT),
             total_tokens=COUNT,
