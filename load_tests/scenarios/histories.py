@@ -40,7 +40,7 @@ from load_tests.scenarios.servers import OwnServer, parser, report
 KEYS = ("load-tests", "other-tests")
 PHASES = ("tiers", "acting", "experts", "ranks", "disk", "steady")
 _NAMES = ("a", "b", "c")
-_PATIENCE = 60.0  # seconds that a client tries to reach a server again
+_PATIENCE = 180.0  # seconds that a client tries to reach a server again
 _EMPTY = {"commits": 0, "tokens": 0}
 _SETTLED = 1.0  # seconds without a change after which a request that was given up has not happened
 _CALM = ["--max-num-seqs", "8", "--max-model-len", "4096", "--kv-cache-memory-bytes", "256M"]
