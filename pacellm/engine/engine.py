@@ -7,6 +7,7 @@ again from their sessions' states, with the same result.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import sys
@@ -104,7 +105,8 @@ class Engine:
         self.runner = setup.new_runner(model, self.pool, self.num_blocks, self.config, self.kernel, self.products.rows)
         self.scheduler.room.copy_now = self.runner.copy
         self.stats, self.faults = EngineStats(), Faults()
-        self.worker = Worker(lambda error: self.faults.note("worker", error))
+        # its thread must not keep an engine that nobody else keeps
+        self.worker = Worker(functools.partial(self.faults.note, "worker"))
         self._records: Records | None = None
         directory = self.config.session_dir
         disk = Disk(directory, sync=self.config.session_sync) if directory is not None else None

@@ -1,7 +1,9 @@
 """Aborts, failures, sessions and limits: nothing leaks, nothing else changes."""
 
+import gc
 import threading
 import time
+import weakref
 from array import array
 
 import pytest
@@ -372,3 +374,16 @@ def test_a_dead_engine_ends_every_stream(thread, monkeypatch):
         threading.Event().wait(0.01)
     with pytest.raises(EngineDead):
         thread.submit(request("y", SHORT))
+
+
+def test_an_engine_that_nobody_keeps_is_freed(model):
+    """Also one that was never closed and whose worker's thread waits for jobs."""
+    engine = new_engine(model, session_host_memory=2**24)
+    run(engine, request("a", prompt(40), session="s"))
+    assert engine.sessions.evict_one()
+    engine.worker.submit(lambda: None, lambda done: None)
+    engine.worker.finish()
+    freed = weakref.ref(engine)
+    del engine
+    gc.collect()
+    assert freed() is None
