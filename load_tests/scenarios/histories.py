@@ -284,7 +284,8 @@ async def fill_disk(directory: Path, until: float, rng: random.Random) -> None:
 
 async def watch(server: OwnServer, every: float, samples: list[dict[str, int]], tally: Tally) -> None:
     """What the server holds, every so many seconds."""
-    async with httpx.AsyncClient(base_url=server.url, headers={"Authorization": f"Bearer {KEYS[0]}"}) as client:
+    headers = {"Authorization": f"Bearer {KEYS[0]}"}
+    async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=_PATIENCE) as client:
         while True:
             scrape = (await client.get("/metrics")).text
             series = sum(len(family.samples) for family in text_string_to_metric_families(scrape))
@@ -400,8 +401,8 @@ async def run(
         await asyncio.gather(*beside, return_exceptions=True)
         if phase == "steady" and not args.small:
             tally.failures += grown(samples)
-        if "Traceback" in rough.log() and phase != "disk":
-            tally.failures.append(f"the server logged an exception: {rough.log()[-2000:]}")
+        if phase != "disk" and (found := rough.log().find("Traceback")) >= 0:
+            tally.failures.append(f"the server logged an exception: {rough.log()[max(0, found - 500) : found + 4000]}")
     return tally, {"curve": samples} if samples else {}
 
 
