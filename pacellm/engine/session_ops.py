@@ -348,10 +348,11 @@ class SessionOps:
         fork.generation += 1
 
     def _copy_state(self, source: Session, fork: Session) -> None:
+        """Of a resident source, as far as there is room; without it the fork is a log, to be replayed."""
         engine, pool = self._engine, self._engine.pool
-        if not source.is_resident or source.table is None:
+        if not source.is_resident or not engine.scheduler.has_room(1) or (pool is not None and not pool.num_free):
             return
-        if not engine.scheduler.has_room(1) or (pool is not None and not pool.num_free):
+        if source.table is None or source.moving:  # nothing else could give way
             return
         full, rest = divmod(len(source.context), BLOCK)
         blocks = list(source.table.blocks[:full])

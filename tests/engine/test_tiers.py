@@ -330,6 +330,20 @@ def test_fork_shares_full_blocks_and_copies_the_rest(model, wanted):
     assert finish(run(engine, request("o2", FIRST + MORE[2], session="t"))["o2"]).session == "replayed"
 
 
+@pytest.mark.parametrize("host", [None, 2**24])
+def test_a_fork_whose_source_gives_way_to_it(model, wanted, host):
+    """Where nothing else can, the fork is its log alone."""
+    engine = new_engine(model, kv_cache_memory=2 * 512 * model.bytes_per_token, session_host_memory=host)
+    first = run(engine, request("1", FIRST, session="s"))["1"]
+    assert engine.allocator.num_free == 0
+    made = operate(engine, engine.ops.fork(KEY, ("tenant", "t"), None))
+    assert made["tier"] == "log"
+    other = run(engine, request("o", FIRST + tokens(first) + MORE[0], session="t"))["o"]
+    assert finish(other).session == "replayed"
+    assert tokens(other) == wanted[0][1]
+    assert_nothing_held(engine)
+
+
 def test_reset(model, tmp_path):
     engine = disk_engine(model, tmp_path)
     one = tokens(run(engine, request("1", FIRST, session="s"))["1"])
