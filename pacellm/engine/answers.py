@@ -146,8 +146,8 @@ class Answers:
         sequence.stop_reason = stop
         if live.text is not None:
             text += live.text.finish()
-        reason = FinishReason.LENGTH if stop is None and not sequence.is_complete else FinishReason.STOP
-        return [Delta(text, (token,), logprobs, is_last=True), *self._finish(live, reason)]
+        end = FinishReason.LENGTH if stop is None and not sequence.is_complete else FinishReason.STOP
+        return [Delta(text, (token,), logprobs, is_last=True), *self._finish(live, end)]
 
     def _finish(self, live: Live, reason: FinishReason) -> list[Event]:
         """The request is complete: commit and say so, or first have the session directory take note."""

@@ -32,15 +32,15 @@ class Deadlines:
             Overloaded: it could be answered in time later. DeadlineExceeded: not even alone.
         """
         scheduler, request = self._scheduler, sequence.request
-        sequence.due = self._due(sequence, scheduler.session_of(sequence))
         if request.deadline is None or not (scheduler.running or scheduler.waiting):
             return
-        ahead = [other.due for other in scheduler.waiting if other.request.priority <= request.priority]
-        sequence.forecast = needed = self._seconds(sequence, sequence.due, ahead)
+        ahead = [self._queued(other) for other in scheduler.waiting if other.request.priority <= request.priority]
+        own = self._queued(sequence)
+        sequence.forecast = needed = self._seconds(sequence, own, ahead)
         left = request.deadline - scheduler.clock()
         if needed is None or needed <= left:
             return
-        alone = self.forecast.seconds(scheduler.pace, sequence.due, sequence.max_tokens, Load())
+        alone = self.forecast.seconds(scheduler.pace, own, sequence.max_tokens, Load())
         if alone is not None and alone > left:
             raise DeadlineExceeded(
                 f"an answer takes about {alone:.1f} s even with nothing beside it, and the request's deadline leaves "
@@ -97,6 +97,12 @@ class Deadlines:
         seats = max(0, scheduler.config.max_num_seqs - scheduler.seats)
         load = Load([*before, *ahead], len(scheduler.running) - len(prompts), seats, len(ahead))
         return self.forecast.seconds(scheduler.pace, own, sequence.max_tokens, load)
+
+    def _queued(self, sequence: Sequence) -> Span:
+        """What is due of a request that waits, looked at once: it walks the prompt."""
+        if sequence.due is None:
+            sequence.due = self._due(sequence, self._scheduler.session_of(sequence))
+        return sequence.due
 
     def _due(self, sequence: Sequence, session: Session | None) -> Span:
         """What is to be fed of a prompt, as far as that is known before its turn."""

@@ -60,7 +60,7 @@ class Sequence:
         is_branch: a further choice of another request: it commits nothing and shares that one's session.
         num_branches: choices that will go on from this one's prompt.
         claimed: the session directory was asked about its session.
-        due: prompt tokens that it has to feed, as (position, how many), known before it begins.
+        due: prompt tokens that it has to feed, as (position, how many); None until a request with a deadline asks.
         forecast: seconds from arrival to its end, as they were expected when it came.
         note: what was refused on the way to its session's state.
         session: the one it works on, while it runs.
@@ -95,7 +95,7 @@ class Sequence:
     working_sets: dict[int, Any] = field(default_factory=dict)
     admitted_at: float | None = None
     first_token_at: float | None = None
-    due: tuple[int, int] = (0, 0)
+    due: tuple[int, int] | None = None
     forecast: float | None = None
     is_branch: bool = False
     num_branches: int = 0
