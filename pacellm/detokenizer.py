@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import random
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
@@ -50,6 +51,11 @@ class Vocabulary:
         if (found := self._known.get(key)) is None:
             found = self._known[key] = self._find(token, is_first)
         return found
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """A whole text, special tokens included; bytes that are no UTF-8 become U+FFFD."""
+        first = self.bytes_of(ids[0], is_first=True) if ids else b""
+        return b"".join([first, *map(self.bytes_of, ids[1:])]).decode(errors="replace")
 
     def _find(self, token: int, is_first: bool) -> bytes:
         before = [] if is_first or self._anchor is None else [self._anchor]

@@ -97,7 +97,7 @@ class ChatTokenizer:
         if chat_template is not None:
             tokenizer.chat_template = read_template(chat_template)
         self._tokenizer = tokenizer
-        self.backend = backend
+        self.backend, self.vocabulary = backend, Vocabulary(backend)
         structure = structure_of(backend, tokenizer.all_special_tokens, self._template_source)
         self._memo = PieceMemo(backend, structure.values())
         self.literals = Literals(backend, structure, self._memo)
@@ -129,11 +129,6 @@ class ChatTokenizer:
         return detect(
             self._template_source, self.template_variables, getattr(self._tokenizer, "response_template", None)
         )
-
-    @cached_property
-    def vocabulary(self) -> Vocabulary:
-        """The bytes of its tokens."""
-        return Vocabulary(self.backend)
 
     @cached_property
     def special_texts(self) -> tuple[str, ...]:
@@ -320,7 +315,7 @@ class ChatTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens included."""
-        return "".join(self.texts(ids))
+        return self.vocabulary.decode(ids)
 
     def texts(self, ids: list[int]) -> list[str]:
         """What each of them adds to it: "" for a part of a character that a later one completes."""
