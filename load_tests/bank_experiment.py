@@ -32,7 +32,7 @@ from pacellm.demo.reader import DocumentReader, prompt_of, questions_of
 from pacellm.engine.engine import Engine
 from pacellm.model.load import LoadedModel, load
 from pacellm.modes import PAChoice
-from pacellm.tokenizer import ChatTokenizer
+from pacellm.text.tokenizer import ChatTokenizer
 
 FORMS: dict[str, dict[str, Any]] = {
     "reference": {"preset": "reference"},

@@ -24,11 +24,11 @@ from pacellm.config import EngineConfig
 from pacellm.demo import MODEL_PATH
 from pacellm.engine.engine import Engine
 from pacellm.model.load import load
-from pacellm.tokenizer import ChatTokenizer
+from pacellm.server.app import create_app
+from pacellm.server.service import Service
+from pacellm.server.settings import Settings
+from pacellm.text.tokenizer import ChatTokenizer
 from pacellm.types import Admitted, Delta, Event, Finished, FinishReason, GenerationRequest, Usage
-from server.app import create_app
-from server.service import Service
-from server.settings import Settings
 
 _STEP = 0.02  # seconds between tokens, as a model's steps
 

@@ -30,13 +30,13 @@ from pacellm.demo.probe import Probe
 from pacellm.demo.reader import DocumentReader, prompt_of, questions_of
 from pacellm.demo.shares import interval
 from pacellm.engine.engine import Engine
-from pacellm.engine.trace import activation_features
+from pacellm.experts.activity import activation_features
+from pacellm.experts.apply import apply_layout, model_fingerprint, weight_features
 from pacellm.experts.cluster import Features, cluster, shuffled
 from pacellm.experts.layout import LayerLayout, Layout
-from pacellm.model.layout import apply_layout, model_fingerprint, weight_features
 from pacellm.model.load import LoadedModel, load, prepare
 from pacellm.model.neurons import ffns
-from pacellm.tokenizer import ChatTokenizer
+from pacellm.text.tokenizer import ChatTokenizer
 from pacellm.types import Failed, GenerationRequest, SamplingParams
 
 CALIBRATION_SEED = 10_000

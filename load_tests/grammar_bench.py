@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 
-from pacellm import grammar
 from pacellm.config import EngineConfig
 from pacellm.demo import MODEL_PATH
 from pacellm.engine.engine import Engine
-from pacellm.engine.grammar import Compiled, Grammars
 from pacellm.model.load import load
-from pacellm.tokenizer import ChatTokenizer
+from pacellm.text import constraints as grammar
+from pacellm.text.grammar import Compiled, Grammars
+from pacellm.text.tokenizer import ChatTokenizer
 from pacellm.types import GenerationRequest, SamplingParams
 
 SCHEMA = {

@@ -25,7 +25,7 @@ from pacellm.demo import MODEL_PATH
 from pacellm.demo.local import running_server, sample_document
 from pacellm.engine.engine import Engine
 from pacellm.model.load import load
-from pacellm.tokenizer import ChatTokenizer
+from pacellm.text.tokenizer import ChatTokenizer
 from pacellm.types import GenerationRequest, SamplingParams
 
 Gaps = list[float]

@@ -3,7 +3,7 @@
 torch's weight-only products (int8 with a scale per row, int4 in groups of ``--group`` inputs, asymmetric, as
 ``torch._weight_int8pack_mm`` and ``torch._weight_int4pack_mm_for_cpu`` want them, on bfloat16 rows: with float32 rows
 both fall back to loops that are 12 to 50 times as slow) and bfloat16, beside float32 by torch and by the kernel that
-the engine takes (``pacellm.model.products``). Timed are all the model's linear layers one after the other, the head
+the engine takes (``pacellm.model.linear``). Timed are all the model's linear layers one after the other, the head
 among them, on ``--rows`` rows, kernels in turn; the perplexity is that of the calibration text in transformers with
 every layer's product replaced. The last line is JSON.
 """
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pacellm.calibration.file import text
-from pacellm.model.products import OneDNN
+from pacellm.model.linear import OneDNN
 
 Product = Callable[[Tensor], Tensor]
 

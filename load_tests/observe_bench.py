@@ -24,7 +24,7 @@ from pacellm.demo import MODEL_PATH
 from pacellm.engine.engine import Engine
 from pacellm.engine.pace import Pace
 from pacellm.model.load import load
-from pacellm.tokenizer import ChatTokenizer
+from pacellm.text.tokenizer import ChatTokenizer
 from pacellm.types import Delta, Event, Failed, GenerationRequest, PAChoice, SamplingParams
 
 TEXT = ("README.md", "docs/sessions.md", "docs/api.md", "docs/lab.md")

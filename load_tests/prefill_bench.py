@@ -24,7 +24,7 @@ import torch
 from pacellm.config import EngineConfig
 from pacellm.demo import MODEL_PATH
 from pacellm.engine.engine import Engine, run_until_idle
-from pacellm.model import attention_cpu
+from pacellm.model.attention import cpu as attention_cpu
 from pacellm.model.load import load
 from pacellm.types import GenerationRequest, SamplingParams
 

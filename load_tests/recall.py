@@ -21,7 +21,7 @@ from pacellm.demo.reader import DocumentReader, questions_of
 from pacellm.demo.shares import interval
 from pacellm.engine.engine import Engine
 from pacellm.model.load import load
-from pacellm.tokenizer import ChatTokenizer
+from pacellm.text.tokenizer import ChatTokenizer
 
 DEPTHS = 10
 Outcome = dict[str, Any]

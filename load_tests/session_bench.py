@@ -25,8 +25,8 @@ import torch
 from pacellm.config import EngineConfig
 from pacellm.demo import MODEL_PATH
 from pacellm.engine.engine import Engine, run_until_idle
-from pacellm.memory.disk import STATE
 from pacellm.model.load import load
+from pacellm.sessions.disk import STATE
 from pacellm.types import Finished, GenerationRequest, SamplingParams
 
 KEY = ("default", "document")

@@ -154,7 +154,7 @@ def _lock(name: str) -> Iterator[None]:
 
 
 def _make(name: str, tell: Callable[[str], None]) -> None:
-    from pacellm.model.gguf_check import check_packages
+    from pacellm.gguf.check import check_packages
 
     check_packages()
     model = MODELS[name]
@@ -205,12 +205,12 @@ def _join(name: str, place: Path, target: Path, tell: Callable[[str], None]) -> 
 
 
 def _convert(file: Path, directory: Path) -> None:
-    from pacellm.model.gguf_check import check_gguf
+    from pacellm.gguf.check import check_gguf
 
     header = check_gguf(file)
     assert header is not None
 
-    from pacellm.model import gguf
+    from pacellm.gguf import read as gguf
 
     gguf.convert(header, directory)
 

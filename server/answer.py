@@ -11,9 +11,10 @@ from fastapi.responses import JSONResponse, Response
 
 from pacellm.errors import Aborted, PaceError
 from pacellm.types import Admitted
-from server import sse
-from server.errors import body_of
-from server.service import Generation, Service
+
+from . import sse
+from .errors import body_of
+from .service import Generation, Service
 
 Chunk = dict[str, Any]
 ChunkSource = Callable[..., AsyncIterator[Chunk | None]]

@@ -10,10 +10,11 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 import pacellm
-from server import errors, routes
-from server.auth import Keys
-from server.edge import Edge
-from server.service import Service
+
+from . import errors, routes
+from .auth import Keys
+from .edge import Edge
+from .service import Service
 
 _EXPOSED = ("X-Request-ID", "X-PaceLLM-Session", "X-PaceLLM-Dropped-Tokens", "Retry-After", "x-should-retry")
 

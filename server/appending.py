@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 from pacellm.errors import NotAppendable, RequestError
-from pacellm.tokenizer import ChatTokenizer
+from pacellm.text.tokenizer import ChatTokenizer
 from pacellm.types import Append, End, Outline
-from server.conversation import Talk
-from server.prompts import check_text, rendered_turn
-from server.schema.tools import Tool
-from server.schema.turn import TurnRequest
+
+from .conversation import Talk
+from .prompts import check_text, rendered_turn
+from .schema.tools import Tool
+from .schema.turn import TurnRequest
 
 Entry = dict[str, Any]
 _ENDS: tuple[End, ...] = get_args(End)

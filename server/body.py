@@ -13,11 +13,12 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect
 
 from pacellm.errors import Aborted, BodyTimeout, BodyTooLarge, RequestError
-from server.auth import tenant_of
-from server.intake import Claim
-from server.schema.base import RESPONSE_PREFIX, SESSION_ID
-from server.service import Service
-from server.shape import shape_of
+
+from .auth import tenant_of
+from .intake import Claim
+from .schema.base import RESPONSE_PREFIX, SESSION_ID
+from .service import Service
+from .shape import shape_of
 
 _SMALL_BODY = 16 * 1024
 _USUAL_LIMIT = 64 * 2**20

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
-from server.auth import tenant_of
+from .auth import tenant_of
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,16 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from pacellm.types import Admitted, ChoiceEnded, Delta, Failed, Finished, FinishReason
-from server.answer import headers_of
-from server.calls import Delta as Piece
-from server.logprobs import TokenTexts
-from server.progress import events_of
-from server.readers import Reader
-from server.report import report
-from server.schema.chat import ChatCompletionRequest
-from server.schema.tools import NamedTool
-from server.service import Generation, Service
+
+from .answer import headers_of
+from .calls import Delta as Piece
+from .logprobs import TokenTexts
+from .progress import events_of
+from .readers import Reader
+from .report import report
+from .schema.chat import ChatCompletionRequest
+from .schema.tools import NamedTool
+from .service import Generation, Service
 
 Chunk = dict[str, Any]
 

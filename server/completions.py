@@ -8,12 +8,13 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from pacellm.types import Admitted, ChoiceEnded, Delta, Event, Failed, Finished, PromptScores, TokenLogprob
-from server.answer import headers_of
-from server.logprobs import Alternative, Scored, TokenTexts
-from server.progress import events_of
-from server.report import report
-from server.schema.completions import CompletionRequest
-from server.service import Generation, Service
+
+from .answer import headers_of
+from .logprobs import Alternative, Scored, TokenTexts
+from .progress import events_of
+from .report import report
+from .schema.completions import CompletionRequest
+from .service import Generation, Service
 
 Chunk = dict[str, Any]
 _LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")

@@ -13,10 +13,11 @@ import uuid
 from typing import Any
 
 from pacellm.errors import Conflict, NotFound, PaceError, RequestError, SessionNotFound
-from server.histories import Entry, History, Key, Message
-from server.schema.base import RESPONSE_PREFIX
-from server.schema.responses import ResponseRequest
-from server.service import Service
+
+from .histories import Entry, History, Key, Message
+from .schema.base import RESPONSE_PREFIX
+from .schema.responses import ResponseRequest
+from .service import Service
 
 
 class Continuation:

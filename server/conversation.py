@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from pacellm.errors import UnsupportedParameter
-from pacellm.tokenizer import ChatTokenizer
-from server.generic import GenericForm, fitted, results_text, with_system
-from server.schema.messages import Message
-from server.schema.tools import Tool
+from pacellm.text.tokenizer import ChatTokenizer
+
+from .generic import GenericForm, fitted, results_text, with_system
+from .schema.messages import Message
+from .schema.tools import Tool
 
 
 class Talk:

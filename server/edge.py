@@ -13,8 +13,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pacellm.errors import ForeignOrigin, PaceError, RequestError
-from server import logs
-from server.errors import response_of
+
+from . import logs
+from .errors import response_of
 
 logger = logging.getLogger("pacellm.access")
 REQUEST_ID = r"^[A-Za-z0-9._:-]{1,128}$"

@@ -11,8 +11,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pacellm.dialect import ANSWER, CALL
-from pacellm.literals import Literals
+from pacellm.text.dialect import ANSWER, CALL
+from pacellm.text.literals import Literals
 
 Entry = dict[str, Any]
 _SYSTEM = ("system", "developer")

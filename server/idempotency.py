@@ -14,11 +14,12 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from pacellm.errors import Conflict, RequestError
-from server import sse
-from server.callers import Caller
+
+from . import sse
+from .callers import Caller
 
 if TYPE_CHECKING:
-    from server.body import Received
+    from .body import Received
 
 KEY = r"^[\x21-\x7e]{1,255}$"
 _SECONDS = 3600.0

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from server.calls import Delta
+from .calls import Delta
 
 Fields = dict[str, Any]
 Event = tuple[str, Fields]  # type and fields, without a sequence number

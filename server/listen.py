@@ -10,10 +10,11 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from pacellm.errors import ConfigError
-from server import wire
-from server.app import create_admin_app, create_app
-from server.auth import Keys
-from server.service import Service
+
+from . import wire
+from .app import create_admin_app, create_app
+from .auth import Keys
+from .service import Service
 
 _LAST_EVENTS = 5  # seconds in which streams that are cut say so
 _ADMIN_CONNECTIONS = 64

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pacellm.detokenizer import Detokenizer, Vocabulary
+from pacellm.text.detokenizer import Detokenizer, Vocabulary
 from pacellm.types import TokenLogprob
 
 

@@ -15,9 +15,9 @@ from prometheus_client.registry import Collector
 
 from pacellm import errors
 from pacellm.config import PRESETS
-from pacellm.engine.faults import PLACES
 from pacellm.engine.stats import per_layer
 from pacellm.engine.thread import EngineThread
+from pacellm.faults import PLACES
 from pacellm.modes import MODES
 from pacellm.types import Delta, Event, Failed, Finished
 

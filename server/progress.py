@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from pacellm.types import Admitted, Event, Progress
-from server.service import Generation, Service
+
+from .service import Generation, Service
 
 
 def events_of(

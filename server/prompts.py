@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from pacellm.errors import RequestError
-from pacellm.tokenizer import COUNTED_TOKENS, ChatTokenizer
+from pacellm.text.tokenizer import COUNTED_TOKENS, ChatTokenizer
 from pacellm.types import Append, End
-from server.conversation import Talk
-from server.schema.completions import CompletionRequest
-from server.schema.messages import Message
-from server.schema.tools import Tool
-from server.schema.turn import TurnRequest
+
+from .conversation import Talk
+from .schema.completions import CompletionRequest
+from .schema.messages import Message
+from .schema.tools import Tool
+from .schema.turn import TurnRequest
 
 
 def rendered_turn(tokenizer: ChatTokenizer, asked: TurnRequest) -> str:

@@ -7,8 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from pacellm.dialect import ANSWER, CALL, REASONING, Dialect
-from server.calls import CallScanner, Delta, begun, continued
+from pacellm.text.dialect import ANSWER, CALL, REASONING, Dialect
+
+from .calls import CallScanner, Delta, begun, continued
 
 _ANSWER_END = ANSWER.replace("<", "</")
 

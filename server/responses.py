@@ -9,17 +9,18 @@ from typing import Any
 
 from pacellm.errors import PaceError, RequestError
 from pacellm.types import Admitted, Delta, Failed, Finished, FinishReason
-from server import sse
-from server.answer import headers_of
-from server.calls import Delta as Piece
-from server.continuation import Continuation
-from server.items import Items
-from server.progress import events_of
-from server.readers import Reader
-from server.report import report
-from server.schema.base import Strict
-from server.schema.responses import ResponseRequest
-from server.service import Generation, Service
+
+from . import sse
+from .answer import headers_of
+from .calls import Delta as Piece
+from .continuation import Continuation
+from .items import Items
+from .progress import events_of
+from .readers import Reader
+from .report import report
+from .schema.base import Strict
+from .schema.responses import ResponseRequest
+from .service import Generation, Service
 
 Event = dict[str, Any]
 _ENDS = (b"event: response.completed\n", b"event: response.incomplete\n")

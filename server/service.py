@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pacellm import modes
 from pacellm.calibration.gate import Gate
 from pacellm.engine.engine import Engine
-from pacellm.engine.grammar import PROCESSES, Grammars
-from pacellm.engine.session_ops import Operation
 from pacellm.engine.thread import EngineThread
 from pacellm.errors import (
     Aborted,
@@ -29,25 +27,28 @@ from pacellm.errors import (
     RequestError,
     UnsupportedParameter,
 )
-from pacellm.grammar import Grammar
-from pacellm.tokenizer import ChatTokenizer
+from pacellm.sessions.operations import Operation
+from pacellm.text.constraints import Grammar
+from pacellm.text.grammar import PROCESSES, Grammars
+from pacellm.text.tokenizer import ChatTokenizer
 from pacellm.types import Admitted, Constraint, Event, Failed, Finished, GenerationRequest, SamplingParams
-from server.callers import Caller
-from server.histories import Histories, Key
-from server.idempotency import Idempotency
-from server.inbox import Inbox
-from server.intake import Intake
-from server.lanes import Lanes
-from server.metrics import Metrics
-from server.schema.base import RESPONSE_PREFIX
-from server.schema.chat import ChatCompletionRequest
-from server.schema.sampling import GenerationFields, SamplingFields
-from server.schema.turn import TurnRequest
-from server.settings import Settings
-from server.turns import Draft, Turn
+
+from .callers import Caller
+from .histories import Histories, Key
+from .idempotency import Idempotency
+from .inbox import Inbox
+from .intake import Intake
+from .lanes import Lanes
+from .metrics import Metrics
+from .schema.base import RESPONSE_PREFIX
+from .schema.chat import ChatCompletionRequest
+from .schema.sampling import GenerationFields, SamplingFields
+from .schema.turn import TurnRequest
+from .settings import Settings
+from .turns import Draft, Turn
 
 if TYPE_CHECKING:
-    from server.traces import Traces
+    from .traces import Traces
 
 logger = logging.getLogger("pacellm.server")
 T = TypeVar("T")

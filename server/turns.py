@@ -6,18 +6,19 @@ import dataclasses
 from array import array
 from dataclasses import dataclass
 
-from pacellm import grammar
-from pacellm.dialect import Dialect
-from pacellm.engine.grammar import Grammars
 from pacellm.errors import UnsupportedParameter
-from pacellm.grammar import Function, Grammar, Mark
-from pacellm.tokenizer import ChatTokenizer
+from pacellm.text import constraints as grammar
+from pacellm.text.constraints import Function, Grammar, Mark
+from pacellm.text.dialect import Dialect
+from pacellm.text.grammar import Grammars
+from pacellm.text.tokenizer import ChatTokenizer
 from pacellm.types import Append, Outline, SamplingParams
-from server.appending import Following, outline_of
-from server.prompts import check_characters, rendered_turn, text_limit
-from server.readers import GenericReader, ListReader, ParsedReader, PlainReader, Reader
-from server.schema.tools import NamedTool
-from server.schema.turn import TurnRequest
+
+from .appending import Following, outline_of
+from .prompts import check_characters, rendered_turn, text_limit
+from .readers import GenericReader, ListReader, ParsedReader, PlainReader, Reader
+from .schema.tools import NamedTool
+from .schema.turn import TurnRequest
 
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 

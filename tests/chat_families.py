@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from pacellm.tokenizer import ChatTokenizer
+from pacellm.text.tokenizer import ChatTokenizer
 
 TEXT = (
     "The quick brown fox jumps over the lazy dog. What is the weather in Oslo? system user assistant model tool\n\n"

@@ -9,9 +9,9 @@ import sys
 import httpx
 import pytest
 
-from pacellm.cli import main
+from pacellm.cli.main import main
 
-PACELLM = (sys.executable, "-m", "pacellm.cli")
+PACELLM = (sys.executable, "-m", "pacellm.cli.main")
 
 
 pytestmark = pytest.mark.usefixtures("root_logger")
@@ -84,7 +84,7 @@ def test_what_cannot_work_is_said_in_one_line(arguments, says, capsys, monkeypat
 
 
 def test_traces_without_their_package_name_the_extra(capsys, monkeypatch):
-    monkeypatch.delitem(sys.modules, "server.traces", raising=False)
+    monkeypatch.delitem(sys.modules, "pacellm.server.traces", raising=False)
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     assert main(["serve", "--otlp-endpoint", "http://127.0.0.1:4318"]) == 2
     assert "pip install 'pacellm[otel]'" in capsys.readouterr().err.splitlines()[-1]

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from pacellm.cli import _parser
+from pacellm.cli.main import _parser
 
 ROOT = Path(__file__).parent.parent
 COMPOSE = ROOT / "deploy" / "compose"

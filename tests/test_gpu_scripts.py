@@ -11,7 +11,7 @@ import torch
 
 from load_tests.gpu import kernels, more, parts, sets
 from load_tests.gpu import rig as rigs
-from pacellm.model import prefill_kernels
+from pacellm.model.attention import prefill as prefill_kernels
 from tests.model import stand_ins
 
 ROOT = Path(__file__).parent.parent

@@ -1,77 +1,123 @@
-"""Imports run one way: errors, config, modes, types, rows, transfer, kernels <- memory, experts, calibration <- model
-<- engine <- server; only ``pacellm/model`` and ``pacellm/tokenizer.py`` import transformers."""
+"""Imports run one way: no module is in a circle, and packages are stacked as ``PLACES`` says, lowest first."""
 
 import ast
+import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEVELS = {
-    "pacellm.errors": 0,
-    "pacellm.config": 0,
-    "pacellm.types": 0,
-    "pacellm.modes": 0,
-    "pacellm.rows": 0,
-    "pacellm.transfer": 0,
-    "pacellm.kernels": 0,
-    "pacellm.pieces": 0,
-    "pacellm.detokenizer": 0,
-    "pacellm.literals": 0,
-    "pacellm.grammar": 0,
-    "pacellm.dialect": 0,
-    "pacellm.gguf_header": 0,
-    "pacellm.memory": 1,
-    "pacellm.experts": 1,
-    "pacellm.calibration": 1,
-    "pacellm.model": 2,
-    "pacellm.tokenizer": 2,
-    "pacellm.real_models": 2,
-    "pacellm.engine": 3,
-    "server": 4,
+# a module's place is that of its longest name here; it may import what lies lower, and its own package
+PLACES = (
+    ("errors", "config", "types", "modes", "rows", "transfer", "kernels", "faults", "text.dialect", "text.constraints"),
+    ("text",),
+    ("memory",),
+    ("calibration.file", "calibration.gate", "calibration.draw", "experts.layout", "experts.cluster", "experts.draw"),
+    ("model", "experts", "gguf", "text.tokenizer", "real_models"),
+    # what all layers above pass around
+    ("kv.blocks", "sessions.turn", "sessions.session", "sessions.history", "engine.sequence", "engine.step"),
+    ("kv", "sessions"),
+    ("run",),
+    ("engine",),
+    ("calibration", "experts.activity"),
+    ("server",),
+    ("demo",),
+    ("cli",),
+)  # fmt: skip
+LEVELS = {f"pacellm.{name}": level for level, names in enumerate(PLACES) for name in names}
+MODULES = {
+    path.relative_to(ROOT).as_posix().removesuffix(".py").removesuffix("/__init__").replace("/", "."): path
+    for top in ("pacellm", "pacellm/server")
+    for path in (ROOT / top).rglob("*.py")
 }
-# the command line puts everything together; the demo trains and shows its own model; the chat client speaks HTTP
-FREE = (
-    "pacellm/cli.py",
-    "pacellm/layout_cli.py",
-    "pacellm/calibrate_cli.py",
-    "pacellm/chat.py",
-    "pacellm/__init__.py",
-    "pacellm/demo/",
-)
-FILES = sorted(
-    path.relative_to(ROOT).as_posix() for top in ("pacellm", "server") for path in (ROOT / top).rglob("*.py")
-)
+TRANSFORMERS = ("pacellm.model", "pacellm.gguf", "pacellm.text.tokenizer", "pacellm.demo")
+HTTP = ("fastapi", "starlette", "uvicorn", "prometheus_client", "httpx", "opentelemetry")
 
 
-def imports(path):
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+@cache
+def imports(module):
+    """What a module imports, as (module or package, is it a module of ours)."""
+    path = MODULES[module]
+    own = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            above = own[: len(own) + 1 - node.level] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            named = {f"{base}.{alias.name}" for alias in node.names}
+            found |= (named & MODULES.keys()) | ({base} if named - MODULES.keys() else set())
+    return found
 
 
-def level(module):
-    return max(
-        (number for name, number in LEVELS.items() if module == name or module.startswith(f"{name}.")), default=None
-    )
+def place(module):
+    parts = module.split(".")
+    if len(parts) == 1:
+        return len(PLACES)  # the front door
+    return next(LEVELS[name] for end in range(len(parts), 0, -1) if (name := ".".join(parts[:end])) in LEVELS)
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if not path.startswith(FREE)])
-def test_arrows(path):
-    own = level(path.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
-    assert own is not None, f"{path} has no place in the order"
-    for module in imports(path):
-        other = level(module)
-        assert other is None or other <= own, f"{path} imports {module}, which lies above it"
-        if module.split(".")[0] == "transformers":
-            assert path.startswith("pacellm/model/") or path == "pacellm/tokenizer.py", f"{path} imports transformers"
-        if module.split(".")[0] in ("fastapi", "starlette", "uvicorn", "prometheus_client", "httpx", "opentelemetry"):
-            assert own == 4, f"{path} knows HTTP"
+def circles():
+    """Strongly connected modules (Tarjan), of two and more."""
+    number, low, stack, found = {}, {}, [], []
+
+    def visit(module):
+        number[module] = low[module] = len(number)
+        stack.append(module)
+        for other in imports(module) & MODULES.keys():
+            if other not in number:
+                visit(other)
+            if other in stack:
+                low[module] = min(low[module], low[other])
+        if low[module] == number[module]:
+            circle = [stack.pop()]
+            while circle[-1] != module:
+                circle.append(stack.pop())
+            if len(circle) > 1:
+                found.append(sorted(circle))
+
+    for module in MODULES:
+        if module not in number:
+            visit(module)
+    return found
 
 
-@pytest.mark.parametrize("name", ["scheduler", "kv", "sequence", "text"])
+def test_no_circles():
+    assert sys.getrecursionlimit() > 500
+    assert len(circles()) <= 7
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_arrows(module):
+    own = place(module)
+    for other in imports(module):
+        if other in MODULES:
+            is_near = module.rsplit(".", 1)[0] == other.rsplit(".", 1)[0]
+            assert other == "pacellm" or is_near or place(other) <= own, (
+                f"{module} imports {other}, which lies above it"
+            )
+        top = other.split(".")[0]
+        if top == "transformers":
+            assert module.startswith(TRANSFORMERS), f"{module} imports transformers"
+        if top in HTTP:
+            assert module.startswith(("pacellm.server", "pacellm.demo", "pacellm.cli")), f"{module} knows HTTP"
+
+
+@pytest.mark.parametrize("name", ["engine.scheduler", "engine.sequence", "kv.blocks", "text.stream"])
 def test_bookkeeping_needs_no_torch(name):
-    assert not any(module.split(".")[0] == "torch" for module in imports(f"pacellm/engine/{name}.py"))
+    assert not any(module.split(".")[0] == "torch" for module in imports(f"pacellm.{name}"))
+
+
+def test_the_server_has_one_name():
+    """In a checkout ``server`` could be imported by that name too, and would be there twice."""
+    for path in [
+        *(ROOT / "server").rglob("*.py"),
+        *(ROOT / "tests").rglob("*.py"),
+        *(ROOT / "load_tests").rglob("*.py"),
+    ]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert not any(name.split(".")[0] == "server" for name in names), f"{path}: import pacellm.server"

@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 
 from pacellm import real_models
-from pacellm.cli import main
+from pacellm.cli.main import main
 from pacellm.errors import ConfigError, ModelError
 from pacellm.model.load import load
 from pacellm.real_models import RealModel, Wheel, checkpoint, fetch, gguf_file, is_here, resolve
-from tests.model.gguf_files import tiny, write
+from tests.gguf.gguf_files import tiny, write
 
 
 def wheel(directory, name, content):

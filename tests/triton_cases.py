@@ -5,14 +5,17 @@ import torch
 from torch.nn.functional import linear
 
 from pacellm.config import PRESETS
+from pacellm.experts import kernel as experts_triton
+from pacellm.experts.forward import _ACTIVATIONS, ExpertForward, Weights, activation_name
 from pacellm.memory import feed, feed_triton
-from pacellm.model import decode_triton, experts_triton, fused, fused_triton, prefill_kernels
+from pacellm.model import fused, fused_triton
+from pacellm.model.attention import decode as decode_triton
+from pacellm.model.attention import prefill as prefill_kernels
 from pacellm.model.context import DecodeRows, Shared
-from pacellm.model.experts import _ACTIVATIONS, ExpertForward, Weights, activation_name
 from pacellm.model.neurons import ffns
 from tests.experts.test_layout import random_layout
-from tests.experts.test_set_table import logprobs_by_kernel
 from tests.memory.test_feed import ROWS, assert_same_rows, config, new_pool, new_sets, told, turns
+from tests.memory.test_working_set import logprobs_by_kernel
 from tests.models import tiny
 
 

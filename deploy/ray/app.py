@@ -17,11 +17,11 @@ from starlette.types import ASGIApp
 from deploy.ray.flags import parse_flags
 from deploy.ray.report import held_sessions
 from deploy.ray.table import write_report
-from pacellm.cli import build
+from pacellm.cli.main import build
+from pacellm.server import logs
+from pacellm.server.app import create_admin_app, create_app
 from ray import serve
 from ray.serve.config import RequestRouterConfig
-from server import logs
-from server.app import create_admin_app, create_app
 
 
 @serve.deployment(name="PaceLLM")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from pacellm.cli import serve_options
+from pacellm.cli.main import serve_options
 from pacellm.errors import ConfigError
 
 _NOT_HERE = {

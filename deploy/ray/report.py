@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from deploy.ray.table import MAX_REPORTED, digest
-from pacellm.engine.sessions import SessionStore
+from pacellm.sessions.store import SessionStore
 
 
 def held_sessions(store: SessionStore) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from deploy.ray.table import digest
-from server.auth import DEFAULT_TENANT, Keys
+from pacellm.server.auth import DEFAULT_TENANT, Keys
 
 _PATH = re.compile(r"/v1/sessions/([A-Za-z0-9._:-]{1,256})(?:/[a-z]+)?/?")
 _HEADER = b"x-session-id"

@@ -11,11 +11,11 @@ from typing import Any
 
 from deploy.ray.requests import session_key
 from deploy.ray.table import SessionTable
+from pacellm.server.auth import read_keys
 from ray.serve._private.common import ReplicaID
 from ray.serve._private.request_router.common import PendingRequest
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
-from server.auth import read_keys
 
 
 class SessionRouter(ConsistentHashRouter):

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from load_tests.gpu.rig import Rig
-from pacellm.model import kernel_choice, prefill_kernels
-from pacellm.model.prefill_kernels import Kernel
+from pacellm.model.attention import choice as kernel_choice
+from pacellm.model.attention import prefill as prefill_kernels
+from pacellm.model.attention.prefill import Kernel
 
 Cells = dict[str, Any]
 

@@ -22,8 +22,8 @@ from load_tests.ffn_bench import released as authors_module
 from pacellm.config import EngineConfig, PAConfig
 from pacellm.engine import pace
 from pacellm.engine.engine import Engine
-from pacellm.engine.kv import BLOCK
-from pacellm.model import attention
+from pacellm.kv.blocks import BLOCK
+from pacellm.model.attention import dispatch as attention
 from pacellm.model.fused import unfuse
 from pacellm.model.load import LoadedModel, prepare
 from pacellm.model.patch import unpatch

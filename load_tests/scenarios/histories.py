@@ -409,9 +409,9 @@ async def run(
 def made_layout(folder: str) -> Path:
     """A layout of the bundled model."""
     from pacellm.demo import MODEL_PATH
+    from pacellm.experts.apply import model_fingerprint, weight_features
     from pacellm.experts.cluster import shuffled
     from pacellm.experts.layout import Layout
-    from pacellm.model.layout import model_fingerprint, weight_features
     from pacellm.model.load import load
 
     module, path = load(MODEL_PATH).module, Path(folder) / "layout.safetensors"

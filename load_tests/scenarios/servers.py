@@ -42,7 +42,16 @@ class OwnServer:
             SystemExit: it ended, or did not become ready; with its log.
         """
         started = time.monotonic()
-        command = [sys.executable, "-m", "pacellm.cli", "serve", "--port", str(self.port), "--log-level", "warning"]
+        command = [
+            sys.executable,
+            "-m",
+            "pacellm.cli.main",
+            "serve",
+            "--port",
+            str(self.port),
+            "--log-level",
+            "warning",
+        ]
         self.process = subprocess.Popen([*command, "--api-key", OWN_KEY, *self._flags], stderr=self._log)
         while time.monotonic() < started + _START_LIMIT and self.process.poll() is None:
             with suppress(httpx.TransportError):

@@ -6,7 +6,7 @@ import itertools
 
 from pacellm.demo import MODEL_PATH
 from pacellm.demo.generator import make_document
-from pacellm.tokenizer import ChatTokenizer
+from pacellm.text.tokenizer import ChatTokenizer
 
 _DOCUMENT, _FACTS, _SEED = 2600, 60, 7_000_000  # not a seed of training, tests or evaluation
 

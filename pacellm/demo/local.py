@@ -16,7 +16,7 @@ import httpx
 from pacellm.demo import MODEL_PATH
 from pacellm.demo.generator import Document, make_document
 from pacellm.errors import PaceError
-from pacellm.tokenizer import ChatTokenizer
+from pacellm.text.tokenizer import ChatTokenizer
 
 _START_LIMIT = 120.0
 
@@ -35,7 +35,7 @@ def running_server(serve_arguments: Sequence[str] = ()) -> Iterator[httpx.Client
         PaceError: it did not become ready; carries its log.
     """
     port = _free_port()
-    command = [sys.executable, "-m", "pacellm.cli", "serve", "--port", str(port), "--log-level", "warning"]
+    command = [sys.executable, "-m", "pacellm.cli.main", "serve", "--port", str(port), "--log-level", "warning"]
     # a server's log never blocks on a pipe nobody reads
     with tempfile.TemporaryFile() as log, subprocess.Popen([*command, *serve_arguments], stderr=log) as server:
         try:

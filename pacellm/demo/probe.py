@@ -12,11 +12,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from pacellm.engine import batch
 from pacellm.engine.engine import Engine
 from pacellm.engine.sequence import Sequence
 from pacellm.memory.state import BankState
 from pacellm.modes import PAChoice
+from pacellm.run import batch
 from pacellm.types import GenerationRequest
 
 Banks = dict[int, BankState]

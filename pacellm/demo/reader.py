@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pacellm.demo.generator import NOT_STATED, Document, Fact
 from pacellm.engine.engine import Engine, run_until_idle
 from pacellm.modes import PAChoice
-from pacellm.tokenizer import ChatTokenizer
+from pacellm.text.tokenizer import ChatTokenizer
 from pacellm.types import Delta, Failed, Finished, GenerationRequest, SamplingParams
 
 

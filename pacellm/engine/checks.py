@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pacellm.errors import ConfigError, RequestError
-from pacellm.model.experts import check_density
+from pacellm.experts.forward import check_density
 from pacellm.types import GenerationRequest
 
 if TYPE_CHECKING:

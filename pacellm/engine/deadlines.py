@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from pacellm.engine.forecast import Forecast, Load, Span
 from pacellm.engine.sequence import Sequence
-from pacellm.engine.session import Session
 from pacellm.errors import DeadlineExceeded, Overloaded, PaceError
+from pacellm.sessions.session import Session
 
 if TYPE_CHECKING:
     from pacellm.engine.scheduler import Scheduler

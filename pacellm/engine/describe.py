@@ -6,8 +6,8 @@ import logging
 
 from pacellm.config import EngineConfig
 from pacellm.engine.engine import Engine
-from pacellm.engine.kv import BLOCK
-from pacellm.engine.session_files import SessionFiles
+from pacellm.kv.blocks import BLOCK
+from pacellm.sessions.files import SessionFiles
 
 logger = logging.getLogger("pacellm")
 

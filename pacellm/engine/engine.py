@@ -18,35 +18,35 @@ from collections.abc import Callable
 from tokenizers import Tokenizer
 
 from pacellm.config import EngineConfig
-from pacellm.detokenizer import Vocabulary
-from pacellm.engine import setup
-from pacellm.engine.ahead import Flight, step_after
-from pacellm.engine.answers import Answers
+from pacellm.engine import factory
+from pacellm.engine.answer import Answers
 from pacellm.engine.checks import check
-from pacellm.engine.faults import Faults
 from pacellm.engine.integrity import IntegrityError, check_integrity
-from pacellm.engine.kv import BLOCK, BlockAllocator
-from pacellm.engine.live import Live
-from pacellm.engine.mover import Mover
-from pacellm.engine.records import Records
 from pacellm.engine.recovery import Recovery
-from pacellm.engine.runner import StepFailed
+from pacellm.engine.request_state import Live
 from pacellm.engine.scheduler import Scheduler
 from pacellm.engine.sequence import Sequence
-from pacellm.engine.session import Key
-from pacellm.engine.session_ops import SessionOps
-from pacellm.engine.sessions import SessionStore
-from pacellm.engine.snapshot_ops import SnapshotOps
 from pacellm.engine.stats import EngineStats, per_layer
 from pacellm.engine.step import Copy, Step, Work
-from pacellm.engine.text import TextStream
 from pacellm.errors import EngineError, PaceError, RequestError, reason
-from pacellm.memory.disk import Disk
-from pacellm.memory.tiers import Worker
-from pacellm.model.experts import check_density, detach
+from pacellm.experts.forward import check_density, detach
+from pacellm.faults import Faults
+from pacellm.kv.blocks import BLOCK, BlockAllocator
 from pacellm.model.fused import fuse
 from pacellm.model.load import LoadedModel
 from pacellm.model.patch import unpatch
+from pacellm.run.ahead import Flight, step_after
+from pacellm.run.runner import StepFailed
+from pacellm.sessions.disk import Disk
+from pacellm.sessions.mover import Mover
+from pacellm.sessions.operations import SessionOps
+from pacellm.sessions.records import Records
+from pacellm.sessions.session import Key
+from pacellm.sessions.snapshots import SnapshotOps
+from pacellm.sessions.store import SessionStore
+from pacellm.sessions.worker import Worker
+from pacellm.text.detokenizer import Vocabulary
+from pacellm.text.stream import TextStream
 from pacellm.types import (
     Admitted,
     Event,
@@ -79,17 +79,17 @@ class Engine:
         if model.ranks is None:
             fuse(model.module, joins=not (config or EngineConfig()).deterministic)
         if model.ranks is not None:
-            setup.check_parallel(config or EngineConfig())
+            factory.check_parallel(config or EngineConfig())
         check_density((config or EngineConfig()).ce_density, model.module, model.layout, "ce_density")
         self.model, self.tokenizer = model, tokenizer
         self._vocabulary = None if tokenizer is None else Vocabulary(tokenizer)
-        self.kernel = setup.attention_kernel(model, config or EngineConfig())
-        self.products = setup.products(model, config or EngineConfig())
-        self.config = setup.resolve(model, config or EngineConfig())
+        self.kernel = factory.attention_kernel(model, config or EngineConfig())
+        self.products = factory.products(model, config or EngineConfig())
+        self.config = factory.resolve(model, config or EngineConfig())
         self.block_bytes = BLOCK * model.bytes_per_token
         self.num_blocks = (self.config.kv_cache_memory or 0) // self.block_bytes
         self.allocator = BlockAllocator(self.num_blocks)
-        self.pool = setup.new_pool(model, self.config) if self.config.pa or model.layout is not None else None
+        self.pool = factory.new_pool(model, self.config) if self.config.pa or model.layout is not None else None
         self.sessions = SessionStore(
             self.allocator,
             self.pool,
@@ -102,7 +102,9 @@ class Engine:
             fold_after=4 * (self.config.max_model_len or 0) if model.ranks is None else sys.maxsize,
         )
         self.scheduler = Scheduler(self.config, self.allocator, self.sessions, self.pool)
-        self.runner = setup.new_runner(model, self.pool, self.num_blocks, self.config, self.kernel, self.products.rows)
+        self.runner = factory.new_runner(
+            model, self.pool, self.num_blocks, self.config, self.kernel, self.products.rows
+        )
         self.scheduler.room.copy_now = self.runner.copy
         self.stats, self.faults = EngineStats(), Faults()
         # its thread must not keep an engine that nobody else keeps
@@ -116,7 +118,7 @@ class Engine:
             self.pool,
             self.runner.slabs,
             self.worker,
-            host_memory=setup.host_memory(model, self.config),
+            host_memory=factory.host_memory(model, self.config),
             disk=disk,
             records=self.records if disk is not None else None,
             disk_size=self.config.session_disk_size,
@@ -144,12 +146,12 @@ class Engine:
                                code="snapshots_unsupported")  # fmt: skip
         if self._records is None:
             self._records = Records(
-                setup.fingerprint_of(self.model, self.config, self.tokenizer),
+                factory.fingerprint_of(self.model, self.config, self.tokenizer),
                 vocab_size=self.model.vocab_size,
                 slabs=self.runner.slabs,
                 like=self.pool.banks(0) if self.pool is not None else {},
                 max_tokens=self.config.max_model_len or 0,
-                former=lambda: setup.former_fingerprints(self.model, self.config, self.tokenizer),
+                former=lambda: factory.former_fingerprints(self.model, self.config, self.tokenizer),
             )
         return self._records
 

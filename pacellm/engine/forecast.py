@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pacellm.config import EngineConfig
-from pacellm.engine import parts
+from pacellm.engine import chunking
 from pacellm.engine.pace import SHARE, Pace
 
 Span = tuple[int, int]
@@ -58,10 +58,10 @@ class Forecast:
             return None
         ahead = list(load.prompts)
         cost, tokens = _work(pace, [*ahead, own])
-        like = [span for span in ahead if not parts.overtakes(own[1], span[1])]
+        like = [span for span in ahead if not chunking.overtakes(own[1], span[1])]
         alone, few = _work(pace, [*like, own])
-        if alone / parts.SHARE < cost:
-            cost, tokens = alone / parts.SHARE, few / parts.SHARE
+        if alone / chunking.SHARE < cost:
+            cost, tokens = alone / chunking.SHARE, few / chunking.SHARE
         is_shared = bool(load.decodes or ahead)
         reading, step = cost, pace.decode
         if is_shared:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pacellm.engine.kv import BLOCK, KVTable
 from pacellm.errors import EngineError
+from pacellm.kv.blocks import BLOCK, KVTable
 
 if TYPE_CHECKING:
     from pacellm.engine.engine import Engine

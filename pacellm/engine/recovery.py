@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from pacellm.engine.integrity import check_integrity
-from pacellm.engine.kv import KVTable
-from pacellm.engine.live import Live
-from pacellm.engine.runner import StepFailed
+from pacellm.engine.request_state import Live
 from pacellm.engine.sequence import Sequence
-from pacellm.engine.session import Key
 from pacellm.engine.step import Step
 from pacellm.errors import EngineError, PaceError, SessionDeleted, reason
+from pacellm.kv.blocks import KVTable
+from pacellm.run.runner import StepFailed
+from pacellm.sessions.session import Key
 from pacellm.types import Event, Failed
 
 if TYPE_CHECKING:

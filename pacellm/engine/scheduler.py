@@ -1,7 +1,7 @@
 """What runs next, and on which memory. No torch.
 
-A step is one token of every decoding sequence, then parts of prompts (``parts.py``). Where a step decodes, its prompt
-tokens are capped, in number and in time, so that streams keep flowing.
+A step is one token of every decoding sequence, then parts of prompts (``chunking.py``). Where a step decodes, its
+prompt tokens are capped, in number and in time, so that streams keep flowing.
 
 Memory: a request is admitted when its prompt and one more block per running sequence fit. Room is made by
 evicting idle sessions, least recently used first, and then by preempting the youngest sequence of the lowest priority,
@@ -15,22 +15,22 @@ from collections import deque
 from typing import Literal
 
 from pacellm.config import EngineConfig
+from pacellm.engine.admission import Planner, describe
+from pacellm.engine.cache_manager import Room
+from pacellm.engine.chunking import add_parts
 from pacellm.engine.deadlines import Deadlines
-from pacellm.engine.history import bind
-from pacellm.engine.kv import BLOCK, BlockAllocator, OutOfBlocks, blocks_for
-from pacellm.engine.mover import Mover
 from pacellm.engine.pace import Pace
-from pacellm.engine.parts import add_parts
-from pacellm.engine.plan import Planner, describe
-from pacellm.engine.prefix import Entry, PrefixCache
-from pacellm.engine.room import Room
 from pacellm.engine.sequence import Sequence, Status
-from pacellm.engine.session import Session
-from pacellm.engine.sessions import SessionStore
 from pacellm.engine.step import Step, Work
-from pacellm.engine.turn import Turn
 from pacellm.errors import ContextLengthExceeded, PaceError, RequestError
+from pacellm.kv.blocks import BLOCK, BlockAllocator, OutOfBlocks, blocks_for
+from pacellm.kv.prefix import Entry, PrefixCache
 from pacellm.memory.pool import BankPool
+from pacellm.sessions.history import bind
+from pacellm.sessions.mover import Mover
+from pacellm.sessions.session import Session
+from pacellm.sessions.store import SessionStore
+from pacellm.sessions.turn import Turn
 
 
 class Scheduler:

@@ -8,10 +8,10 @@ from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pacellm.engine.history import Ending
-from pacellm.engine.kv import KVTable
-from pacellm.engine.session import Session
-from pacellm.engine.turn import Turn
+from pacellm.kv.blocks import KVTable
+from pacellm.sessions.history import Ending
+from pacellm.sessions.session import Session
+from pacellm.sessions.turn import Turn
 from pacellm.types import FinishReason, GenerationRequest, Kinship, Matcher, SessionStatus
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from concurrent.futures import Future
 from typing import Any
 
 from pacellm.engine.engine import Engine
-from pacellm.engine.session_ops import Operation
 from pacellm.errors import Aborted, Draining, EngineDead, EngineError, Overloaded, PaceError, reason
+from pacellm.sessions.operations import Operation
 from pacellm.types import Admitted, Event, Failed, Finished, GenerationRequest
 
 logger = logging.getLogger("pacellm.engine")

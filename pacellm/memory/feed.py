@@ -1,6 +1,6 @@
 """Decoded tokens of many sequences against rows of an arena, with nothing that waits for the device.
 
-The same arithmetic as ``decoded.py``, to the bit on a CPU, but every choice is a mask and every place an index, so that
+The same arithmetic as ``decode.py``, to the bit on a CPU, but every choice is a mask and every place an index, so that
 a decode step can be captured in a CUDA graph: rows, flags and inputs are read from tensors whose content may change
 between replays. What a masked token would write goes to the arena's last row, which nobody owns.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from pacellm.config import PRESETS, PAConfig
 from pacellm.kernels import has_triton
 from pacellm.memory.bank import Rule, Total, Verdict, cosines_of_parts, judge, mix, weigh
-from pacellm.memory.decoded import cosines, together
+from pacellm.memory.decode import cosines, together
 from pacellm.memory.state import EMPTY, FUSES, HITS, MERGES, MISSES, REPLACEMENTS, BankState, compute_dtype
 
 OBSERVE, PAPER = PRESETS.index("observe"), PRESETS.index("paper")

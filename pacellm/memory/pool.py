@@ -14,11 +14,10 @@ from torch import Tensor
 
 from pacellm.config import PAConfig, Preset
 from pacellm.errors import EngineError
-from pacellm.experts.working_set import SetTable
-from pacellm.memory.activity import EXPERTS, ActivityState
 from pacellm.memory.bank import effective_rank
-from pacellm.memory.state import COUNTERS, BankState, Stage, new_stage
-from pacellm.memory.tiers import copy_banks
+from pacellm.memory.expert_counts import EXPERTS, ActivityState
+from pacellm.memory.state import COUNTERS, BankState, Stage, copy_banks, new_stage
+from pacellm.memory.working_set import SetTable
 
 
 @dataclass(frozen=True)

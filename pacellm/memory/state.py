@@ -50,6 +50,10 @@ class BankState(NamedTuple):
             mine.copy_(theirs)
 
 
+Banks = dict[int, BankState]
+"""One row's banks, by layer."""
+
+
 class Stage(NamedTuple):
     """What an incomplete segment will write. S = M under ``paper``, else 1; the last row is scratch.
 
@@ -117,3 +121,18 @@ def new_stage(config: PAConfig, inner_size: int, hidden_size: int, dtype: torch.
         num_low=torch.zeros((), dtype=torch.int64, device=device),
         reads=torch.zeros(MERGES, dtype=torch.int64, device=device),
     )
+
+
+def banks_nbytes(banks: Banks) -> int:
+    """Bytes of banks."""
+    return sum(tensor.nbytes for bank in banks.values() for tensor in bank)
+
+
+def copy_banks(banks: Banks, *, pin: bool = False) -> Banks:
+    """Copies in host memory."""
+    return {layer: type(bank)(*(_to_host(tensor, pin) for tensor in bank)) for layer, bank in banks.items()}
+
+
+def _to_host(tensor: Tensor, pin: bool) -> Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin)
+    return host.copy_(tensor, non_blocking=pin)

@@ -1,2 +1,2 @@
 """transformers models under PaceLLM: loading, patching, attention. The only place that imports transformers,
-beside ``pacellm/tokenizer.py``."""
+beside ``pacellm/text/tokenizer.py``."""

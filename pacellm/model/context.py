@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 from pacellm.config import PRESETS, PAConfig, Preset
-from pacellm.experts.working_set import SetTable
-from pacellm.memory.activity import ActivityState
 from pacellm.memory.bank import Total
+from pacellm.memory.expert_counts import ActivityState
 from pacellm.memory.feed import Tokens
 from pacellm.memory.state import BankState, Stage
+from pacellm.memory.working_set import SetTable
 from pacellm.modes import PAMode, preset_of, writes
 from pacellm.rows import ROWS
 
 if TYPE_CHECKING:
-    from pacellm.model.prefill_kernels import Kernel
+    from pacellm.model.attention.prefill import Kernel
 
 KVShape = tuple[tuple[int, int], tuple[int, int]]
 """(kv heads, key size), (kv heads, value size) of a layer."""

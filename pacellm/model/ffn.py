@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from pacellm.config import PRESETS, Preset
-from pacellm.memory import bank, decoded
+from pacellm.memory import bank
+from pacellm.memory import decode as decoded
 from pacellm.memory.bank import Total
-from pacellm.memory.decoded import Token
+from pacellm.memory.decode import Token
 from pacellm.memory.feed import Feed, Tokens, best_feed, feed
-from pacellm.model.beside import beside
 from pacellm.model.context import Banks, Chunk, Observed, Piece, StepContext, current_step
+from pacellm.model.side_stream import beside
 from pacellm.transfer import to_device
 
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pacellm.experts.forward import activation_name
 from pacellm.kernels import has_triton
-from pacellm.model.experts import activation_name
 from pacellm.model.neurons import FFN, decoder_layers, ffns
 
 logger = logging.getLogger("pacellm.model")

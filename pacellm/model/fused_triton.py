@@ -54,7 +54,7 @@ def _rms_norm(
 
 def gated(both: Tensor, activation: str) -> Tensor:
     """act(gate) * up, [T, F] from [T, 2 F] that holds the gates, then the ups; ``activation`` as
-    :func:`pacellm.model.experts.activation_name` has it."""
+    :func:`pacellm.experts.forward.activation_name` has it."""
     rows, size = both.shape[0], both.shape[1] // 2
     output = both.new_empty(rows, size)
     _gated[(rows, triton.cdiv(size, _COLUMNS))](
@@ -162,7 +162,7 @@ def _store(
 
 
 def merge_copies(parts: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """As :func:`pacellm.model.prefill_kernels.merge_copies`, in one pass."""
+    """As :func:`pacellm.model.attention.prefill.merge_copies`, in one pass."""
     copies, count, heads, size = parts.shape
     merged = torch.empty(count, heads, size, dtype=torch.float32, device=parts.device)
     total = torch.empty(count, heads, dtype=torch.float32, device=parts.device)
@@ -193,7 +193,7 @@ def _merge_copies(
 
 
 def merge(total: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """As :func:`pacellm.model.prefill_kernels.merge`: [n, H, D] as float32 and [n, H], in one pass."""
+    """As :func:`pacellm.model.attention.prefill.merge`: [n, H, D] as float32 and [n, H], in one pass."""
     count, heads, size = total.shape
     merged = torch.empty(count, heads, size, dtype=torch.float32, device=total.device)
     both = torch.empty(count, heads, dtype=torch.float32, device=total.device)

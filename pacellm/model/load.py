@@ -14,18 +14,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from pacellm.errors import ModelError, PaceError
 from pacellm.experts.layout import Layout
-from pacellm.gguf_header import Header
-from pacellm.model import attention, attention_cuda
+from pacellm.gguf.check import check_gguf
+from pacellm.gguf.header import Header
+from pacellm.model.attention import cuda as attention_cuda
+from pacellm.model.attention import dispatch as attention
+from pacellm.model.attention.temperature import take_over
 from pacellm.model.checkpoint import check_directory, check_head, check_loaded
 from pacellm.model.context import KVShape, LayerProbe, StepContext, step_context
 from pacellm.model.families import family_of
-from pacellm.model.gguf_check import check_gguf
-from pacellm.model.narrow import narrow
+from pacellm.model.last_rows import narrow
 from pacellm.model.neurons import decoder_layers, ffns
 from pacellm.model.patch import patchable_layers
 from pacellm.model.ranks import Ranks
 from pacellm.model.rope import check_rope, scale_rope
-from pacellm.model.temperature import take_over
 
 _LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -144,7 +145,7 @@ def _from_directory(
 
 
 def _from_gguf(header: Header, dtype: torch.dtype | str, rope_scaling: Mapping[str, Any] | None) -> nn.Module:
-    from pacellm.model import gguf  # needs an optional package
+    from pacellm.gguf import read as gguf  # needs an optional package
 
     config = gguf.read_config(header)
     _settle(config, rope_scaling)

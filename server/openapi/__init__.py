@@ -1,5 +1,5 @@
 """The OpenAPI document of this server, made from its routes and the schemas that check its bodies."""
 
-from server.openapi.document import document
+from .document import document
 
 __all__ = ["document"]

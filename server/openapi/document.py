@@ -8,10 +8,10 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from server.idempotency import KEY
-from server.openapi.answers import SCHEMAS, ref
-from server.openapi.operations import JSON, OPERATIONS, Operation
-from server.schema.base import SESSION_ID, Strict
+from ..idempotency import KEY
+from ..schema.base import SESSION_ID, Strict
+from .answers import SCHEMAS, ref
+from .operations import JSON, OPERATIONS, Operation
 
 _ERRORS = {
     400: "A bad value; `param` names the field",

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from server.schema.base import Strict
-from server.schema.chat import ChatCompletionRequest
-from server.schema.completions import CompletionRequest
-from server.schema.responses import ResponseRequest
-from server.schema.sessions import NamedSession
-from server.schema.tokens import DetokenizeRequest, TokenizeRequest
+from ..schema.base import Strict
+from ..schema.chat import ChatCompletionRequest
+from ..schema.completions import CompletionRequest
+from ..schema.responses import ResponseRequest
+from ..schema.sessions import NamedSession
+from ..schema.tokens import DetokenizeRequest, TokenizeRequest
 
 JSON = "application/json"
 TENSORS = "application/vnd.safetensors"

@@ -2,8 +2,8 @@
 
 from fastapi import APIRouter, Depends
 
-from server.auth import require_key
-from server.routes import chat, completions, health, models, openapi, requests, responses, sessions, tokens
+from ..auth import require_key
+from . import chat, completions, health, models, openapi, requests, responses, sessions, tokens
 
 private = APIRouter(dependencies=[Depends(require_key)])
 for noun in (chat, completions, responses, tokens, models, requests, sessions, openapi, health):

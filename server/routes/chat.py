@@ -5,12 +5,12 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from server import answer
-from server.body import parsed, session_of
-from server.callers import Caller
-from server.chunks import Chunks, fold
-from server.schema.chat import parse_chat
-from server.service import Service
+from .. import answer
+from ..body import parsed, session_of
+from ..callers import Caller
+from ..chunks import Chunks, fold
+from ..schema.chat import parse_chat
+from ..service import Service
 
 router = APIRouter()
 

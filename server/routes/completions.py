@@ -9,13 +9,14 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from pacellm.errors import RequestError
-from server import answer
-from server.body import parsed, session_of
-from server.callers import Caller
-from server.completions import Completions, fold
-from server.prompts import text_append, text_prompt
-from server.schema.completions import CompletionRequest, parse_completion
-from server.service import Generation, Service
+
+from .. import answer
+from ..body import parsed, session_of
+from ..callers import Caller
+from ..completions import Completions, fold
+from ..prompts import text_append, text_prompt
+from ..schema.completions import CompletionRequest, parse_completion
+from ..service import Generation, Service
 
 router = APIRouter()
 

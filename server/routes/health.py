@@ -11,8 +11,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 import pacellm
 from pacellm.errors import Forbidden
-from server.auth import tenant_of
-from server.service import Service
+
+from ..auth import tenant_of
+from ..service import Service
 
 public = APIRouter()  # the only routes that need no key
 router = APIRouter()

@@ -7,7 +7,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from pacellm.errors import ModelNotFound
-from server.service import Service
+
+from ..service import Service
 
 router = APIRouter()
 

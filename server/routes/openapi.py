@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from server.openapi import document
+from ..openapi import document
 
 router = APIRouter()
 

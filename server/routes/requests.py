@@ -8,9 +8,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from pacellm.errors import NotFound
-from server.auth import tenant_of
-from server.edge import REQUEST_ID
-from server.service import Service
+
+from ..auth import tenant_of
+from ..edge import REQUEST_ID
+from ..service import Service
 
 router = APIRouter()
 

@@ -9,15 +9,16 @@ from fastapi.responses import Response
 
 from pacellm.errors import NotFound, RequestError, UnsupportedParameter
 from pacellm.types import GenerationRequest
-from server import answer
-from server.auth import tenant_of
-from server.body import parsed
-from server.callers import Caller
-from server.continuation import Continuation
-from server.histories import Key
-from server.responses import Responses, named
-from server.schema.responses import ResponseRequest, parse_response
-from server.service import Service
+
+from .. import answer
+from ..auth import tenant_of
+from ..body import parsed
+from ..callers import Caller
+from ..continuation import Continuation
+from ..histories import Key
+from ..responses import Responses, named
+from ..schema.responses import ResponseRequest, parse_response
+from ..service import Service
 
 router = APIRouter(prefix="/v1/responses")
 

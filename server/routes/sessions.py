@@ -9,11 +9,12 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from pacellm.errors import RequestError
-from server.auth import tenant_of
-from server.body import check_writable, timed_body
-from server.schema.base import SESSION_ID
-from server.schema.sessions import parse_named
-from server.service import Service
+
+from ..auth import tenant_of
+from ..body import check_writable, timed_body
+from ..schema.base import SESSION_ID
+from ..schema.sessions import parse_named
+from ..service import Service
 
 router = APIRouter(prefix="/v1/sessions")
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,256}")

@@ -8,12 +8,13 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from pacellm.errors import ContextLengthExceeded, RequestError
-from server import sse
-from server.auth import tenant_of
-from server.body import parsed
-from server.prompts import check_characters, check_text, rendered_chat, text_limit
-from server.schema.tokens import DetokenizeRequest, TokenizeRequest, parse_detokenize, parse_tokenize
-from server.service import Service
+
+from .. import sse
+from ..auth import tenant_of
+from ..body import parsed
+from ..prompts import check_characters, check_text, rendered_chat, text_limit
+from ..schema.tokens import DetokenizeRequest, TokenizeRequest, parse_detokenize, parse_tokenize
+from ..service import Service
 
 router = APIRouter()
 

@@ -7,14 +7,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from pacellm.errors import RequestError
-from pacellm.grammar import Grammar
+from pacellm.text.constraints import Grammar
 from pacellm.types import SamplingParams
-from server.schema.base import parse, refuse_unless_neutral
-from server.schema.formats import ResponseFormat, StructuredOutputs
-from server.schema.messages import Message, check_messages
-from server.schema.sampling import SamplingFields
-from server.schema.tools import MAX_TOOLS, NamedTool, Tool, ToolChoice, check_tools
-from server.schema.turn import TurnRequest
+
+from .base import parse, refuse_unless_neutral
+from .formats import ResponseFormat, StructuredOutputs
+from .messages import Message, check_messages
+from .sampling import SamplingFields
+from .tools import MAX_TOOLS, NamedTool, Tool, ToolChoice, check_tools
+from .turn import TurnRequest
 
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)

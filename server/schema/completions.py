@@ -8,9 +8,10 @@ from pydantic import Field
 
 from pacellm.errors import RequestError
 from pacellm.types import SamplingParams
-from server.schema.base import parse, refuse_unless_neutral
-from server.schema.formats import StructuredOutputs
-from server.schema.sampling import SamplingFields
+
+from .base import parse, refuse_unless_neutral
+from .formats import StructuredOutputs
+from .sampling import SamplingFields
 
 _Token = Annotated[int, Field(ge=0, lt=2**31)]
 _Tokens = Annotated[list[_Token], Field(min_length=1, fail_fast=True)]

@@ -7,11 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from pacellm import grammar
 from pacellm.errors import RequestError
-from pacellm.grammar import Grammar
-from server.schema.base import Strict
-from server.schema.tools import NAME
+from pacellm.text import constraints as grammar
+from pacellm.text.constraints import Grammar
+
+from .base import Strict
+from .tools import NAME
 
 _Text = Annotated[str, Field(min_length=1, max_length=2**18)]
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Discriminator, Field, Tag
 
-from server.schema.base import Strict
-from server.schema.tools import NAME, FunctionDefinition, FunctionName, NamedTool, Tool
+from .base import Strict
+from .tools import NAME, FunctionDefinition, FunctionName, NamedTool, Tool
 
 _Id = Annotated[str, Field(max_length=512)]
 _CallId = Annotated[str, Field(min_length=1, max_length=256)]

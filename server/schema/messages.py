@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from pacellm.errors import RequestError
-from server.schema.base import Strict
-from server.schema.tools import MAX_TOOLS, ToolCall, check_arguments
+
+from .base import Strict
+from .tools import MAX_TOOLS, ToolCall, check_arguments
 
 
 class TextPart(Strict):

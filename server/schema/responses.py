@@ -8,16 +8,17 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from pacellm.errors import RequestError, UnsupportedParameter
-from pacellm.grammar import Grammar
+from pacellm.text.constraints import Grammar
 from pacellm.types import SamplingParams
-from server.schema.base import RESPONSE_PREFIX, SESSION_ID, Strict, parse, refuse_unless_neutral
-from server.schema.chat import Metadata
-from server.schema.formats import TextFormat
-from server.schema.items import InputItem, ResponseNamedTool, ResponseTool, messages_of
-from server.schema.messages import Message, check_messages
-from server.schema.sampling import GenerationFields
-from server.schema.tools import MAX_TOOLS, Tool, check_tools
-from server.schema.turn import Choice, TurnRequest
+
+from .base import RESPONSE_PREFIX, SESSION_ID, Strict, parse, refuse_unless_neutral
+from .chat import Metadata
+from .formats import TextFormat
+from .items import InputItem, ResponseNamedTool, ResponseTool, messages_of
+from .messages import Message, check_messages
+from .sampling import GenerationFields
+from .tools import MAX_TOOLS, Tool, check_tools
+from .turn import Choice, TurnRequest
 
 
 class ConversationId(Strict):

@@ -9,7 +9,8 @@ from pydantic import Field
 from pacellm.errors import RequestError
 from pacellm.modes import PAChoice
 from pacellm.types import SamplingParams
-from server.schema.base import SESSION_ID, Strict
+
+from .base import SESSION_ID, Strict
 
 MAX_TIMEOUT = 86_400.0
 _Stop = Annotated[str, Field(min_length=1, max_length=1024)]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from server.schema.base import SESSION_ID, Strict, parse
+from .base import SESSION_ID, Strict, parse
 
 _MAX_TTL = 10 * 365 * 86400
 

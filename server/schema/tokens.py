@@ -6,9 +6,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from server.schema.base import Strict, parse
-from server.schema.messages import Message, check_messages
-from server.schema.tools import MAX_TOOLS, Tool, check_tools
+from .base import Strict, parse
+from .messages import Message, check_messages
+from .tools import MAX_TOOLS, Tool, check_tools
 
 
 class TokenizeRequest(Strict):

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from pacellm.errors import RequestError
-from server.schema.base import Strict
-from server.shape import MAX_DEPTH, shape_of
+
+from ..shape import MAX_DEPTH, shape_of
+from .base import Strict
 
 MAX_TOOLS = 128
 MAX_ARGUMENTS = 2**18  # values in the arguments of all calls of a request, commas in their texts included

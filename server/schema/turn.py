@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pacellm.grammar import Grammar
-from server.schema.messages import Message
-from server.schema.tools import NamedTool, Tool
+from pacellm.text.constraints import Grammar
+
+from .messages import Message
+from .tools import NamedTool, Tool
 
 Choice = Literal["none", "auto", "required"] | NamedTool
 

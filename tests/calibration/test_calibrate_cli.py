@@ -7,18 +7,18 @@ import logging
 import httpx
 import pytest
 
+from pacellm.calibration import perplexity as measure
 from pacellm.calibration.file import NAME, Calibration
 from pacellm.calibration.gate import FLAG
-from pacellm.cli import build, main, serve_options
+from pacellm.calibration.run import ACTING
+from pacellm.cli.main import build, main, serve_options
 from pacellm.config import EngineConfig, default_pa_layers
 from pacellm.demo import MODEL_PATH
 from pacellm.demo.known_text import known_text
-from pacellm.engine import measure
-from pacellm.engine.calibrate import ACTING
+from pacellm.experts.apply import model_fingerprint, weight_features
 from pacellm.experts.cluster import shuffled
 from pacellm.experts.layout import Layout
 from pacellm.model.fingerprint import model_sample
-from pacellm.model.layout import model_fingerprint, weight_features
 from pacellm.model.load import load
 from tests.server.conftest import NAME as MODEL
 from tests.server.conftest import Live

@@ -9,8 +9,8 @@ from pacellm.calibration.file import NAME, Calibration, beside, text
 from pacellm.calibration.gate import FLAG, Gate, find
 from pacellm.config import PAConfig
 from pacellm.errors import ConfigError, RequestError
+from pacellm.experts.apply import apply_layout
 from pacellm.model.fingerprint import model_sample
-from pacellm.model.layout import apply_layout
 from pacellm.model.load import prepare
 from pacellm.model.patch import patch
 from tests.experts.test_layout import random_layout

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
+from pacellm.calibration.perplexity import LEAST, Meter, plan
+from pacellm.calibration.run import ACTING, BankMeasurement, effect, measure_experts
 from pacellm.config import PAConfig
-from pacellm.engine.calibrate import ACTING, BankMeasurement, effect, measure_experts
-from pacellm.engine.measure import LEAST, Meter, plan
 from pacellm.errors import ConfigError
-from pacellm.model.layout import apply_layout
+from pacellm.experts.apply import apply_layout
 from pacellm.model.load import prepare
 from pacellm.types import Delta, PromptScores, SamplingParams
 from tests.engine.helpers import new_engine, prompt, request, run
@@ -147,7 +147,7 @@ class Harms:
         return self._scores(sum(self.harms[layer] for layer in layers) + self.together * (len(layers) > 2))
 
     def _scores(self, nats):
-        from pacellm.engine.measure import Scores
+        from pacellm.calibration.perplexity import Scores
 
         return Scores(*torch.full((2, 64), nats, dtype=torch.float64))
 

@@ -11,7 +11,7 @@ from pacellm.demo.reader import DocumentReader, prompt_of, questions_of
 from pacellm.engine.engine import Engine, run_until_idle
 from pacellm.engine.integrity import check_integrity
 from pacellm.model.load import load
-from pacellm.tokenizer import ChatTokenizer
+from pacellm.text.tokenizer import ChatTokenizer
 from pacellm.types import Delta, GenerationRequest, SamplingParams
 
 TOKENIZER = ChatTokenizer(MODEL_PATH)

@@ -10,9 +10,9 @@ import pytest
 from deploy.grafana.live import ask, prometheus
 from pacellm.config import EngineConfig, PAConfig
 from pacellm.demo import MODEL_PATH
+from pacellm.experts.apply import apply_layout, model_fingerprint, weight_features
 from pacellm.experts.cluster import shuffled
 from pacellm.experts.layout import Layout
-from pacellm.model.layout import apply_layout, model_fingerprint, weight_features
 from pacellm.model.load import load as load_model
 from tests.server.conftest import start
 

@@ -5,10 +5,10 @@ import pytest
 from deploy.ray.flags import parse_flags
 from deploy.ray.report import held_sessions
 from deploy.ray.table import digest
-from pacellm.engine.kv import BlockAllocator
-from pacellm.engine.session import Session
-from pacellm.engine.sessions import SessionStore
 from pacellm.errors import ConfigError
+from pacellm.kv.blocks import BlockAllocator
+from pacellm.sessions.session import Session
+from pacellm.sessions.store import SessionStore
 
 
 @pytest.mark.parametrize(

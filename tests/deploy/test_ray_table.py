@@ -6,7 +6,7 @@ import pytest
 
 from deploy.ray.requests import session_key
 from deploy.ray.table import SessionTable, digest, read_report, write_report
-from server.auth import Keys
+from pacellm.server.auth import Keys
 
 KEYS = Keys({"key-of-anna": "anna", "key-of-bert": "bert"})
 

@@ -7,11 +7,11 @@ from array import array
 from dataclasses import dataclass
 
 from pacellm.config import EngineConfig
-from pacellm.engine.kv import BLOCK, BlockAllocator
 from pacellm.engine.scheduler import Scheduler
 from pacellm.engine.sequence import Sequence
-from pacellm.engine.sessions import SessionStore
 from pacellm.errors import PaceError
+from pacellm.kv.blocks import BLOCK, BlockAllocator
+from pacellm.sessions.store import SessionStore
 from pacellm.types import FinishReason, GenerationRequest, SamplingParams
 
 DECODE, TOKEN, DEPTH = 0.016, 2e-4, 2e-8  # seconds of a step, of a prompt token, and more for each token before it

@@ -85,7 +85,7 @@ def test_abort_takes_all_choices(model, steps):
 
 
 def test_a_failed_choice_fails_the_request(model, monkeypatch):
-    from pacellm.engine import answers as module
+    from pacellm.engine import answer as module
 
     original = module.Answers._token
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from pacellm.engine.engine import run_until_idle
-from pacellm.engine.setup import memory_left
+from pacellm.engine.factory import memory_left
 from pacellm.errors import ConfigError, SnapshotRefused
-from pacellm.memory import disk as disk_module
-from pacellm.memory.disk import LOG, STATE
 from pacellm.model.load import prepare
+from pacellm.sessions import disk as disk_module
+from pacellm.sessions.disk import LOG, STATE
 from pacellm.types import Failed
 from tests.engine.helpers import (
     assert_nothing_held,

@@ -88,7 +88,7 @@ def test_an_aborted_first_request_leaves_no_session(model):
 def test_a_failure_inside_a_step_fails_one_request(model, monkeypatch):
     wanted = tokens(run(new_engine(model), request("good", LONG))["good"])
     engine = new_engine(model, max_num_batched_tokens=128)
-    from pacellm.model import attention_cpu
+    from pacellm.model.attention import cpu as attention_cpu
 
     original = attention_cpu._attend_full
 
@@ -110,7 +110,7 @@ def test_a_failure_leaves_the_kv_that_a_session_shares(model, monkeypatch):
     kept, engine = new_engine(model), new_engine(model)
     for e in (kept, engine):
         run(e, request("1", LONG, session="s"))
-    from pacellm.engine import answers as module
+    from pacellm.engine import answer as module
 
     with monkeypatch.context() as patch:
         patch.setattr(module.Answers, "_accept", lambda *_: 1 / 0)

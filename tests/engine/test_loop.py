@@ -6,10 +6,10 @@ import pytest
 
 from pacellm.engine.engine import run_until_idle
 from pacellm.engine.integrity import IntegrityError
-from pacellm.engine.session_ops import WAIT
 from pacellm.engine.thread import EngineThread
 from pacellm.errors import EngineError
 from pacellm.model.load import prepare
+from pacellm.sessions.operations import WAIT
 from pacellm.types import Delta, Failed, SamplingParams
 from tests.engine.helpers import assert_nothing_held, finish, new_engine, prompt, request, run, tokens
 from tests.engine.test_lifecycle import Inbox

@@ -6,9 +6,9 @@ import torch
 from pacellm import PAConfig
 from pacellm.config import PRESETS
 from pacellm.engine.engine import run_until_idle
-from pacellm.memory.disk import STATE
 from pacellm.model.load import prepare
 from pacellm.modes import MODES, preset_of, resolve, writes
+from pacellm.sessions.disk import STATE
 from pacellm.types import Delta, PromptScores, SamplingParams
 from tests.engine.helpers import (
     BANK,

@@ -2,13 +2,13 @@
 
 import pytest
 
+from pacellm.engine.chunking import add_parts
 from pacellm.engine.pace import LONGEST, SEVERAL, SHARE, Pace
-from pacellm.engine.parts import add_parts
 from pacellm.engine.sequence import Sequence, Status
 from pacellm.engine.step import Step
-from pacellm.engine.turn import Turn
 from pacellm.model.load import prepare
 from pacellm.rows import ROWS
+from pacellm.sessions.turn import Turn
 from tests.engine.helpers import GREEDY, new_engine, request
 from tests.engine.machine import DECODE, true_cost
 from tests.models import tiny

@@ -4,7 +4,9 @@ import dataclasses
 
 import pytest
 
-from pacellm.model import attention_cpu, attention_cuda, prefill_kernels
+from pacellm.model.attention import cpu as attention_cpu
+from pacellm.model.attention import cuda as attention_cuda
+from pacellm.model.attention import prefill as prefill_kernels
 from pacellm.model.load import prepare
 from tests.engine.helpers import assert_nothing_held, new_engine, prompt, request, run, tokens
 from tests.model import stand_ins

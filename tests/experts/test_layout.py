@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from pacellm.cli import main
+from pacellm.cli.main import main
 from pacellm.errors import ConfigError
+from pacellm.experts.apply import apply_layout, model_fingerprint, weight_features
 from pacellm.experts.cluster import Features, cluster, cluster_layers, shuffled
 from pacellm.experts.layout import Layout
-from pacellm.model.layout import apply_layout, model_fingerprint, weight_features
 from pacellm.model.load import prepare
 from pacellm.types import SamplingParams
 from tests.engine.helpers import new_engine, prompt, request, run

@@ -7,12 +7,12 @@ import torch
 
 from pacellm.engine.stats import EngineStats, per_layer
 from pacellm.errors import ConfigError, RequestError
-from pacellm.experts.working_set import choose
+from pacellm.experts.apply import apply_layout
+from pacellm.experts.forward import ExpertForward
 from pacellm.memory import bank
-from pacellm.memory.activity import EXPERTS, UNIT
+from pacellm.memory.expert_counts import EXPERTS, UNIT
 from pacellm.memory.state import new_bank
-from pacellm.model.experts import ExpertForward
-from pacellm.model.layout import apply_layout
+from pacellm.memory.working_set import choose
 from pacellm.model.load import prepare
 from pacellm.types import SamplingParams
 from tests.engine.helpers import (

@@ -10,7 +10,7 @@ from pacellm.demo.evaluate import opening
 from pacellm.demo.generator import make_document
 from pacellm.errors import ModelError
 from pacellm.model.load import load, prepare
-from pacellm.tokenizer import ChatTokenizer
+from pacellm.text.tokenizer import ChatTokenizer
 from pacellm.types import SamplingParams
 from tests.engine.helpers import assert_nothing_held, new_engine, prompt, request, run, tokens
 from tests.model.cuda_steps import check

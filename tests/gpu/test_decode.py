@@ -7,7 +7,7 @@ import torch
 
 from pacellm.config import PRESETS
 from pacellm.memory import feed
-from pacellm.model import attention_cuda
+from pacellm.model.attention import cuda as attention_cuda
 from pacellm.model.load import prepare
 from pacellm.types import SamplingParams
 from tests.engine.helpers import assert_nothing_held, assert_same_banks, banks, new_engine, prompt, request, run, tokens

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from pacellm.errors import ConfigError
-from pacellm.model import kernel_choice, prefill_kernels
+from pacellm.model.attention import choice as kernel_choice
+from pacellm.model.attention import prefill as prefill_kernels
 from pacellm.model.load import prepare
 from tests.engine.helpers import new_engine, prompt, request, run, tokens
 from tests.model.cuda_steps import check

@@ -5,8 +5,8 @@ import warnings
 import pytest
 import torch
 
-from pacellm.model.experts import why_no_kernel
-from pacellm.model.layout import apply_layout
+from pacellm.experts.apply import apply_layout
+from pacellm.experts.forward import why_no_kernel
 from pacellm.model.load import prepare
 from pacellm.types import SamplingParams
 from tests.engine.helpers import assert_nothing_held, assert_same_banks, banks, new_engine, prompt, request, run, tokens
@@ -32,7 +32,7 @@ def with_layout(family="qwen3"):
 
 @pytest.mark.parametrize("batch", [1, 8, 19])
 def test_the_kernel_at_7b_sizes(batch):
-    from pacellm.model import experts_triton
+    from pacellm.experts import kernel as experts_triton
     from tests.triton_cases import masked_ffn
 
     inputs = on_device(batch=batch, hidden=3584, size=296, experts=64)
@@ -43,7 +43,7 @@ def test_the_kernel_at_7b_sizes(batch):
 
 
 def test_a_rows_bits_do_not_depend_on_its_mates():
-    from pacellm.model import experts_triton
+    from pacellm.experts import kernel as experts_triton
 
     hidden, weights, table, rows = on_device(batch=37, hidden=896, size=76, experts=64)
     expected = experts_triton.products(hidden, weights, table, rows, "silu")

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from pacellm import Bank, PAConfig
 from pacellm.errors import ConfigError
 from pacellm.memory.bank import effective_rank, read, stage, write
-from pacellm.memory.decoded import Token, feed
+from pacellm.memory.decode import Token, feed
 from pacellm.memory.state import COUNTERS, new_bank, new_stage
 
 DATA = Path(__file__).parent.parent / "data"

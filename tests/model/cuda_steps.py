@@ -2,7 +2,7 @@
 
 import torch
 
-from pacellm.model import attention_cuda
+from pacellm.model.attention import cuda as attention_cuda
 from pacellm.model.context import Chunk, Run, StepContext
 from tests.model.attention_reference import plain, scatter
 

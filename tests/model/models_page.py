@@ -4,8 +4,8 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from pacellm.gguf.check import ARCHITECTURES, SPLITS
 from pacellm.model.families import FAMILIES, LAYOUTS, REFUSED
-from pacellm.model.gguf_check import ARCHITECTURES, SPLITS
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 

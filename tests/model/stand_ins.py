@@ -5,7 +5,7 @@ import types
 
 import torch
 
-from pacellm.model import prefill_kernels
+from pacellm.model.attention import prefill as prefill_kernels
 
 
 def one(query, key, value, causal, scale, left=-1):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pacellm.model import attention_cpu
-from pacellm.model.attention_form import Form
+from pacellm.model.attention import cpu as attention_cpu
+from pacellm.model.attention.form import Form
 from pacellm.model.context import Chunk, Run, StepContext
 from tests.model.attention_reference import plain, scatter
 

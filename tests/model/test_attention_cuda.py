@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pacellm.model import attention_cuda, prefill_kernels
+from pacellm.model.attention import cuda as attention_cuda
+from pacellm.model.attention import prefill as prefill_kernels
 from pacellm.model.context import Chunk, Run
 from tests.model import stand_ins
 from tests.model.cuda_steps import check

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from pacellm.errors import ConfigError, ModelError
 from pacellm.model.load import load
-from pacellm.tokenizer import ChatTokenizer, read_template
+from pacellm.text.tokenizer import ChatTokenizer, read_template
 from tests.models import COMMON, tiny
 
 

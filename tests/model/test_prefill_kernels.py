@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from pacellm.config import ATTENTION_KERNELS, EngineConfig
-from pacellm.engine import setup
+from pacellm.engine import factory
 from pacellm.errors import ConfigError
-from pacellm.model import kernel_choice, prefill_kernels
+from pacellm.model.attention import choice as kernel_choice
+from pacellm.model.attention import prefill as prefill_kernels
+from pacellm.model.attention.prefill import Kernel, new_plan
 from pacellm.model.context import Chunk, Run
 from pacellm.model.load import prepare
-from pacellm.model.prefill_kernels import Kernel, new_plan
 from tests.engine.helpers import new_engine
 from tests.model import stand_ins
 from tests.model.cuda_steps import check
@@ -227,7 +228,7 @@ def test_the_engine_asks_for_its_own_layers_and_says_what_it_uses(monkeypatch, c
     )
     config = EngineConfig(deterministic=deterministic)
     with caplog.at_level("INFO", logger="pacellm.engine"):
-        assert setup.attention_kernel(model, config).name == used
+        assert factory.attention_kernel(model, config).name == used
     assert asked == [("flash" if deterministic else "auto", [(4, ((2, 8), (2, 8))), (8, ((2, 8), (2, 8)))])]
     assert f"prompt attention by {used}" in caplog.text
     if not deterministic:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from pacellm.model import products
-from pacellm.model.products import OneDNN, choose, give_back
+from pacellm.model import linear as products
+from pacellm.model.linear import OneDNN, choose, give_back
 from pacellm.rows import ROWS
 
 PLENTY = 2**40

@@ -2,11 +2,11 @@
 
 from pacellm.calibration.file import text
 from pacellm.calibration.gate import LIMIT
+from pacellm.calibration.perplexity import Meter
+from pacellm.calibration.run import PART, STRIDE, effects, perplexity
 from pacellm.config import PAConfig
-from pacellm.engine.calibrate import PART, STRIDE, effects, perplexity
-from pacellm.engine.measure import Meter
 from pacellm.model.load import load
-from pacellm.tokenizer import ChatTokenizer
+from pacellm.text.tokenizer import ChatTokenizer
 
 
 def test_layer_28_does_the_harm(smollm2):

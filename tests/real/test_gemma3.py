@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pacellm import cli
 from pacellm.calibration.file import text as calibration_text
+from pacellm.cli.main import main as cli
 from tests.server.conftest import Live
 from tests.server.talk import user
 

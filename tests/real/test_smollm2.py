@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pacellm import cli
 from pacellm.calibration.file import text as calibration_text
+from pacellm.cli.main import main as cli
 from pacellm.demo import real
-from pacellm.model.gguf_check import check_gguf
+from pacellm.gguf.check import check_gguf
 from pacellm.model.load import load
 from pacellm.real_models import gguf_file
-from pacellm.tokenizer import ChatTokenizer
+from pacellm.text.tokenizer import ChatTokenizer
 from tests.server.conftest import Live
 from tests.server.talk import WEATHER, user
 

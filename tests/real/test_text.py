@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from pacellm.tokenizer import ChatTokenizer
+from pacellm.text.tokenizer import ChatTokenizer
 from tests.chat_families import GEMMA
-from tests.test_literals import ids_of, said, shielded, talk
+from tests.text.test_literals import ids_of, said, shielded, talk
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ from pacellm.demo import MODEL_PATH
 from pacellm.demo.generator import make_document
 from pacellm.engine.engine import Engine
 from pacellm.model.load import load
-from pacellm.tokenizer import ChatTokenizer
-from server import listen, wire
-from server.app import create_app
-from server.service import Service
-from server.settings import Settings
+from pacellm.server import listen, wire
+from pacellm.server.app import create_app
+from pacellm.server.service import Service
+from pacellm.server.settings import Settings
+from pacellm.text.tokenizer import ChatTokenizer
 
 NAME = "pacellm-demo"
 
@@ -111,7 +111,7 @@ def read(clean, document):
 @pytest.fixture
 def scripted(monkeypatch):
     """Lets the model of a server say a text, as far as it may."""
-    from pacellm.engine import answers as module
+    from pacellm.engine import answer as module
 
     def say(server, text):
         server.service.grammars._load()

@@ -7,11 +7,11 @@ import socket
 import openai
 import pytest
 
-from pacellm.cli import serve_options, server_settings
+from pacellm.cli.main import serve_options, server_settings
 from pacellm.config import EngineConfig
 from pacellm.errors import ConfigError
-from server import logs, routes
-from server.auth import Keys, read_keys
+from pacellm.server import logs, routes
+from pacellm.server.auth import Keys, read_keys
 from tests.server.conftest import NAME, start
 
 ALICE, ALICE_NEW, BOB = "alice-key-1", "alice-key-2", "bob-key-22"

@@ -6,12 +6,12 @@ import pytest
 
 from pacellm.demo import MODEL_PATH
 from pacellm.errors import NotAppendable, RequestError
-from pacellm.tokenizer import ChatTokenizer
-from server.appending import Following, outline_of
-from server.conversation import Talk
-from server.schema.messages import Message
-from server.schema.tools import Tool
-from server.schema.turn import TurnRequest
+from pacellm.server.appending import Following, outline_of
+from pacellm.server.conversation import Talk
+from pacellm.server.schema.messages import Message
+from pacellm.server.schema.tools import Tool
+from pacellm.server.schema.turn import TurnRequest
+from pacellm.text.tokenizer import ChatTokenizer
 from tests.server.talk import HERMES, WEATHER, user
 
 _ALTERNATE = """\

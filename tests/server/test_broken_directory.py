@@ -1,9 +1,9 @@
 """A session directory that takes nothing, as clients see it."""
 
 from pacellm.config import EngineConfig
-from tests.engine.broken_disk import break_disk
 from tests.server.conftest import start
 from tests.server.test_sessions import ask
+from tests.sessions.broken_disk import break_disk
 
 
 def test_a_full_directory_costs_durability_alone_and_says_so(tmp_path, monkeypatch):

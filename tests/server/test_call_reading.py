@@ -3,8 +3,8 @@
 import pytest
 
 from pacellm.demo import MODEL_PATH
-from pacellm.tokenizer import ChatTokenizer
-from server.calls import CallScanner
+from pacellm.server.calls import CallScanner
+from pacellm.text.tokenizer import ChatTokenizer
 from tests.server.talk import function
 
 

@@ -88,7 +88,7 @@ def test_full_queue_says_when_to_come_back():
 
 
 def test_a_failure_after_the_stream_began_is_an_event(live, monkeypatch):
-    from pacellm.engine import answers
+    from pacellm.engine import answer as answers
 
     def explode(*_):
         raise RuntimeError("broken on purpose")

@@ -8,7 +8,7 @@ import pytest
 import pacellm
 from pacellm.demo import MODEL_PATH
 from pacellm.demo.generator import make_document
-from pacellm.tokenizer import ChatTokenizer
+from pacellm.text.tokenizer import ChatTokenizer
 from tests.server.conftest import NAME
 
 

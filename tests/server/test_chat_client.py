@@ -9,12 +9,12 @@ import time
 import httpx
 import pytest
 
-from pacellm.chat import Conversation, Terminal
-from pacellm.cli import main
+from pacellm.cli.chat import Conversation, Terminal
+from pacellm.cli.main import main
 from pacellm.config import EngineConfig
 from pacellm.demo import MODEL_PATH
 from pacellm.demo.generator import make_document
-from pacellm.tokenizer import ChatTokenizer
+from pacellm.text.tokenizer import ChatTokenizer
 from tests.server.conftest import start
 
 
@@ -81,7 +81,7 @@ def test_a_terminal_sees_progress_on_one_line(live, document, monkeypatch):
 
 
 def test_ctrl_c_cancels_the_answer_and_keeps_the_session(live):
-    command = [sys.executable, "-m", "pacellm.cli", "chat", "--url", f"{live.url}/v1", "--session", "ctrl-c"]
+    command = [sys.executable, "-m", "pacellm.cli.main", "chat", "--url", f"{live.url}/v1", "--session", "ctrl-c"]
     live.http.delete("/v1/sessions")
     # where the tests themselves run in a shell's background, Ctrl-C is ignored, and children would inherit that
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

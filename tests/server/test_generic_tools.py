@@ -5,10 +5,10 @@ import json
 import openai
 import pytest
 
-from server.prompts import rendered_chat
-from server.readers import GenericReader, PlainReader
-from server.schema.messages import Message
-from server.schema.tools import Tool
+from pacellm.server.prompts import rendered_chat
+from pacellm.server.readers import GenericReader, PlainReader
+from pacellm.server.schema.messages import Message
+from pacellm.server.schema.tools import Tool
 from tests.chat_families import build
 from tests.server.conftest import NAME, start
 from tests.server.talk import CALL, DICE, WEATHER, ask, folded, function, parts, user

@@ -1,6 +1,6 @@
 """Messages that stored responses keep, and which go first."""
 
-from server.histories import Histories, History
+from pacellm.server.histories import Histories, History
 
 
 def turn(text, parent=None):

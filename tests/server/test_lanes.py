@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from server.lanes import SHORT, Lane, Lanes, Slots
+from pacellm.server.lanes import SHORT, Lane, Lanes, Slots
 from tests.server.conftest import NAME
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pacellm import pieces
 from pacellm.config import EngineConfig
 from pacellm.errors import ContextLengthExceeded, Overloaded
-from server.auth import Keys
-from server.intake import Intake
+from pacellm.server.auth import Keys
+from pacellm.server.intake import Intake
+from pacellm.text import pieces
 from tests.server.conftest import NAME, start
 
 KEYS = Keys({"alice-key-1": "alice", "bob-key-22": "bob"})

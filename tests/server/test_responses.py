@@ -6,7 +6,7 @@ import openai
 import pytest
 
 from pacellm.config import EngineConfig
-from server.auth import Keys
+from pacellm.server.auth import Keys
 from tests.server.conftest import NAME, start
 from tests.server.respond import USUAL, create, post, sessions
 

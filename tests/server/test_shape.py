@@ -6,11 +6,11 @@ import random
 import pytest
 
 from pacellm.errors import BodyTooLarge, RequestError
-from server import shape
-from server.schema.chat import parse_chat
-from server.schema.completions import parse_completion
-from server.schema.tokens import parse_tokenize
-from server.shape import MAX_DEPTH, MAX_PAIRS, shape_of
+from pacellm.server import shape
+from pacellm.server.schema.chat import parse_chat
+from pacellm.server.schema.completions import parse_completion
+from pacellm.server.schema.tokens import parse_tokenize
+from pacellm.server.shape import MAX_DEPTH, MAX_PAIRS, shape_of
 
 STRINGS = ["", "a", 'quote " here', "back\\slash", "\\", '\\"', "[{,:}]", "\n", "é", "漢字", "😀", "\\\\\\", "\ud800"]
 

@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 
+from pacellm.server.service import Generation
+from pacellm.server.sse import EventStream
 from pacellm.types import Admitted, Delta, GenerationRequest
-from server.service import Generation
-from server.sse import EventStream
 
 SCOPE = {"type": "http"}
 

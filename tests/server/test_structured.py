@@ -263,7 +263,7 @@ def test_a_schema_that_is_not_strict_may_have_what_cannot_be_enforced(live):
 
 
 def test_a_grammar_that_fails_later_fails_its_request_alone(live, monkeypatch):
-    from pacellm.engine.grammar import Matcher
+    from pacellm.text.grammar import Matcher
 
     original = Matcher.allowed
 

@@ -12,8 +12,8 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from pacellm.config import EngineConfig
 from pacellm.errors import ConfigError
+from pacellm.server.traces import Traces, exporter
 from pacellm.types import Admitted, GenerationRequest
-from server.traces import Traces, exporter
 from tests.server.conftest import NAME, start
 
 

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from pacellm.config import EngineConfig
-from server import logs, wire
+from pacellm.server import logs, wire
 from tests.server.conftest import start
 
 SMALL = EngineConfig(kv_cache_memory=2**28, max_model_len=4096)

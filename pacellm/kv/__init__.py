@@ -1,0 +1,1 @@
+"""Where keys and values lie: refcounted blocks, and the prefix cache of prompts that were fed before."""

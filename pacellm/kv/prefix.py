@@ -1,0 +1,234 @@
+"""Kept prefill progress: KV and banks together, at ends of segments, for whoever feeds the same again.
+
+An entry is keyed by what led to it, never by contents: the tenant, the state it started from (nothing, or a session at
+one of its generations), the turn, and its ids from the turn's start. Within one engine the model, the config and so
+the cuts are the same. Entries are idle cache: they hold references to KV blocks and a bank row of their own, and the
+scheduler may take them away at any time, before any session.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from pacellm.engine.sequence import Before, Lineage, Sequence
+from pacellm.kv.blocks import BlockAllocator, KVTable, blocks_for
+from pacellm.memory.pool import BankPool
+from pacellm.modes import PAMode
+from pacellm.sessions.turn import Turn
+
+_MAX_ENTRIES = 64
+
+
+@dataclass(eq=False)
+class Entry:
+    """State after ``ids`` of turn ``index``, which began at ``start``.
+
+    Attributes:
+        lineage: (tenant, session or None, its generation).
+        table: blocks up to ``position``; the last may go on with somebody else's tokens.
+        row: banks as they stood at ``position``; None without PA.
+        maker: id of the request that made it; ``session``: that request's.
+        before: where the turn began, if it was that request's own.
+    """
+
+    lineage: Lineage
+    index: int
+    start: int
+    ids: array[int]
+    pa: PAMode
+    table: KVTable
+    row: int | None
+    maker: str
+    session: tuple[str, str] | None
+    before: Before | None
+
+    @property
+    def position(self) -> int:
+        """Tokens of context that it stands for."""
+        return self.start + len(self.ids)
+
+
+class PrefixCache:
+    """All entries, least recently used first.
+
+    Args:
+        allocator, pool: where blocks and rows are held; pool is None without PA.
+        segment: entries lie at multiples of it.
+        max_seqs: working rows, which entries never take.
+    """
+
+    def __init__(self, allocator: BlockAllocator, pool: BankPool | None, *, segment: int, max_seqs: int) -> None:
+        self._allocator, self._pool, self._segment, self._max_seqs = allocator, pool, segment, max_seqs
+        self._entries: list[Entry] = []
+        self.hits = 0
+        self.hit_tokens = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(list(self._entries))
+
+    def find(self, lineage: Lineage, turns: list[Turn]) -> Entry | None:
+        """The entry that saves most of feeding ``turns``, the last of which is the request's own; None without."""
+        best: Entry | None = None
+        for entry in self._entries:
+            if entry.lineage == lineage and (best is None or _depth(entry) > _depth(best)) and self._fits(entry, turns):
+                best = entry
+        return best
+
+    def _fits(self, entry: Entry, turns: list[Turn]) -> bool:
+        if entry.index >= len(turns):
+            return False
+        turn, later = turns[entry.index], turns[entry.index + 1 :]
+        if any(other.start < entry.position for other in later):
+            return False  # a turn that goes back would write over the entry's KV
+        if (entry.start, entry.pa) != (turn.start, turn.pa) or entry.position >= turn.prompt_end:
+            return False
+        if entry.index < len(turns) - 1:
+            return True  # a turn of the log, which is the same as long as the generation is
+        mine = np.frombuffer(entry.ids, dtype=np.int32)
+        return bool((mine == np.frombuffer(turn.ids, dtype=np.int32)[: len(mine)]).all())
+
+    def use(self, entry: Entry, sequence: Sequence) -> None:
+        """A sequence goes on from it. The tokens of its own turn that it saves are its own all the same."""
+        if len(sequence.work) == 1 and entry.before is not None:
+            sequence.before = entry.before
+        self._entries.remove(entry)
+        self._entries.append(entry)
+        self.hits += 1
+        self.hit_tokens += len(entry.ids)
+
+    # -- keeping -------------------------------------------------------------------------------------------
+
+    def boundary(self, sequence: Sequence) -> int | None:
+        """The last segment's end whose state a sequence has right now.
+
+        None where there is none in this turn, or where a later turn goes back behind it and will write over its KV.
+        """
+        turn, position = sequence.turn, sequence.position
+        if position >= turn.prompt_end:
+            return None
+        end = position - position % self._segment
+        goes_back = any(later.start < end for later in sequence.work[1:])
+        return end if end > turn.start and not goes_back else None
+
+    def keep(self, sequence: Sequence, num_running: int) -> None:
+        """Copy a running sequence's state at its last segment's end; of its older entries a few stay, further and
+        further apart."""
+        end = self.boundary(sequence)
+        mine = [entry for entry in self._entries if entry.maker == sequence.id and entry.index == sequence.index]
+        if end is None or any(entry.position >= end for entry in mine) or not self._has_row(num_running):
+            return
+        row = self._pool.take(sequence.row) if self._pool is not None and sequence.row is not None else None
+        blocks = sequence.table.blocks[: blocks_for(end)]
+        self._allocator.share(blocks)
+        self._add(sequence, end, KVTable(list(blocks)), row)
+        self._thin(mine, end)
+
+    def take_over(self, sequence: Sequence) -> None:
+        """Keep the state of a sequence that ends before its time: its blocks and row become an entry's."""
+        end = self.boundary(sequence)
+        if end is None or (self._pool is not None and sequence.row is None):
+            return
+        mine = [entry for entry in self._entries if entry.maker == sequence.id]
+        if any(entry.index == sequence.index and entry.position >= end for entry in mine):
+            return
+        blocks = sequence.table.blocks
+        self._allocator.release(blocks[blocks_for(end) :])
+        if self._pool is not None and sequence.row is not None:
+            self._pool.settle(sequence.row)
+        self._add(sequence, end, KVTable(blocks[: blocks_for(end)]), sequence.row)
+        sequence.table, sequence.row = KVTable(), None
+
+    def _add(self, sequence: Sequence, end: int, table: KVTable, row: int | None) -> None:
+        assert sequence.lineage is not None
+        turn = sequence.turn
+        while len(self._entries) >= _MAX_ENTRIES:
+            self.drop(self._entries[0])
+        ids, request = turn.ids[: end - turn.start], sequence.request
+        self._entries.append(
+            Entry(
+                sequence.lineage,
+                sequence.index,
+                turn.start,
+                ids,
+                turn.pa,
+                table,
+                row,
+                request.request_id,
+                request.session,
+                sequence.before if len(sequence.work) == 1 else None,
+            )
+        )
+
+    def _thin(self, mine: list[Entry], newest: int) -> None:
+        """One entry for every power of two segments behind the newest."""
+        seen: set[int] = set()
+        for entry in sorted(mine, key=lambda entry: entry.position):
+            distance = ((newest - entry.position) // self._segment).bit_length()
+            if distance in seen:
+                self.drop(entry)
+            seen.add(distance)
+
+    def _has_row(self, num_running: int) -> bool:
+        """A row is free beside those that running requests may still need."""
+        if self._pool is None:
+            return True
+        reserve = max(0, self._max_seqs - num_running)
+        while self._pool.num_free <= reserve and self.evict_one():
+            pass
+        return self._pool.num_free > reserve
+
+    # -- letting go ----------------------------------------------------------------------------------------
+
+    def evict_one(self) -> bool:
+        """Drop the entry used longest ago. False where there is none."""
+        if not self._entries:
+            return False
+        self.drop(self._entries[0])
+        return True
+
+    def drop(self, entry: Entry) -> None:
+        """Give an entry's blocks and row back."""
+        self._entries.remove(entry)
+        self._allocator.release(entry.table.blocks)
+        if entry.row is not None and self._pool is not None:
+            self._pool.release(entry.row)
+
+    def forget_session(self, key: tuple[str, str], *, made: bool) -> None:
+        """Drop what started from a session's state; with ``made`` also what its requests made from nothing."""
+        self._drop_where(lambda entry: entry.lineage[1] == key or (made and entry.session == key))
+
+    def forget_tenant(self, tenant: str) -> None:
+        """Drop all of a tenant's entries."""
+        self._drop_where(lambda entry: entry.lineage[0] == tenant)
+
+    def forget_request(self, request_id: str) -> None:
+        """Drop what a request has made."""
+        self._drop_where(lambda entry: entry.maker == request_id)
+
+    def _drop_where(self, condition: Callable[[Entry], bool]) -> None:
+        for entry in [entry for entry in self._entries if condition(entry)]:
+            self.drop(entry)
+
+    def clear(self) -> None:
+        """Drop everything."""
+        while self.evict_one():
+            pass
+
+    def tables(self) -> list[KVTable]:
+        """Every entry's table."""
+        return [entry.table for entry in self._entries]
+
+    def rows(self) -> list[int]:
+        """Every entry's row."""
+        return [entry.row for entry in self._entries if entry.row is not None]
+
+
+def _depth(entry: Entry) -> tuple[int, int]:
+    return entry.index, entry.position

@@ -1,0 +1,1 @@
+"""What outlives a request: sessions, their logs and states in memory, on the host and on disk. Knows no HTTP."""

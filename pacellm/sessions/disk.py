@@ -1,0 +1,388 @@
+"""Sessions in a directory: one folder each, whose name tells nothing, with everything in it replaced atomically.
+
+::
+
+    DIR/key                     32 random bytes: names folders and signs files; 0600
+    DIR/servers/ID              locked by the running server of that id, so that others know it lives
+    DIR/HMAC(tenant, id)/       0700
+        lock                    held while any server reads or changes the folder
+        owner.json              who owns the session, its generation (commits so far), what a list shows; a tombstone
+                                where it was deleted; under a keyed digest
+        log.safetensors         the log: the session itself, and what owner.json said when it was written
+        state.safetensors       KV and banks of one generation: a cache of the log
+
+        *.refused               files that were damaged or of another model, kept
+
+A file is written beside its place, synced where asked, and renamed. Several servers may share DIR: opening a session
+takes it over (its *epoch* grows), and a commit is refused where ``owner.json`` is not what this server last saw.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import mmap
+import os
+import re
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from torch import Tensor
+
+from pacellm.errors import ConfigError, SessionConflict, SnapshotRefused
+from pacellm.sessions import format as snapshot
+from pacellm.sessions.atomic import set_aside
+from pacellm.sessions.folder import (
+    LOG,
+    OWNER,
+    STATE,
+    Claim,
+    Key,
+    known,
+    locked,
+    log_generation,
+    name_of,
+    open_lock,
+    owner_of,
+    put,
+    remove_files,
+)
+from pacellm.sessions.owner import Owner, OwnerRefused, Seen
+
+logger = logging.getLogger("pacellm.memory")
+_TOMBSTONE_DAYS = 7
+_AHEAD = 8 * 2**20
+_FOLDER = re.compile(r"[0-9a-f]{40}")
+Sizes = tuple[int, int]
+
+
+class Disk:
+    """A session directory. Its methods block on the disk: call them from the worker's thread.
+
+    Args:
+        directory: created where it is missing.
+        sync: whether commits write and sync the log.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+
+    def __init__(self, directory: str | Path, *, sync: bool = False) -> None:
+        self.directory, self.sync = Path(directory), sync
+        self.server = uuid.uuid4().hex
+        self.doomed: dict[Key, bool] = {}  # sessions whose deletion is not on disk yet; True where their time had come
+        try:
+            (self.directory / "servers").mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.secret = self._secret()
+            self._life = os.open(self.directory / "servers" / self.server, os.O_CREAT | os.O_RDWR, 0o600)
+            fcntl.flock(self._life, fcntl.LOCK_EX)
+        except OSError as error:
+            raise ConfigError(f"session directory {directory} cannot be used: {error}", param="session_dir") from error
+        self._tidy()
+
+    def close(self) -> None:
+        """This server's sessions may be taken over by others."""
+        if self._life >= 0:
+            with suppress(FileNotFoundError):
+                (self.directory / "servers" / self.server).unlink()
+            os.close(self._life)
+            self._life = -1
+
+    def folder(self, key: Key) -> Path:
+        """Where a session lies."""
+        return self.directory / name_of(key, self.secret)
+
+    # -- owning --------------------------------------------------------------------------------------------
+
+    def owners(self) -> Iterator[Owner]:
+        """Every session that is here and not deleted; what cannot be read is named in the log."""
+        for folder in self._folders():
+            try:
+                found = known(folder, self.secret)
+            except OSError as error:
+                found = Claim(None, str(error))
+            if found.note is not None:
+                logger.warning("session folder %s: %s", folder.name, found.note)
+            if found.owner is not None and not found.owner.deleted:
+                yield found.owner
+
+    def claim(self, key: Key) -> Claim:
+        """Take a session over for this server. A damaged ``owner.json`` is set aside, and the log tells instead.
+
+        Where the folder cannot be written, and commits need not be on disk, what it says is good enough.
+
+        Raises:
+            SessionConflict: a living server owns commits that are not on disk.
+            OSError: the folder cannot be read, or not taken over where it must be.
+        """
+        folder = self.folder(key)
+        if key in self.doomed:
+            with suppress(OSError):
+                self.delete(key, expired=self.doomed[key])
+        if key in self.doomed:
+            return Claim(self._grave(key, known(folder, self.secret).owner, self.doomed[key]))
+        if not folder.is_dir():
+            return Claim(None)
+        try:
+            with locked(folder):
+                return self._take_over(folder)
+        except OSError as error:
+            if self.sync:
+                raise
+            found = known(folder, self.secret)
+            if found.owner is not None and not found.owner.deleted and self.is_elsewhere(found.owner):
+                raise
+            logger.warning("session folder %s is read without being taken over: %s", folder.name, str(error))
+            return found
+
+    def _take_over(self, folder: Path) -> Claim:
+        found = known(folder, self.secret)
+        owner = found.owner
+        if found.note is not None:
+            set_aside(folder / OWNER)
+        elif owner is None or owner.deleted or owner.server == self.server:
+            return found
+        if owner is None:
+            return found
+        if self.is_elsewhere(owner) and log_generation(folder) < owner.generation:
+            raise SessionConflict("another running server holds this session's latest commits")
+        owner.server, owner.epoch = self.server, owner.epoch + 1
+        put(folder, self.secret, owner, sync=True)
+        return found
+
+    def record(self, owner: Owner, seen: Seen | None, log: dict[str, Tensor] | None, meta: dict[str, str]) -> None:
+        """A commit: ``owner`` carries the new generation; with ``log`` both are synced.
+
+        Args:
+            seen: what ``owner.json`` last said to this server; None where there was none.
+
+        Raises:
+            SessionConflict: it says something else now: the session has another owner, or was deleted by one.
+            OSError: the disk is full, say; nothing has changed.
+        """
+        self._write(owner, seen, {} if log is None else {LOG: log}, meta, sync=log is not None)
+
+    def save(
+        self,
+        owner: Owner,
+        seen: Seen | None,
+        log: dict[str, Tensor] | None,
+        state: dict[str, Tensor] | None,
+        meta: dict[str, str],
+    ) -> None:
+        """Write a session at rest: its state, and its log where it is not there yet, under its present generation.
+
+        Raises:
+            SessionConflict: see :meth:`record`.
+            OSError: what was there before is still there.
+        """
+        tensors = {name: found for name, found in ((STATE, state), (LOG, log)) if found is not None}
+        self._write(owner, seen, tensors, meta, sync=self.sync or log is not None)
+
+    def _write(
+        self, owner: Owner, seen: Seen | None, files: dict[str, dict[str, Tensor]], meta: dict[str, str], *, sync: bool
+    ) -> None:
+        key = owner.tenant, owner.id
+        if key in self.doomed:
+            self.delete(key, expired=self.doomed[key])  # what was deleted goes before anything takes its place
+        folder = self.folder(key)
+        with locked(folder):
+            self._expect(folder, seen)
+            put(folder, self.secret, owner, files, meta, sync=sync, sync_states=self.sync)
+
+    # -- deleting ------------------------------------------------------------------------------------------
+
+    def delete(self, key: Key, *, expired: bool = False) -> bool:
+        """Leave a synced tombstone, then remove the files. False where there was no session.
+
+        Raises:
+            OSError: not now. The session is ``doomed``: for this server it is gone, and :meth:`retry` tries again.
+        """
+        folder = self.folder(key)
+        was_there = False
+        try:
+            if folder.is_dir():
+                with locked(folder):
+                    was_there = self._bury(folder, key, expired)
+        except OSError:
+            self.doomed[key] = expired
+            raise
+        self.doomed.pop(key, None)
+        return was_there
+
+    def retry(self) -> int:
+        """Delete what could not be deleted before; how many sessions are left."""
+        for key, expired in list(self.doomed.items()):
+            with suppress(OSError):
+                self.delete(key, expired=expired)
+        return len(self.doomed)
+
+    def _bury(self, folder: Path, key: Key, expired: bool) -> bool:
+        found = known(folder, self.secret).owner
+        grave = self._grave(key, found, expired)
+        try:
+            put(folder, self.secret, grave, sync=True)
+        except OSError:  # a full disk: what is to go makes the room
+            remove_files(folder)
+            put(folder, self.secret, grave, sync=True)
+        remove_files(folder)
+        return found is not None and not found.deleted
+
+    def _grave(self, key: Key, owner: Owner | None, expired: bool) -> Owner:
+        """The tombstone that is to stand in ``owner``'s place: the same until it stands there."""
+        epoch, generation = (owner.epoch, owner.generation) if owner is not None else (0, 0)
+        return Owner(*key, self.server, epoch + 1, generation + 1, deleted=True, expired=expired)
+
+    def drop(self, key: Key, *names: str) -> None:
+        """Remove files of a session that no other running server owns."""
+        folder = self.folder(key)
+        if not folder.exists():
+            return
+        with locked(folder):
+            owner = known(folder, self.secret).owner
+            if owner is None or not self.is_elsewhere(owner):
+                for name in names:
+                    (folder / name).unlink(missing_ok=True)
+
+    def is_elsewhere(self, owner: Owner) -> bool:
+        """Another running server owns it."""
+        return owner.server != self.server and self._lives(owner.server)
+
+    # -- reading -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def parse(self, key: Key, name: str) -> Iterator[snapshot.Parsed]:
+        """A file, valid inside the block; its data is yet to be verified.
+
+        Raises:
+            SnapshotRefused: its header is damaged. FileNotFoundError: it is not there.
+        """
+        path = self.folder(key) / name
+        with path.open("rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                raise SnapshotRefused("snapshot is empty")
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            with _reading_ahead(file):
+                try:
+                    yield snapshot.parse(memoryview(mapped))
+                finally:
+                    with suppress(BufferError):  # a tensor still looks at it: it goes with the tensor
+                        mapped.close()
+
+    @contextmanager
+    def open(self, key: Key, name: str) -> Iterator[tuple[dict[str, Tensor], dict[str, str]]]:
+        """A file's tensors, valid inside the block, and its metadata.
+
+        Raises:
+            SnapshotRefused: it is damaged. FileNotFoundError: it is not there.
+        """
+        with self.parse(key, name) as parsed:
+            parsed.verify(self.secret)
+            yield parsed.tensors, parsed.metadata
+
+    def sizes(self, key: Key) -> Sizes:
+        """(bytes of the log and what else is kept of a session, bytes of its state)."""
+        log = state = 0
+        with suppress(FileNotFoundError), os.scandir(self.folder(key)) as files:
+            for file in files:
+                size = file.stat().st_size
+                log, state = (log, state + size) if file.name == STATE else (log + size, state)
+        return log, state
+
+    # -- within a folder -----------------------------------------------------------------------------------
+
+    def _expect(self, folder: Path, seen: Seen | None) -> None:
+        try:
+            found = owner_of(folder, self.secret)
+        except OwnerRefused as error:  # this server's memory, which has asked before, is the better source
+            logger.warning("session folder %s: %s", folder.name, str(error))
+            set_aside(folder / OWNER)
+            return
+        if found is not None and found.seen != seen:
+            raise SessionConflict("another server has changed or deleted this session; send the request again")
+
+    def _lives(self, server: str) -> bool:
+        try:
+            handle = open_lock(self.directory / "servers" / server)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(handle)
+
+    # -- the directory -------------------------------------------------------------------------------------
+
+    def _secret(self) -> bytes:
+        path = self.directory / "key"
+        if not path.exists():
+            draft = self.directory / f"key.{self.server}"
+            with os.fdopen(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+                file.write(os.urandom(32))
+                file.flush()
+                os.fsync(file.fileno())
+            with suppress(FileExistsError):
+                os.link(draft, path)  # the first server's key stays
+            draft.unlink()
+        secret = path.read_bytes()
+        if len(secret) != 32:
+            raise OSError(f"{path} has {len(secret)} bytes, not 32")
+        return secret
+
+    def _tidy(self) -> None:
+        """Remove marks of dead servers, half-written files nobody writes any more, what deleted sessions have left, and
+        old tombstones."""
+        for mark in (self.directory / "servers").iterdir():
+            if mark.name != self.server and not self._lives(mark.name):
+                mark.unlink(missing_ok=True)
+        for folder in self._folders():
+            try:
+                self._tidy_folder(folder)
+            except OSError as error:
+                logger.warning("session folder %s cannot be tidied: %s", folder.name, str(error))
+
+    def _tidy_folder(self, folder: Path) -> None:
+        with locked(folder):
+            for draft in folder.glob("*.draft"):
+                draft.unlink(missing_ok=True)
+            owner = known(folder, self.secret).owner
+            if owner is None or not owner.deleted:
+                return
+            remove_files(folder)
+            if time.time() - owner.changed > _TOMBSTONE_DAYS * 86400:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _folders(self) -> list[Path]:
+        """Those of sessions, by name."""
+        return sorted(path for path in self.directory.iterdir() if _FOLDER.fullmatch(path.name) and path.is_dir())
+
+
+@contextmanager
+def _reading_ahead(file: BinaryIO) -> Iterator[None]:
+    """A thread that draws a file into the page cache, several times faster than page faults do."""
+    left = threading.Event()
+
+    def main() -> None:
+        buffer, position = bytearray(_AHEAD), 0
+        with suppress(OSError):  # whoever needs the data meets the error
+            while not left.is_set() and (length := os.preadv(file.fileno(), [buffer], position)):
+                position += length
+
+    thread = threading.Thread(target=main, name="pacellm-read-ahead", daemon=True)
+    if os.fstat(file.fileno()).st_size > 4 * _AHEAD:
+        thread.start()
+    try:
+        yield
+    finally:
+        left.set()
+        if thread.ident is not None:
+            thread.join()

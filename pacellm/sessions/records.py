@@ -1,0 +1,298 @@
+"""Sessions to named tensors and back: what a log file, a state file and a snapshot hold, checked when read."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from pacellm.config import Preset
+from pacellm.errors import SnapshotRefused
+from pacellm.memory.state import Banks
+from pacellm.modes import MODES, PAChoice, PAMode, resolve
+from pacellm.sessions.format import Parsed, bank_tensors, take_banks
+from pacellm.sessions.history import Ending
+from pacellm.sessions.host import HostState, Span, cut
+from pacellm.sessions.owner import About, Count
+from pacellm.sessions.session import Session
+from pacellm.sessions.turn import Turn
+
+# as logs number them; "on" and "read_only" were written when a fingerprint still told one preset for all turns
+_MODES: tuple[PAChoice, ...] = ("on", "off", "read_only", *(mode for mode in MODES if mode != "off"))
+
+
+_FACT = TypeAdapter(Count)
+_BANKS = TypeAdapter(dict[int, dict[str, Count]])
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a file says about its session, beside the log and the state; fields as of :class:`Session`."""
+
+    generation: int
+    commits: int
+    folds: int
+    banks: dict[int, dict[str, int]]
+    ending: Ending | None
+
+    def give(self, session: Session) -> None:
+        """Put it into a session, its generation apart."""
+        session.commits, session.folds = self.commits, self.folds
+        session.banks, session.ending = self.banks, self.ending
+
+
+class Records:
+    """Reads and writes sessions of one model and config.
+
+    Args:
+        fingerprint: of the model, the banks' config, the layout and the tokenizer.
+        former: gives the fingerprints that the same had when the banks' preset was part of it, and that preset; asked
+            at most once, from any thread, where a file has another fingerprint.
+        vocab_size: ids of a log are below it.
+        slabs: KV memory, for shapes and dtypes.
+        like: one row of banks, for the same; {} without PA.
+        max_tokens: longest context.
+    """
+
+    def __init__(
+        self,
+        fingerprint: str,
+        *,
+        vocab_size: int,
+        slabs: list[Tensor],
+        like: Banks,
+        max_tokens: int,
+        former: Callable[[], dict[str, Preset]] = dict,
+    ) -> None:
+        self.fingerprint, self._former = fingerprint, cache(former)
+        self._vocab_size, self._slabs, self.like, self._max_tokens = vocab_size, slabs, like, max_tokens
+
+    def metadata(self, session: Session, generation: int | None = None) -> dict[str, str]:
+        """What a file of this session says beside its tensors."""
+        return {
+            "fingerprint": self.fingerprint,
+            "generation": str(session.generation if generation is None else generation),
+            "tokens": str(len(session.context)),
+            "commits": str(session.commits),
+            "folds": str(session.folds),
+            "banks": json.dumps(session.banks),
+            **ending_metadata(session.ending),
+            **({"keep_foreign": "1"} if session.foreign else {}),
+        }
+
+    # -- logs ----------------------------------------------------------------------------------------------
+
+    def log_tensors(self, log: list[Turn], origin: Banks | None) -> dict[str, Tensor]:
+        """A log as tensors: ``turns`` [T, 5] int64 (start, prompt end, tokens, mode, density in millionths), ``ids``
+        [N] int32, ``origin``."""
+        turns = [
+            [turn.start, turn.prompt_end, len(turn.ids), _MODES.index(turn.pa), round(1e6 * turn.density)]
+            for turn in log
+        ]
+        ids = np.concatenate([np.asarray(turn.ids, dtype=np.int32) for turn in log] or [np.empty(0, np.int32)])
+        return {
+            "turns": torch.tensor(turns, dtype=torch.int64).reshape(-1, 5),
+            "ids": torch.from_numpy(ids),
+            **bank_tensors("origin", origin or {}),
+        }
+
+    def take_log(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[list[Turn], Banks | None]:
+        """The log and origin, checked; taken out of ``tensors``.
+
+        Raises:
+            SnapshotRefused: of another model or config, or no log.
+        """
+        preset = self.check_fingerprint(metadata)
+        turns, ids = tensors.pop("turns", None), tensors.pop("ids", None)
+        if turns is None or turns.dtype != torch.int64 or turns.ndim != 2 or turns.shape[1] not in (4, 5):
+            raise SnapshotRefused("snapshot has no log")
+        if ids is None or ids.dtype != torch.int32 or ids.ndim != 1:
+            raise SnapshotRefused("snapshot has no ids")
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:
+            raise SnapshotRefused("snapshot's log has ids outside the vocabulary")
+        log: list[Turn] = []
+        length, offset, numbers = 0, 0, ids.numpy()
+        for start, prompt_end, count, mode, *rest in turns.tolist():
+            density = rest[0] if rest else 1_000_000  # before working sets there were four columns
+            if not (0 <= start <= length and start < prompt_end <= start + count <= self._max_tokens):
+                raise SnapshotRefused("snapshot's log contradicts itself")
+            if not (0 <= mode < len(_MODES) and 0 < density <= 1_000_000) or offset + count > len(numbers):
+                raise SnapshotRefused("snapshot's log contradicts itself")
+            own = array("i", numbers[offset : offset + count].tobytes())
+            log.append(Turn(start, prompt_end, own, _mode(_MODES[mode], preset), density / 1e6))
+            length, offset = start + count, offset + count
+        if offset != len(numbers):
+            raise SnapshotRefused("snapshot's log contradicts itself")
+        return log, take_banks("origin", tensors, self.like) or None
+
+    def check_fingerprint(self, metadata: dict[str, str]) -> Preset | None:
+        """Refuse the files of another model or config.
+
+        Returns:
+            The preset of all turns, where the fingerprint is of the time when it told that.
+
+        Raises:
+            SnapshotRefused: its fingerprint is another.
+        """
+        found = metadata.get("fingerprint", "")
+        if found == self.fingerprint:
+            return None
+        if (preset := self._former().get(found)) is not None:
+            return preset
+        raise SnapshotRefused(
+            f"snapshot belongs to another model, PA config, layout or tokenizer (fingerprint {found[:12]}, here "
+            f"{self.fingerprint[:12]})"
+        )
+
+    def facts(self, metadata: dict[str, str]) -> Facts:
+        """What a file says about its session.
+
+        Raises:
+            SnapshotRefused: nothing that could be.
+        """
+        try:
+            numbers = {name: _FACT.validate_python(metadata[name]) for name in ("generation", "commits", "folds")}
+            ending = metadata.get("ending")
+            return Facts(
+                **numbers,
+                banks=_BANKS.validate_json(metadata["banks"]),
+                ending=None if ending is None else Ending.from_json(ending, self._vocab_size),
+            )
+        except (KeyError, ValueError, TypeError):
+            raise SnapshotRefused("snapshot's metadata is malformed") from None
+
+    # -- states --------------------------------------------------------------------------------------------
+
+    def kv_tensors(self, slabs: list[Tensor], spans: list[Span], tokens: int) -> dict[str, Tensor]:
+        """KV as views that need no copy: ``kv.SLAB.HEAD.START`` [tokens, size]."""
+        return {
+            f"kv.{number}.{head}.{span.start}": slab[head, span.slot : span.slot + span.length]
+            for number, slab in enumerate(slabs)
+            for head in range(slab.shape[0])
+            for span in cut(spans, tokens)
+        }
+
+    def bank_tensors(self, banks: Banks) -> dict[str, Tensor]:
+        """Banks as tensors."""
+        return bank_tensors("bank", banks)
+
+    def host_tensors(self, state: HostState) -> dict[str, Tensor]:
+        """A state in host memory as tensors."""
+        return {**self.kv_tensors(state.kv, [Span(0, 0, state.tokens)], state.tokens), **self.bank_tensors(state.banks)}
+
+    def fill(
+        self, parsed: Parsed, secret: bytes, generation: int, tokens: int, spans: list[Span], banks: Banks
+    ) -> None:
+        """Put a state file into the slabs' spans, while it is read, and into ``banks``, once all of it is known good.
+
+        Raises:
+            SnapshotRefused: damaged, of another model, config or generation, or with parts missing; the spans then
+                hold nothing of worth.
+        """
+        tensors, metadata = dict(parsed.tensors), parsed.metadata
+        self.check_fingerprint(metadata)
+        if metadata.get("generation") != str(generation) or metadata.get("tokens") != str(tokens):
+            raise SnapshotRefused("snapshot is of another generation of the session")
+        kv = {name: tensor for name, tensor in tensors.items() if not name.startswith("bank.")}
+        self.check_kv(kv, tokens, is_trusted=True)
+
+        def place(name: str, tensor: Tensor) -> None:
+            if name in kv:
+                self.place({name: tensor}, tokens, spans)
+
+        parsed.verify(secret, place)
+        found = take_banks("bank", tensors, self.like)
+        if bool(found) != bool(banks):
+            raise SnapshotRefused("snapshot has no banks")
+        self.place({}, tokens, spans, found, banks)
+
+    def place(
+        self, kv: dict[str, Tensor], tokens: int, spans: list[Span], found: Banks | None = None,
+        banks: Banks | None = None,
+    ) -> None:  # fmt: skip
+        """Put checked KV into the slabs' spans and banks into ``banks``."""
+        with torch.inference_mode():
+            for name, tensor in kv.items():
+                number, head, start = (int(part) for part in name.removeprefix("kv.").split("."))
+                _place(tensor, start, self._slabs[number][head], cut(spans, tokens))
+            for layer, bank in (banks or {}).items():
+                bank.copy_((found or {})[layer])
+        if self._slabs[0].is_cuda:
+            torch.cuda.current_stream().synchronize()
+
+    def check_kv(self, tensors: dict[str, Tensor], tokens: int, *, is_trusted: bool = False) -> None:
+        """Whether tensors are the KV of ``tokens`` tokens of this model. Whether every number is finite is asked where
+        this server has not written them itself.
+
+        Raises:
+            SnapshotRefused: they are not.
+        """
+        covered = [[0] * slab.shape[0] for slab in self._slabs]
+        for name, tensor in tensors.items():
+            try:
+                number, head, start = (int(part) for part in name.removeprefix("kv.").split("."))
+                slab = self._slabs[number]
+                known = 0 <= head < slab.shape[0] and 0 <= start == covered[number][head]
+            except (ValueError, IndexError):
+                raise SnapshotRefused(f"snapshot has an entry {name[:40]!r}") from None
+            right = tensor.ndim == 2 and tensor.shape[1] == slab.shape[2] and tensor.dtype == slab.dtype
+            if not known or not right or start + tensor.shape[0] > tokens:
+                raise SnapshotRefused(f"snapshot's {name[:40]} does not fit this model")
+            if not is_trusted and tensor.shape[0] and not torch.isfinite(tensor).all():
+                raise SnapshotRefused(f"snapshot's {name[:40]} has numbers that are not finite")
+            covered[number][head] += tensor.shape[0]
+        if any(length != tokens for heads in covered for length in heads):
+            raise SnapshotRefused("snapshot's KV is not whole")
+
+    # -- for clients ---------------------------------------------------------------------------------------
+
+    def about(self, session: Session) -> About:
+        """What a list of sessions shows without opening its files."""
+        return About(
+            tokens=len(session.context) or session.num_tokens,
+            created=session.created,
+            last_used=session.last_used,
+            ttl=session.ttl,
+            commits=session.commits,
+            kept=session.kept,
+            stored=session.stored,
+            saved=session.saved,
+            banks=session.banks,
+        )
+
+
+def ending_metadata(ending: Ending | None) -> dict[str, str]:
+    """How a history ends; nothing where that is not known."""
+    return {} if ending is None else {"ending": ending.to_json()}
+
+
+def _place(tensor: Tensor, start: int, target: Tensor, spans: list[Span]) -> None:
+    """Positions ``start`` on of one head, [tokens, size], into the spans' slots of ``target``."""
+    for span in spans:
+        first, last = max(span.start, start), min(span.start + span.length, start + tensor.shape[0])
+        if first < last:
+            slot = span.slot + first - span.start
+            target[slot : slot + last - first] = tensor[first - start : last - start]
+
+
+def _mode(recorded: PAChoice, preset: Preset | None) -> PAMode:
+    """A recorded turn's mode.
+
+    Args:
+        preset: of all turns, where the log is of the time when modes did not name it.
+
+    Raises:
+        SnapshotRefused: it is not, and the mode does not.
+    """
+    if preset is not None:
+        return resolve(recorded, preset)
+    if recorded in ("on", "read_only"):
+        raise SnapshotRefused("snapshot's log contradicts itself")
+    return resolve(recorded, "observe")

@@ -1,0 +1,124 @@
+"""One session: its log, and what is kept of the state that follows from it. No torch."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from pacellm.kv.blocks import KVTable
+from pacellm.memory.state import BankState
+from pacellm.sessions.history import Ending
+from pacellm.sessions.host import HostState
+from pacellm.sessions.owner import Seen
+from pacellm.sessions.turn import Turn
+from pacellm.types import SessionStatus
+
+if TYPE_CHECKING:
+    from pacellm.sessions.accounts import Books
+
+Key = tuple[str, str]
+Tier = Literal["device", "host", "disk", "log"]
+_BOOKED = frozenset(("table", "loading", "host", "stub", "stored"))  # what its tier and its bytes depend on
+
+
+@dataclass(eq=False)
+class Session:
+    """One session.
+
+    Attributes:
+        key: (tenant, id).
+        log: turns since creation or the last fold.
+        context: the ids that its KV stands for. ending: how its history ends, None where that is not known.
+        table, row: its committed KV blocks and bank row, None where dropped or never used.
+        origin: host copies of its banks at the last fold, by layer.
+        host: KV and banks in host memory.
+        stub: the log is on disk only. ``num_tokens`` is the context's length then.
+        saved: generation whose log is on disk. ``stored``: tokens of this generation's KV and banks on disk.
+        generation: commits, resets and imports in its life; ``epoch``: how often it changed servers.
+        seen: what ``owner.json`` last said to this server; None where there is none.
+        busy: a running request works on it. ``moving``: the worker does. ``loading``: ``table`` is not filled yet.
+        wanted: brought back for a request that has not begun.
+        status: what the next request finds. ``found``: where its state came from, until a request has said so.
+        note: what was refused on the way, until a request has said so.
+        kept: created by itself, so it stays without a commit.
+        banks: per layer, fill and reads so far, as of the last commit.
+        books: of the store that it is in.
+    """
+
+    key: Key
+    log: list[Turn] = field(default_factory=list)
+    context: array[int] = field(default_factory=lambda: array("i"))
+    ending: Ending | None = None
+    table: KVTable | None = None
+    row: int | None = None
+    origin: dict[int, BankState] | None = None
+    host: HostState | None = None
+    stub: bool = False
+    num_tokens: int = 0
+    saved: int | None = None
+    stored: int | None = None
+    generation: int = 0
+    epoch: int = 1
+    seen: Seen | None = None
+    busy: bool = False
+    moving: bool = False
+    loading: bool = False
+    wanted: bool = False
+    deleted: bool = False
+    kept: bool = False
+    foreign: bool = False
+    status: SessionStatus = "new"
+    found: SessionStatus | None = None
+    note: str | None = None
+    commits: int = 0
+    folds: int = 0
+    ttl: float | None = None
+    created: float = field(default_factory=time.time)
+    last_used: float = field(default_factory=time.time)
+    banks: dict[int, dict[str, int]] = field(default_factory=dict)
+    books: Books | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if self.books is None:
+            return
+        if name in _BOOKED:
+            self.books.enter(self)
+        elif name in ("ttl", "last_used"):
+            self.books.calendar.note(self)
+
+    @property
+    def is_resident(self) -> bool:
+        """KV, and banks if it has any, are in place."""
+        return self.table is not None and not self.loading
+
+    @property
+    def in_use(self) -> bool:
+        """A request or the worker needs it as it is."""
+        return self.busy or self.moving or self.wanted
+
+    @property
+    def log_tokens(self) -> int:
+        """Tokens fed since creation or the last fold."""
+        return sum(len(turn.ids) for turn in self.log)
+
+    @property
+    def log_bytes(self) -> int:
+        """Bytes of the log in memory."""
+        return sum(turn.ids.itemsize * len(turn.ids) for turn in self.log)
+
+    @property
+    def tier(self) -> Tier:
+        """The highest tier that has its state; ``log`` where only a replay brings it back."""
+        if self.is_resident:
+            return "device"
+        if self.host is not None:
+            return "host"
+        return "disk" if self.stub or self.stored is not None else "log"
+
+    @property
+    def expires(self) -> float | None:
+        """When it goes unless it is used before; None where it has no such time."""
+        return None if self.ttl is None else self.last_used + self.ttl

@@ -1,0 +1,1 @@
+"""Text and ids: chat templates, tokenizers, streamed text, and the grammars that answers are held to."""
