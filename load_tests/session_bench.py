@@ -63,7 +63,7 @@ class Timed:
 
     def operate(self, operation) -> Any:
         """A session operation's result."""
-        future = self.engine.ops.submit(operation)
+        future = self.engine.call(operation)
         while not future.done():
             self.engine.step()
         return future.result()
@@ -103,7 +103,7 @@ def long_session(tokens: int, new: int, rounds: int, directory: str) -> dict[str
     rows: dict[str, list[tuple[float, float]]] = {}
 
     def measure(name: str, expected: str) -> None:
-        engine.scheduler.progress.clear()
+        engine.prefix_cache.clear()
         seconds, inside, end = timed.ask(follow_up, KEY, commit=False)
         if end.session != expected:
             raise RuntimeError(f"{name}: {end.session}, {end.note}")
@@ -113,14 +113,14 @@ def long_session(tokens: int, new: int, rounds: int, directory: str) -> dict[str
     moves = []
     for _ in range(rounds):
         measure("resident", "resident")
-        session.stored, engine.mover.host_memory = None, 2 * memory
-        engine.sessions.evict(session)
+        session.stored, engine.mover.host.capacity = None, 2 * memory
+        engine.eviction.evict(session)
         run_until_idle(engine)
         before = engine.mover.stats.restore_seconds
         measure("host", "restored")
         moves.append(engine.mover.stats.restore_seconds - before)
-        session.stored, engine.mover.host_memory = None, 0
-        engine.sessions.evict(session)
+        session.stored, engine.mover.host.capacity = None, 0
+        engine.eviction.evict(session)
         run_until_idle(engine)
         path = engine.mover.disk.folder(KEY) / STATE  # type: ignore[union-attr]
         raw, size = read_seconds(path), path.stat().st_size
@@ -128,7 +128,7 @@ def long_session(tokens: int, new: int, rounds: int, directory: str) -> dict[str
         forget_pages(path)
         measure("disk", "restored")
         session.stored = len(session.context)
-        engine.sessions.evict(session)
+        engine.eviction.evict(session)
         run_until_idle(engine)
         measure("disk, in page cache", "restored")
     started = time.perf_counter()
@@ -197,7 +197,7 @@ def many_sessions(count: int, pool: int, directory: str) -> dict[str, Any]:
         "statuses": statuses,
         "rss_mib_by_hundred": [round(size / 2**20, 1) for size in sizes],
         "resident": engine.sessions.num_resident,
-        "host_bytes": engine.mover.host_bytes,
+        "host_bytes": engine.mover.host.bytes,
         "log_bytes": engine.sessions.log_bytes,
         "spill_ms": round(1e3 * stats.spill_seconds / max(1, stats.spills), 3),
         "restore_ms": round(1e3 * stats.restore_seconds / max(1, stats.restores), 3),

@@ -101,7 +101,7 @@ class _EngineCollector(Collector):
         )
         yield from self._tiers()
         yield self._gauge("session_log_bytes", "Bytes of session logs.", engine.sessions.log_bytes)
-        yield self._counter("session_evictions", "Idle sessions dropped from the device.", engine.sessions.evictions)
+        yield self._counter("session_evictions", "Idle sessions dropped from the device.", engine.eviction.evictions)
         yield self._counter("sessions_lost", "Sessions whose log was dropped.", engine.sessions.losses)
         yield self._counter(
             "session_dropped_tokens", "Tokens of histories that the next prompt did not begin with.",
@@ -139,26 +139,26 @@ class _EngineCollector(Collector):
 
     def _tiers(self) -> Iterator[Metric]:
         engine = self._thread.engine
-        store, moves, progress = engine.sessions, engine.mover.stats, engine.scheduler.progress
-        refused = moves.refused + engine.mover.openings.num_refused
+        store, moves, prefixes = engine.sessions, engine.mover.stats, engine.prefix_cache
+        refused = moves.refused + engine.mover.claims.num_refused
         sessions = GaugeMetricFamily("pacellm_sessions_by_tier", "Sessions by tier.", labels=["model_name", "tier"])
         for tier in ("device", "host", "disk", "log"):
-            sessions.add_metric([self._model, tier], store.books.tiers[tier])
+            sessions.add_metric([self._model, tier], store.usage.tiers[tier])
         yield sessions
         held = GaugeMetricFamily(
             "pacellm_session_bytes", "Bytes that sessions hold.", labels=["model_name", "tier", "kind"]
         )
         held.add_metric([self._model, "device", "kv"], store.kv_bytes)
         held.add_metric([self._model, "device", "bank"], store.bank_bytes)
-        books = store.books
-        held.add_metric([self._model, "host", "kv"], books.host_bytes - books.host_bank_bytes)
-        held.add_metric([self._model, "host", "bank"], books.host_bank_bytes)
+        usage = store.usage
+        held.add_metric([self._model, "host", "kv"], usage.host_bytes - usage.host_bank_bytes)
+        held.add_metric([self._model, "host", "bank"], usage.host_bank_bytes)
         row_bytes = engine.pool.bytes_per_row if engine.pool is not None else 0
-        held.add_metric([self._model, "disk", "kv"], books.stored_tokens * engine.model.bytes_per_token)
-        held.add_metric([self._model, "disk", "bank"], books.stored * row_bytes)
+        held.add_metric([self._model, "disk", "kv"], usage.stored_tokens * engine.model.bytes_per_token)
+        held.add_metric([self._model, "disk", "bank"], usage.stored * row_bytes)
         files = engine.mover.files
         if files is not None:
-            held.add_metric([self._model, "disk", "log"], files.budget.log_bytes)
+            held.add_metric([self._model, "disk", "log"], files.usage.log_bytes)
         yield held
         yield self._gauge(
             "session_disk_size_bytes",
@@ -181,9 +181,9 @@ class _EngineCollector(Collector):
         yield self._counter("session_restore_seconds", "Seconds spent bringing them back.", moves.restore_seconds)
         yield self._counter("session_move_failures", "Moves, writes and deletions that failed.", moves.failures)
         yield self._counter("session_files_refused", "Session files refused as damaged or foreign.", refused)
-        yield self._gauge("progress_entries", "Kept prefill states, idle cache.", len(progress))
-        yield self._counter("progress_hits", "Requests that went on from one.", progress.hits)
-        yield self._counter("progress_hit_tokens", "Tokens that this saved.", progress.hit_tokens)
+        yield self._gauge("progress_entries", "Kept prefill states, idle cache.", len(prefixes))
+        yield self._counter("progress_hits", "Requests that went on from one.", prefixes.hits)
+        yield self._counter("progress_hit_tokens", "Tokens that this saved.", prefixes.hit_tokens)
 
     def _banks(self) -> Iterator[Metric]:
         stats, config = self._thread.engine.stats, self._thread.engine.config

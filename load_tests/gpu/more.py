@@ -26,7 +26,7 @@ def forks(rig: Rig, limits: Cells) -> Cells:
             def forked(engine: Any = engine, length: int = length) -> None:
                 run(engine, request("document", rig.ids(length, 7), 1, session="s"))
                 for number in range(count):
-                    done = engine.ops.submit(engine.ops.fork(("bench", "s"), ("bench", f"f{number}"), None))
+                    done = engine.call(engine.ops.fork(("bench", "s"), ("bench", f"f{number}"), None))
                     engine.step()
                     done.result(timeout=60)
                 log = list(engine.sessions.get(("bench", "s")).context)

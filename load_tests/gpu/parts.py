@@ -258,7 +258,7 @@ def beside(bench: Bench) -> None:
         for tier in ("resident", "host"):
             history = _context_of(engine, "s")
             if tier == "host":
-                engine.sessions.evict_one()
+                engine.eviction.evict_one()
                 engine.worker.finish()
             item = request(tier, [*history, *rig.ids(question, 5)], 1, "s")
             seconds = rig.seconds(partial(run, engine, item))

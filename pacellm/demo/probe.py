@@ -55,7 +55,7 @@ class Probe:
             return engine.runner.forward(step, packed, rows).double().log_softmax(-1)
         finally:
             scheduler.remove(sequence)
-            scheduler.admitted.clear()
+            scheduler.queues.take_admitted()
 
     def banks(self, session: str) -> Banks:
         """A session's committed banks; changing the tensors changes the session."""

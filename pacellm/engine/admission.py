@@ -1,115 +1,209 @@
-"""How a waiting request begins: what is to be fed, and on which state. No torch."""
+"""Requests whose turn it is get their working copies, or are refused. No torch.
+
+A request is admitted when its prompt and one more block per running sequence fit. Room is made by evicting cached
+prefixes and idle sessions, least recently used first.
+"""
 
 from __future__ import annotations
 
-from array import array
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Literal
 
-from pacellm.config import Preset
-from pacellm.engine.sequence import Lineage, Sequence
-from pacellm.kv.prefix import Entry, PrefixCache
-from pacellm.modes import resolve
-from pacellm.sessions.history import kinship
+from pacellm.config import EngineConfig
+from pacellm.engine.admission_plan import AdmissionPlan, AdmissionPlanner, describe
+from pacellm.engine.cache_manager import CacheManager
+from pacellm.engine.deadlines import Deadlines
+from pacellm.engine.queues import RequestQueues
+from pacellm.engine.sequence import Sequence
+from pacellm.engine.validation import tokens_to_generate
+from pacellm.errors import RequestError
+from pacellm.kv.blocks import BLOCK, blocks_for
+from pacellm.kv.prefix_cache import PrefixCache
+from pacellm.sessions.history import bind
+from pacellm.sessions.mover import Mover
 from pacellm.sessions.session import Session
-from pacellm.sessions.turn import Turn, common_prefix
+from pacellm.sessions.store import SessionStore
+from pacellm.sessions.turn import Turn
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How a waiting sequence begins.
-
-    Attributes:
-        lineage: what its first token is fed on.
-        work: turns to feed; ``index`` numbers the first among the turns since the lineage's beginning, and ``cursor``
-            tokens of it are in place.
-        position: tokens of KV in place, in ``blocks``.
-        row: banks to go on from, None for the origin's or empty ones.
-        entry: the kept progress that is used.
-    """
-
-    lineage: Lineage
-    work: list[Turn]
-    index: int
-    cursor: int
-    position: int
-    blocks: list[int]
-    row: int | None
-    entry: Entry | None
-
-
-class Planner:
-    """Chooses between a session's state, kept progress and the log.
+class Admission:
+    """Begins requests.
 
     Args:
-        progress: kept prefill progress.
-        preset: the banks' where requests name none; None where there are no banks.
-        density: of requests that do not say.
+        config: resolved.
+        queues: requests.
+        sessions, mover: their sessions, and the tiers below.
+        cache, prefix_cache: the memory.
+        planner: what is to be fed, and on which state.
+        deadlines: who would miss its own.
+        clock: seconds.
+
+    Attributes:
+        considered: the request that is being admitted.
     """
 
-    def __init__(self, progress: PrefixCache, *, preset: Preset | None, density: float = 1.0) -> None:
-        self._progress, self._preset, self._density = progress, preset, density
+    def __init__(
+        self,
+        config: EngineConfig,
+        queues: RequestQueues,
+        sessions: SessionStore,
+        mover: Mover,
+        cache: CacheManager,
+        prefix_cache: PrefixCache,
+        planner: AdmissionPlanner,
+        deadlines: Deadlines,
+        clock: Callable[[], float],
+    ) -> None:
+        self._config, self._queues, self._sessions, self._mover = config, queues, sessions, mover
+        self._cache, self._prefix_cache, self._deadlines, self._clock = cache, prefix_cache, deadlines, clock
+        self.planner = planner
+        self.considered: Sequence | None = None
 
-    def plan(self, sequence: Sequence, session: Session | None) -> Plan:
-        """What to feed, and on which state: the session's, kept progress, or none with the log before."""
-        lineage = _lineage(sequence, session)
-        log = session.log if session is not None else []
-        own = self.own_turn(sequence, session)
-        turns = [*log, own]
-        is_scored = sequence.request.sampling.prompt_logprobs is not None  # every row of the prompt is needed
-        entry = None if is_scored else self._progress.find(lineage, turns)
-        is_best = entry is None or entry.index < len(log)
-        if session is not None and session.is_resident and session.table is not None and is_best:
-            return Plan(lineage, [own], len(log), 0, own.start, session.table.blocks, session.row, None)
-        if entry is None:
-            return Plan(lineage, turns, 0, 0, 0, [], None, None)
-        cursor = len(entry.ids)
-        return Plan(
-            lineage, turns[entry.index :], entry.index, cursor, entry.position, entry.table.blocks, entry.row, entry
-        )
+    def admit(self) -> None:
+        """Begin waiting requests, in their order, as far as there is room."""
+        for sequence in list(self._queues.waiting):
+            self.considered = sequence
+            if self._queues.seats + sequence.request.n > self._config.max_num_seqs or not self._consider(sequence):
+                break
+        self.considered = None
 
-    def own_turn(self, sequence: Sequence, session: Session | None) -> Turn:
-        """The request's own tokens, from where they part from the session's."""
-        start = 0
+    def _consider(self, sequence: Sequence) -> bool:
+        """Begin a request, refuse it, or leave it where it is. False where those behind it must wait as well."""
+        session = self._sessions.get(sequence.request.session)
+        if sequence.is_branch:
+            return self._begin_if_fits(sequence, session)
+        if not self._is_ready(sequence, session):
+            return True
+        match self._bring_back(sequence, session):
+            case "coming":
+                return True
+            case "later":
+                return False
+        if (error := self._deadlines.missed(sequence, session)) is not None:
+            self._queues.refused.append((sequence, error))
+            return True
+        return self._begin_if_fits(sequence, session)
+
+    def _is_ready(self, sequence: Sequence, session: Session | None) -> bool:
+        """Its session is free, known and, where the request appends to it, part of its prompt."""
+        if sequence.request.session is not None and self._queues.is_behind(sequence):
+            return False
+        if session is not None and (session.busy or session.moving):
+            return False
+        if not self._mover.claims.is_settled(sequence):
+            return False
+        return sequence.request.append is None or self._bind(sequence, session)
+
+    def _bind(self, sequence: Sequence, session: Session | None) -> bool:
+        """A request that appends gets its session's history. Notes it as refused where there is none."""
+        request = sequence.request
+        assert request.append is not None
+        assert request.session is not None
+        try:
+            bind(sequence, session, was_lost=self._sessions.was_lost(request.session))
+            length, limit = len(sequence.prompt), self._config.max_model_len or 0
+            sequence.max_tokens = tokens_to_generate(length, request.sampling.max_tokens, limit)
+        except RequestError as error:
+            if error.param == "messages":
+                error.param = request.append.param
+            self._queues.refused.append((sequence, error))
+            return False
+        return True
+
+    def _bring_back(self, sequence: Sequence, session: Session | None) -> Literal["here", "coming", "later"]:
+        """Start restoring a session's state where it is needed; ``later`` where there is no room for it yet."""
+        tokens = None if session is None else self._mover.stored_tokens(session)
+        if session is None or tokens is None or not self.planner.needs_state(sequence, session):
+            return "here"
+        own = self.planner.own_turn(sequence, session)
+        blocks = blocks_for(tokens) + max(0, blocks_for(own.end) - own.start // BLOCK)
+        if self._has_room_for_state(session, blocks):
+            # the worker may be given blocks at once that a copy of this step still reads
+            self._cache.run_copies()
+            self._mover.restore(session)
+            return "coming"
+        if self._queues.running or self._queues.finishing or self._mover.is_busy:
+            return "later"
+        self._sessions.drop(session)  # nobody else gives way: its log brings it back
+        return "here"
+
+    def _has_room_for_state(self, session: Session, blocks: int) -> bool:
+        session.busy = True
+        has_room = self._cache.has_blocks(blocks) and self._cache.make_room(blocks) and self._cache.make_row()
+        session.busy = False
+        return has_room
+
+    # -- beginning -----------------------------------------------------------------------------------------
+
+    def _begin_if_fits(self, sequence: Sequence, session: Session | None) -> bool:
+        """Give a waiting sequence its working copy; False where there is no room yet."""
+        plan = self.planner.plan(sequence, session)
+        needed = blocks_for(max(turn.end for turn in plan.work)) - plan.position // BLOCK
+        if self._has_room(plan, session, needed):
+            self._begin(sequence, session, plan, needed)
+            return True
+        return self._gives_way(sequence, session, plan) and self._begin_if_fits(sequence, session)
+
+    def _has_room(self, plan: AdmissionPlan, session: Session | None, needed: int) -> bool:
+        """There is room for what a plan needs. The session is busy from then on: its state is not evictable."""
+        was_busy = session is not None and session.busy  # by the request that this one is a choice of
         if session is not None:
-            start = min(common_prefix(sequence.prompt, session.context), len(sequence.prompt) - 1)
-        ids = sequence.prompt[start:] + array("i", sequence.generated)
-        asked = sequence.request.ce_density
-        density = round(1e6 * (self._density if asked is None else asked)) / 1e6
-        mode = resolve(sequence.request.pa, self._preset) if self._preset is not None else "off"
-        return Turn(start, len(sequence.prompt), ids, mode, density)
+            session.busy = True
+        if self._cache.has_room(needed, plan.prefix) and self._cache.make_row(plan.prefix):
+            return True
+        if session is not None:
+            session.busy = was_busy
+        return False
 
-    def has_own_progress(self, sequence: Sequence, session: Session) -> bool:
-        """Kept progress makes the session's own state unnecessary."""
-        entry = self.plan(sequence, session).entry
-        return entry is not None and entry.index == len(session.log)
+    def _gives_way(self, sequence: Sequence, session: Session | None, plan: AdmissionPlan) -> bool:
+        """Where nobody else holds anything, what a plan would go on from is itself in the way, and goes."""
+        # a choice may be in its own request's way: the first one waits for it
+        if self._queues.running or self._mover.is_busy or (self._queues.finishing and not sequence.is_branch):
+            return False
+        if plan.prefix is not None:
+            self._prefix_cache.drop(plan.prefix)
+            return True
+        if session is None or not session.is_resident:
+            return False
+        self._sessions.drop(session)  # its log brings it back
+        return True
 
+    def _begin(self, sequence: Sequence, session: Session | None, plan: AdmissionPlan, needed: int) -> None:
+        if sequence.request.session is not None and session is None:
+            session = self._sessions.open(sequence.request.session)
+            session.busy = True
+        elif session is not None:
+            self._sessions.touch(session)
+            session.wanted = False
+        describe(sequence, session, plan)
+        sequence.session = None if sequence.is_branch else session
+        sequence.table = self._cache.new_table(plan.blocks, plan.position, needed)
+        self._cache.new_banks(sequence, plan.row, session)
+        sequence.lineage = plan.lineage
+        sequence.begin(plan.work, self._clock(), index=plan.index, cursor=plan.cursor)
+        if plan.prefix is not None:
+            self._prefix_cache.use(plan.prefix, sequence)
+        self._queues.waiting.remove(sequence)
+        self._queues.running.append(sequence)
+        if not sequence.is_branch:
+            self._queues.admitted.append(sequence)
 
-def describe(sequence: Sequence, session: Session | None, plan: Plan) -> None:
-    """Note on the sequence what was found of its session."""
-    is_replayed = len(plan.work) > 1
-    sequence.replayed = sum(len(turn.ids) for turn in plan.work[:-1]) - (plan.cursor if is_replayed else 0)
-    sequence.cached = 0 if is_replayed else plan.position
-    sequence.kinship = kinship(sequence.prompt, session)
-    if session is not None and session.note is not None:
-        sequence.note = session.note
-    if session is None:
-        sequence.session_status = "none"
-    elif sequence.replayed:
-        sequence.session_status = "replayed"
-    elif session.found is not None:
-        sequence.session_status, session.found = session.found, None
-    elif session.status == "lost":
-        sequence.session_status = "lost"
-    elif session.commits:
-        sequence.session_status = "resident"
-    else:
-        sequence.session_status = session.status
-
-
-def _lineage(sequence: Sequence, session: Session | None) -> Lineage:
-    key = sequence.request.session
-    if key is None:
-        return sequence.request.tenant, None, 0
-    if session is None or not (session.log or session.origin):
-        return key[0], None, 0  # an empty session is where everybody begins
-    return key[0], key, session.generation
+    def branch(self, parent: Sequence, sequence: Sequence) -> bool:
+        """Let a choice go on from a copy of its parent's state at the prompt's end. False where there is no room: it is
+        queued, first in line, and gets there by feeding the prompt as its parent did."""
+        parent.num_branches -= 1
+        sequence.prompt, sequence.max_tokens = parent.prompt, parent.max_tokens
+        if not (self._cache.has_room(1) and self._cache.make_row()):
+            self._queues.waiting.appendleft(sequence)
+            return False
+        turn = parent.turn
+        own = Turn(turn.start, turn.prompt_end, turn.ids[: parent.cursor], turn.pa, turn.density)
+        needed = blocks_for(parent.position) - parent.position // BLOCK
+        sequence.lineage, sequence.cached = parent.lineage, parent.cached
+        sequence.table = self._cache.new_table(parent.table.blocks, parent.position, needed)
+        self._cache.run_copies()
+        self._cache.new_banks(sequence, parent.row, None)
+        sequence.begin([own], self._clock(), index=parent.index)
+        sequence.advance(parent.cursor)
+        self._queues.running.append(sequence)
+        return True

@@ -5,22 +5,28 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import Collection
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from pacellm.engine.request_state import Live
+from pacellm.engine.admission import Admission
+from pacellm.engine.recovery import Recovery
+from pacellm.engine.request_state import Outbox, Requests, RequestState
+from pacellm.engine.scheduler import Scheduler
 from pacellm.engine.sequence import Sequence
-from pacellm.engine.stats import bank_reads, expert_activity
+from pacellm.engine.stats import EngineStats, bank_reads, expert_activity
 from pacellm.errors import EngineError, PaceError, RequestError, SessionConflict, SessionDeleted, reason
+from pacellm.faults import Faults
+from pacellm.memory.pool import BankPool
 from pacellm.memory.state import COUNTERS
 from pacellm.run.ahead import Chosen
 from pacellm.run.runner import Output
-from pacellm.run.sampler import choose, logprob, sample, score, shape, uniform
+from pacellm.run.sampler import logprob, sample, score
+from pacellm.sessions.files import SessionFiles
 from pacellm.sessions.history import ending_of
 from pacellm.sessions.session import Session
+from pacellm.sessions.store import SessionStore
 from pacellm.types import (
     BankReads,
     ChoiceEnded,
@@ -33,9 +39,6 @@ from pacellm.types import (
     Usage,
 )
 
-if TYPE_CHECKING:
-    from pacellm.engine.engine import Engine
-
 logger = logging.getLogger("pacellm.engine")
 
 
@@ -43,32 +46,33 @@ class Answers:
     """What an engine makes of a forward pass.
 
     Args:
-        engine: whose requests these are.
+        requests: whose answers these are. outbox: what happens to them later than in a step's commit.
+        scheduler, admission: their working copies.
+        sessions, files: where they are committed; files is None without a session directory.
+        pool: of banks; None without PA.
+        recovery, faults: for what fails.
+        stats: where tokens and ends are counted.
+        eos: the model's end tokens.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def choose(self, output: Output) -> Chosen:
-        """The next token of every sampled row, without waiting for the device."""
-        rows = output.logits[: len(output.sampled)]
-        shaped, points, failed = rows, [], {}
-        for row, sequence in enumerate(output.sampled):
-            params, count = sequence.request.sampling, output.num_generated(sequence)
-            points.append(uniform(sequence.seed, count))
-            if sequence.num_branches or count >= sequence.max_tokens:
-                continue  # it gets no token of its own here
-            try:
-                allowed = sequence.allowed(rows.shape[1])
-                if allowed is not None or params.shapes_logits:
-                    shaped = rows.clone() if shaped is rows else shaped
-                    shaped[row] = shape(rows[row], params, sequence.prompt, sequence.generated, allowed)
-            except Exception as error:
-                failed[sequence.id] = error
-        if not output.sampled:
-            return Chosen([], rows.new_empty(0, dtype=torch.int64), {})
-        tokens = choose(shaped, [sequence.request.sampling for sequence in output.sampled], points)
-        return Chosen(output.sampled, torch.where(rows.isfinite().all(-1), tokens, -1), failed)
+    def __init__(
+        self,
+        requests: Requests,
+        outbox: Outbox,
+        scheduler: Scheduler,
+        admission: Admission,
+        sessions: SessionStore,
+        files: SessionFiles | None,
+        pool: BankPool | None,
+        recovery: Recovery,
+        stats: EngineStats,
+        faults: Faults,
+        *,
+        eos: Collection[int],
+    ) -> None:
+        self._requests, self._outbox, self._scheduler, self._admission = requests, outbox, scheduler, admission
+        self._sessions, self._files, self._pool = sessions, files, pool
+        self._recovery, self._stats, self._faults, self._eos = recovery, stats, faults, eos
 
     def scores(self, output: Output) -> tuple[list[tuple[str, Event]], dict[str, PaceError]]:
         """Log-probabilities of prompt tokens, for the requests that want them; and where that failed, by request."""
@@ -88,21 +92,21 @@ class Answers:
 
     def sample(self, sequence: Sequence, logits: Tensor, chosen: Chosen) -> list[tuple[str, Event]]:
         """Give the sequence the token that was chosen for it; a failure here fails this request alone."""
-        live = self._engine.live[sequence.id]
+        state = self._requests[sequence.id]
         if sequence.num_branches:
-            return self._branch(live, logits, chosen)
+            return self._branch(state, logits, chosen)
         if len(sequence.generated) >= sequence.max_tokens:  # only with max_tokens 0: a warm-up
-            return [(live.name, event) for event in self._finish(live, FinishReason.LENGTH)]
+            return [(state.request_id, event) for event in self._finish(state, FinishReason.LENGTH)]
         try:
-            events = self._accept(live, *self._token(sequence, logits, chosen))
+            events = self._accept(state, *self._token(sequence, logits, chosen))
         except RequestError as error:
-            return [self._engine.fail(sequence, error)]
+            return [self._recovery.fail(sequence, error)]
         except Exception as error:
             logger.exception("request %s failed while sampling", sequence.id)
-            return [self._engine.fail(sequence, EngineError(f"sampling failed: {reason(error)}"))]
-        name = live.name
+            return [self._recovery.fail(sequence, EngineError(f"sampling failed: {reason(error)}"))]
+        name = state.request_id
         return [
-            (name, dataclasses.replace(event, index=live.index) if isinstance(event, Delta) else event)
+            (name, dataclasses.replace(event, index=state.index) if isinstance(event, Delta) else event)
             for event in events
         ]
 
@@ -114,63 +118,67 @@ class Answers:
         token = chosen.token(sequence)
         return token, logprob(logits, token, params.logprobs) if params.logprobs is not None else None
 
-    def _branch(self, live: Live, logits: Tensor, chosen: Chosen) -> list[tuple[str, Event]]:
+    def _branch(self, state: RequestState, logits: Tensor, chosen: Chosen) -> list[tuple[str, Event]]:
         """The prompt of a request with several choices is in place: each goes on from a copy of it."""
-        going = [live]
-        for choice in live.choices[1:]:
-            self._engine.live[choice.sequence.id] = choice
-            if self._engine.scheduler.branch(live.sequence, choice.sequence):
+        going = [state]
+        for choice in state.choices[1:]:
+            self._requests[choice.sequence.id] = choice
+            if self._admission.branch(state.sequence, choice.sequence):
                 going.append(choice)
-        live.sequence.num_branches = 0
+        state.sequence.num_branches = 0
         events: list[tuple[str, Event]] = []
         for choice in going:
-            if choice.sequence.id in self._engine.live:
+            if choice.sequence.id in self._requests:
                 events += self.sample(choice.sequence, logits, chosen)
         return events
 
-    def _accept(self, live: Live, token: int, logprob: TokenLogprob | None) -> list[Event]:
-        sequence, params = live.sequence, live.sequence.request.sampling
+    def _accept(self, state: RequestState, token: int, logprob: TokenLogprob | None) -> list[Event]:
+        sequence = state.sequence
         sequence.append(token)
-        self._engine.stats.generation_tokens += 1
+        self._stats.generation_tokens += 1
         logprobs = () if logprob is None else (logprob,)
-        ends = not params.ignore_eos and token in self._engine.model.eos_token_ids
-        if ends or token in params.stop_token_ids:
-            sequence.stop_reason = None if ends else token
-            text = live.text.finish() if live.text is not None else ""
-            return [Delta(text, (token,), logprobs, is_last=True), *self._finish(live, FinishReason.STOP)]
-        text = live.text.push(token) if live.text is not None else ""
-        stop = live.text.stopped_by if live.text is not None else None
-        is_full = len(sequence.generated) >= sequence.max_tokens
-        if stop is None and not sequence.is_complete and not is_full:
-            return [Delta(text, (token,), logprobs)]
-        sequence.stop_reason = stop
-        if live.text is not None:
-            text += live.text.finish()
-        end = FinishReason.LENGTH if stop is None and not sequence.is_complete else FinishReason.STOP
-        return [Delta(text, (token,), logprobs, is_last=True), *self._finish(live, end)]
-
-    def _finish(self, live: Live, reason: FinishReason) -> list[Event]:
-        """The request is complete: commit and say so, or first have the session directory take note."""
-        sequence = live.sequence
-        sequence.finish_reason = reason
-        sequence.ending = ending_of(sequence, live.text, self._engine.model.eos_token_ids)
-        live.last = self._finished(sequence, reason, bank_reads(self._engine.pool, sequence, self._engine.stats))
-        activity = expert_activity(self._engine.pool, sequence, self._engine.stats)
-        if sequence.request.experts:
-            live.last = dataclasses.replace(live.last, experts=activity)
-        if live.index or live.choices:
-            return self._end_choice(live, reason)
-        return self._complete(live)
-
-    def _end_choice(self, live: Live, reason: FinishReason) -> list[Event]:
-        """One of several choices is complete; with the last of them the request is."""
-        ended: list[Event] = [ChoiceEnded(live.index, reason, live.sequence.stop_reason)]
-        first = self._engine.live[live.name]
-        if live is first:
-            self._engine.scheduler.hold(live.sequence)
+        if self._is_end(sequence, token):
+            text, end = state.rest(), FinishReason.STOP
         else:
-            del self._engine.live[live.sequence.id]
-            self._engine.scheduler.finish(live.sequence)
+            text, why = state.push(token), _reason(state)
+            if why is None:
+                return [Delta(text, (token,), logprobs)]
+            sequence.stop_reason = state.stopped_by
+            text, end = text + state.rest(), why
+        return [Delta(text, (token,), logprobs, is_last=True), *self._finish(state, end)]
+
+    def _is_end(self, sequence: Sequence, token: int) -> bool:
+        """The token ends the answer by itself; a client's own stop token is told."""
+        params = sequence.request.sampling
+        if not params.ignore_eos and token in self._eos:
+            return True
+        if token in params.stop_token_ids:
+            sequence.stop_reason = token
+            return True
+        return False
+
+    def _finish(self, state: RequestState, reason: FinishReason) -> list[Event]:
+        """The request is complete: commit and say so, or first have the session directory take note."""
+        sequence = state.sequence
+        sequence.finish_reason = reason
+        sequence.ending = ending_of(sequence, state.text, self._eos)
+        state.last = self._finished(sequence, reason, bank_reads(self._pool, sequence, self._stats))
+        activity = expert_activity(self._pool, sequence, self._stats)
+        if sequence.request.experts:
+            state.last = dataclasses.replace(state.last, experts=activity)
+        if state.index or state.choices:
+            return self._end_choice(state, reason)
+        return self._complete(state)
+
+    def _end_choice(self, state: RequestState, reason: FinishReason) -> list[Event]:
+        """One of several choices is complete; with the last of them the request is."""
+        ended: list[Event] = [ChoiceEnded(state.index, reason, state.sequence.stop_reason)]
+        first = self._requests[state.request_id]
+        if state is first:
+            self._scheduler.hold(state.sequence)
+        else:
+            del self._requests[state.sequence.id]
+            self._scheduler.finish(state.sequence)
         if any(choice.last is None for choice in first.choices) or first.last is None:
             return ended
         tokens = sum(len(choice.sequence.generated) for choice in first.choices)
@@ -178,68 +186,66 @@ class Answers:
         first.last = dataclasses.replace(first.last, usage=usage)
         return [*ended, *self._complete(first)]
 
-    def _complete(self, live: Live) -> list[Event]:
-        sequence = live.sequence
+    def _complete(self, state: RequestState) -> list[Event]:
+        sequence = state.sequence
         session = sequence.session
-        files = self._engine.mover.files
-        if session is not None and sequence.request.commit and files is not None:
-            if not live.choices:
-                self._engine.scheduler.hold(sequence)
-            live.is_recorded = True
-            pool = self._engine.pool
-            files.record(sequence, session, pool, lambda done: self._recorded(live, done))
+        if session is not None and sequence.request.commit and self._files is not None:
+            if not state.choices:
+                self._scheduler.hold(sequence)
+            state.is_recorded = True
+            self._files.record(sequence, session, self._pool, lambda done: self._recorded(state, done))
             return []
-        return [self._end(live)]
+        return [self._end(state)]
 
-    def _recorded(self, live: Live, done: Future[None]) -> None:
+    def _recorded(self, state: RequestState, done: Future[None]) -> None:
         """The session directory has taken note of a commit, or refused it."""
-        if live.sequence.id not in self._engine.live:
+        if state.sequence.id not in self._requests:
             return
         try:
-            self._after_record(live, done)
+            self._after_record(state, done)
         except Exception as error:
-            self._engine.faults.note("commit", error)
+            self._faults.note("commit", error)
             failed = EngineError(f"the request could not be committed: {reason(error)}")
-            self._engine.late.append(self._engine.fail(live.sequence, failed))
+            self._outbox.put(self._recovery.fail(state.sequence, failed))
 
-    def _after_record(self, live: Live, done: Future[None]) -> None:
-        sequence = live.sequence
+    def _after_record(self, state: RequestState, done: Future[None]) -> None:
+        sequence = state.sequence
         session, error = sequence.session, done.exception()
         if error is None and session is not None and not session.deleted:
-            event: Event = self._end(live)
-            assert self._engine.mover.files is not None
-            self._engine.mover.files.recorded(session)
-            self._engine.late.append((sequence.id, event))
+            event: Event = self._end(state)
+            assert self._files is not None
+            self._files.recorded(session)
+            self._outbox.put((sequence.id, event))
             return
         if error is None:
             error = SessionDeleted("the session was deleted while this request worked on it")
         elif not isinstance(error, PaceError):
             error = EngineError(f"the session could not be written: {reason(error)}")
         if isinstance(error, SessionConflict) and session is not None:
-            self._engine.sessions.remove(session)  # memory is behind; the next request reads what the owner has written
-        self._engine.late.append(self._engine.fail(sequence, error))
+            self._sessions.remove(session)  # memory is behind; the next request reads what the owner has written
+        self._outbox.put(self._recovery.fail(sequence, error))
 
-    def _end(self, live: Live) -> Finished:
+    def _end(self, state: RequestState) -> Finished:
         """Commit, and the last event."""
-        sequence, last = live.sequence, live.last
+        sequence, last = state.sequence, state.last
         assert last is not None
         session = sequence.session
         if session is not None and last.bank is not None and sequence.request.commit:
             self._note_banks(session, sequence)
-        self._engine.scheduler.finish(sequence)
-        del self._engine.live[sequence.id]
-        self._engine.stats.finished[last.reason.value] += 1
-        self._engine.stats.modes[last.pa] += 1
-        self._engine.stats.cached_tokens += sequence.cached
-        self._engine.stats.count_dropped(sequence)
+        self._scheduler.finish(sequence)
+        del self._requests[sequence.id]
+        self._stats.finished[last.reason.value] += 1
+        self._stats.modes[last.pa] += 1
+        self._stats.cached_tokens += sequence.cached
+        self._stats.count_dropped(sequence)
         return dataclasses.replace(last, session=sequence.session_status)
 
     def _note_banks(self, session: Session, sequence: Sequence) -> None:
-        if self._engine.pool is not None and sequence.row is not None:
-            filled = self._engine.pool.filled(sequence.row)
+        if self._pool is not None and sequence.row is not None:
+            filled = self._pool.filled(sequence.row)
             session.banks = {
                 layer: {**dict(zip(COUNTERS, counters, strict=True)), "filled": filled[layer]}
-                for layer, counters in self._engine.pool.counters(sequence.row).items()
+                for layer, counters in self._pool.counters(sequence.row).items()
             }
 
     def _finished(self, sequence: Sequence, reason: FinishReason, reads: BankReads | None) -> Finished:
@@ -258,3 +264,10 @@ class Answers:
             note=sequence.note,
             kinship=sequence.kinship,
         )
+
+
+def _reason(state: RequestState) -> FinishReason | None:
+    """Why an answer ends with the token that it has just got; None where it goes on."""
+    if state.stopped_by is not None or state.sequence.is_complete:
+        return FinishReason.STOP
+    return FinishReason.LENGTH if len(state.sequence.generated) >= state.sequence.max_tokens else None

@@ -4,33 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pacellm.engine.queues import RequestQueues
 from pacellm.engine.sequence import Before, Sequence
 from pacellm.engine.step import Copy
 from pacellm.kv.blocks import BLOCK, BlockAllocator, KVTable
-from pacellm.kv.prefix import Entry, PrefixCache
+from pacellm.kv.prefix_cache import CachedPrefix, PrefixCache
 from pacellm.memory.pool import BankPool
+from pacellm.sessions.eviction import Eviction
 from pacellm.sessions.session import Session
 from pacellm.sessions.store import SessionStore
 
 
-class Room:
-    """Makes room, and gives it out. Kept progress goes first, then idle sessions, least recently used first.
+class CacheManager:
+    """Makes room, and gives it out. Cached prefixes go first, then idle sessions, least recently used first.
 
     Args:
-        allocator, sessions, pool: the memory; pool is None without PA.
-        progress: kept prefill progress.
+        allocator, pool: the memory; pool is None without PA.
+        sessions, eviction: who holds most of it, and who takes it from them.
+        prefix_cache: prefixes of prompts that were computed before.
+        queues: requests; each running one may need a block more.
+        copy_kv: copies KV between slots now.
     """
 
     def __init__(
         self,
         allocator: BlockAllocator,
-        sessions: SessionStore,
         pool: BankPool | None,
-        progress: PrefixCache,
+        sessions: SessionStore,
+        eviction: Eviction,
+        prefix_cache: PrefixCache,
+        queues: RequestQueues,
+        copy_kv: Callable[[list[Copy]], None],
     ) -> None:
-        self.allocator, self.sessions, self.pool, self.progress = allocator, sessions, pool, progress
-        # copies KV between slots at once; who has the KV sets it
-        self.copy_now: Callable[[list[Copy]], None] = lambda copies: None
+        self._allocator, self._pool, self._sessions, self._eviction = allocator, pool, sessions, eviction
+        self._prefix_cache, self._queues, self._copy_kv = prefix_cache, queues, copy_kv
         self._copies: list[Copy] = []
 
     def take_copies(self) -> list[Copy]:
@@ -40,52 +47,86 @@ class Room:
 
     def run_copies(self) -> None:
         """Copy it now, before what it is read from may be used otherwise."""
-        self.copy_now(self.take_copies())
+        self._copy_kv(self.take_copies())
 
-    def make_room(self, blocks: int, *, is_alone: bool, keep: Entry | None = None) -> bool:
-        """Free ``blocks``, without touching ``keep``; where a request is alone, as many of them as there are."""
-        if self.allocator.num_free >= blocks:
+    # -- room ----------------------------------------------------------------------------------------------
+
+    def has_blocks(self, blocks: int) -> bool:
+        """There are so many at all."""
+        return blocks <= self._allocator.num_blocks
+
+    def has_room(self, blocks: int, keep: CachedPrefix | None = None) -> bool:
+        """``blocks`` are free beside one for every running sequence, or have been made so; ``keep`` is not touched."""
+        return self.make_room(blocks + len(self._queues.running), keep)
+
+    def make_room(self, blocks: int, keep: CachedPrefix | None = None) -> bool:
+        """Free ``blocks``, without touching ``keep``; where nothing runs, as many of them as there are."""
+        if self._allocator.num_free >= blocks:
             return True
-        needed = min(blocks, self.allocator.num_blocks) if is_alone else blocks
-        others = [entry.table for entry in self.progress if entry is not keep]
-        if self.allocator.num_free + self.sessions.idle_blocks(others) < needed:
+        needed = blocks if self._queues.running else min(blocks, self._allocator.num_blocks)
+        others = [prefix.table for prefix in self._prefix_cache if prefix is not keep]
+        if self._allocator.num_free + self._sessions.idle_blocks(others) < needed:
             return False
-        for entry in self.progress:
-            if self.allocator.num_free < needed and entry is not keep:
-                self.progress.drop(entry)
-        while self.allocator.num_free + self.sessions.leaving()[0] < needed and self.sessions.evict_one():
+        self._drop_prefixes(needed, keep)
+        while self._allocator.num_free + self._sessions.leaving()[0] < needed and self._eviction.evict_one():
             pass
-        return self.allocator.num_free >= needed
+        return self._allocator.num_free >= needed
 
-    def make_row(self, keep: Entry | None = None) -> bool:
+    def _drop_prefixes(self, needed: int, keep: CachedPrefix | None) -> None:
+        for prefix in self._prefix_cache:
+            if self._allocator.num_free < needed and prefix is not keep:
+                self._prefix_cache.drop(prefix)
+
+    def make_row(self, keep: CachedPrefix | None = None) -> bool:
         """Free a bank row, without touching ``keep``."""
-        if self.pool is None:
+        if self._pool is None:
             return True
-        for entry in self.progress:
-            if not self.pool.num_free and entry is not keep:
-                self.progress.drop(entry)
-        while not self.pool.num_free + self.sessions.leaving()[1] and self.sessions.evict_one(needs_row=True):
+        for prefix in self._prefix_cache:
+            if not self._pool.num_free and prefix is not keep:
+                self._prefix_cache.drop(prefix)
+        while not self._pool.num_free + self._sessions.leaving()[1] and self._eviction.evict_one(needs_row=True):
             pass
-        return self.pool.num_free > 0
+        return self._pool.num_free > 0
+
+    def free_rows(self, wanted: int) -> None:
+        """Cached prefixes never take the ``wanted`` rows that running requests may need."""
+        while self._pool is not None and self._pool.num_free < wanted:
+            if not self._prefix_cache.evict_one():
+                return
+
+    @property
+    def is_draining(self) -> bool:
+        """Blocks are on their way to being free."""
+        return self._sessions.leaving()[0] > 0
+
+    # -- working copies ------------------------------------------------------------------------------------
 
     def new_table(self, source: list[int], start: int, needed: int) -> KVTable:
         """A table that shares the full blocks before ``start`` and owns the rest."""
         kept = start // BLOCK
         table = KVTable(list(source[:kept]))
-        own = self.allocator.allocate(needed, table.blocks[-1] if table.blocks else None)
-        self.allocator.share(table.blocks)
+        own = self._allocator.allocate(needed, table.blocks[-1] if table.blocks else None)
+        self._allocator.share(table.blocks)
         table.extend(own)
         if start % BLOCK:
             self._copies.append(Copy(source[kept] * BLOCK, table.blocks[kept] * BLOCK, start % BLOCK))
         return table
 
+    def extend(self, table: KVTable) -> bool:
+        """One block more, at the price of idle state. False where there is none."""
+        while not self._allocator.num_free:
+            if not (self._prefix_cache.evict_one() or (not self.is_draining and self._eviction.evict_one())):
+                return False
+        table.extend(self._allocator.allocate(1, table.blocks[-1]))
+        return True
+
     def new_banks(self, sequence: Sequence, source: int | None, session: Session | None) -> None:
         """A row for the sequence: a copy of ``source``, or what the session began with."""
-        if self.pool is None:
+        if self._pool is None:
             return
-        sequence.row = self.pool.check_out(source)
+        sequence.row = self._pool.check_out(source)
         if source is None and session is not None and session.origin is not None:
-            for layer, bank in self.pool.banks(sequence.row).items():
+            for layer, bank in self._pool.banks(sequence.row).items():
                 bank.copy_(session.origin[layer])
         if not (sequence.is_branch and sequence.generated):  # a choice's own tokens begin where its prompt ended
             self.mark(sequence)
@@ -93,13 +134,13 @@ class Room:
 
     def mark(self, sequence: Sequence) -> None:
         """What its banks and experts do from here on is the request's own."""
-        if self.pool is not None and sequence.row is not None:
-            sequence.before = Before(self.pool.counters(sequence.row), self.pool.activity(sequence.row))
+        if self._pool is not None and sequence.row is not None:
+            sequence.before = Before(self._pool.counters(sequence.row), self._pool.activity(sequence.row))
 
     def free(self, sequence: Sequence) -> None:
         """Take a sequence's working copy away."""
-        self.allocator.release(sequence.table.blocks)
+        self._allocator.release(sequence.table.blocks)
         sequence.table = KVTable()
-        if sequence.row is not None and self.pool is not None:
-            self.pool.release(sequence.row)
+        if sequence.row is not None and self._pool is not None:
+            self._pool.release(sequence.row)
             sequence.row = None

@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
-from pacellm.engine.forecast import Forecast, Load, Span
+from pacellm.config import EngineConfig
+from pacellm.engine.admission_plan import AdmissionPlanner
+from pacellm.engine.forecast import Forecast, Load, PromptSpan
+from pacellm.engine.pace import Pace
+from pacellm.engine.queues import RequestQueues
 from pacellm.engine.sequence import Sequence
 from pacellm.errors import DeadlineExceeded, Overloaded, PaceError
 from pacellm.sessions.session import Session
-
-if TYPE_CHECKING:
-    from pacellm.engine.scheduler import Scheduler
+from pacellm.sessions.store import SessionStore
 
 
 class Deadlines:
-    """Forecasts for a scheduler's requests, and what follows from them.
+    """Forecasts for requests, and what follows from them.
 
     Args:
-        scheduler: looked at, not changed.
+        config: resolved.
+        queues, sessions: looked at, not changed.
+        planner: tells what is to be fed of a prompt.
+        pace: what steps cost.
+        clock: seconds, as requests' arrival and deadline are told.
     """
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self._scheduler = scheduler
-        self.forecast = Forecast(scheduler.config)
+    def __init__(
+        self,
+        config: EngineConfig,
+        queues: RequestQueues,
+        sessions: SessionStore,
+        planner: AdmissionPlanner,
+        pace: Pace,
+        clock: Callable[[], float],
+    ) -> None:
+        self._config, self._queues, self._sessions, self._planner = config, queues, sessions, planner
+        self._pace, self._clock = pace, clock
+        self.forecast = Forecast(config)
 
     def check(self, sequence: Sequence) -> None:
         """Refuse what would miss its deadline behind the requests that are there, before it is queued.
@@ -31,16 +46,16 @@ class Deadlines:
         Raises:
             Overloaded: it could be answered in time later. DeadlineExceeded: not even alone.
         """
-        scheduler, request = self._scheduler, sequence.request
-        if request.deadline is None or not (scheduler.running or scheduler.waiting):
+        queues, request = self._queues, sequence.request
+        if request.deadline is None or not (queues.running or queues.waiting):
             return
-        ahead = [self._queued(other) for other in scheduler.waiting if other.request.priority <= request.priority]
+        ahead = [self._queued(other) for other in queues.waiting if other.request.priority <= request.priority]
         own = self._queued(sequence)
         sequence.forecast = needed = self._seconds(sequence, own, ahead)
-        left = request.deadline - scheduler.clock()
+        left = request.deadline - self._clock()
         if needed is None or needed <= left:
             return
-        alone = self.forecast.seconds(scheduler.pace, own, sequence.max_tokens, Load())
+        alone = self.forecast.seconds(self._pace, own, sequence.max_tokens, Load())
         if alone is not None and alone > left:
             raise DeadlineExceeded(
                 f"an answer takes about {alone:.1f} s even with nothing beside it, and the request's deadline leaves "
@@ -55,22 +70,22 @@ class Deadlines:
     def missed(self, sequence: Sequence, session: Session | None) -> PaceError | None:
         """The error of a request whose turn it is, and whose answer would come after its deadline; None where it would
         not, or where nobody else would use what it takes."""
-        scheduler, deadline = self._scheduler, sequence.request.deadline
-        if deadline is None or not scheduler.running:
+        deadline = sequence.request.deadline
+        if deadline is None or not self._queues.running:
             return None
         needed = self._seconds(sequence, self._due(sequence, session), [])
-        if needed is None or scheduler.clock() + needed <= deadline:
+        if needed is None or self._clock() + needed <= deadline:
             return None
         return DeadlineExceeded("the request's deadline passes before it can be answered")
 
     def is_late(self, sequence: Sequence) -> bool:
         """The answer of a running request would miss its deadline even if its prompt were read next."""
-        scheduler, deadline = self._scheduler, sequence.request.deadline
+        deadline = sequence.request.deadline
         if deadline is None:
             return False
-        own, load = (sequence.position, sequence.pending), Load(decodes=len(scheduler.running) - 1)
-        needed = self.forecast.seconds(scheduler.pace, own, sequence.max_tokens, load)
-        return needed is not None and scheduler.clock() + needed > deadline
+        own, load = (sequence.position, sequence.pending), Load(decodes=len(self._queues.running) - 1)
+        needed = self.forecast.seconds(self._pace, own, sequence.max_tokens, load)
+        return needed is not None and self._clock() + needed > deadline
 
     def answered(self, sequence: Sequence) -> None:
         """A request is complete."""
@@ -83,28 +98,28 @@ class Deadlines:
         self.forecast.observe(sequence.forecast, self._age(sequence), is_over=False)
 
     def _age(self, sequence: Sequence) -> float:
-        return self._scheduler.clock() - sequence.request.arrival
+        return self._clock() - sequence.request.arrival
 
-    def _seconds(self, sequence: Sequence, own: Span, ahead: list[Span]) -> float | None:
+    def _seconds(self, sequence: Sequence, own: PromptSpan, ahead: list[PromptSpan]) -> float | None:
         """Until a request would be answered, behind what runs and ``ahead``."""
-        scheduler, priority = self._scheduler, sequence.request.priority
-        prompts = [other for other in scheduler.running if not other.is_decoding]
+        queues, priority = self._queues, sequence.request.priority
+        prompts = [other for other in queues.running if not other.is_decoding]
         before = [
             (other.position, other.pending)
             for other in prompts
             if other.request.priority <= priority and not self.is_late(other)
         ]
-        seats = max(0, scheduler.config.max_num_seqs - scheduler.seats)
-        load = Load([*before, *ahead], len(scheduler.running) - len(prompts), seats, len(ahead))
-        return self.forecast.seconds(scheduler.pace, own, sequence.max_tokens, load)
+        seats = max(0, self._config.max_num_seqs - queues.seats)
+        load = Load([*before, *ahead], len(queues.running) - len(prompts), seats, len(ahead))
+        return self.forecast.seconds(self._pace, own, sequence.max_tokens, load)
 
-    def _queued(self, sequence: Sequence) -> Span:
+    def _queued(self, sequence: Sequence) -> PromptSpan:
         """What is due of a request that waits, looked at once: it walks the prompt."""
         if sequence.due is None:
-            sequence.due = self._due(sequence, self._scheduler.session_of(sequence))
+            sequence.due = self._due(sequence, self._sessions.get(sequence.request.session))
         return sequence.due
 
-    def _due(self, sequence: Sequence, session: Session | None) -> Span:
+    def _due(self, sequence: Sequence, session: Session | None) -> PromptSpan:
         """What is to be fed of a prompt, as far as that is known before its turn."""
         request, known = sequence.request, 0
         if session is not None:
@@ -114,5 +129,5 @@ class Deadlines:
         if session is not None and not session.is_resident:  # it will have come back by then
             start = min(known, len(request.prompt) - 1)
             return start, len(request.prompt) - start
-        plan = self._scheduler.planner.plan(sequence, session)
+        plan = self._planner.plan(sequence, session)
         return plan.position, sum(len(turn.ids) for turn in plan.work) - plan.cursor

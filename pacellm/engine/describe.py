@@ -83,13 +83,14 @@ def _describe_tiers(engine: Engine) -> None:
     logger.info(
         "idle sessions: %.2f GiB of KV on the device, %.2f GiB in host memory, %s",
         (config.session_memory or 0) / 2**30,
-        engine.mover.host_memory / 2**30,
+        engine.mover.host.capacity / 2**30,
         _describe_directory(config, files) if files is not None else "no directory: a restart forgets them",
     )
 
 
 def _describe_directory(config: EngineConfig, files: SessionFiles) -> str:
-    budget = files.budget
-    limit = "" if budget.limit is None else f" of {budget.limit / 2**30:.2f}"
+    most = files.budget.limit
+    limit = "" if most is None else f" of {most / 2**30:.2f}"
     synced = ", synced" if config.session_sync else ""
-    return f"then {config.session_dir}, {len(files.store)} there in {budget.bytes / 2**30:.2f}{limit} GiB{synced}"
+    held = f"{files.num_sessions} there in {files.usage.bytes / 2**30:.2f}{limit} GiB"
+    return f"then {config.session_dir}, {held}{synced}"

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pacellm.config import EngineConfig
-from pacellm.engine import chunking
+from pacellm.engine import chunked_prefill
 from pacellm.engine.pace import SHARE, Pace
 
-Span = tuple[int, int]
+PromptSpan = tuple[int, int]
 """Prompt tokens to feed: (position of the first, how many)."""
 
 _KEPT = 0.8  # of an estimate, at each observation
@@ -32,7 +32,7 @@ class Load:
         waiting: requests that begin before it.
     """
 
-    prompts: Iterable[Span] = ()
+    prompts: Iterable[PromptSpan] = ()
     decodes: int = 0
     seats: int = 1
     waiting: int = 0
@@ -51,17 +51,17 @@ class Forecast:
         self._has_seen = False
         self._factor = 1.0
 
-    def seconds(self, pace: Pace, own: Span, max_tokens: int, load: Load) -> float | None:
+    def seconds(self, pace: Pace, own: PromptSpan, max_tokens: int, load: Load) -> float | None:
         """Until a request of ``own`` prompt tokens is answered; None where too little is known."""
         each = pace.cost(0)
         if not each or pace.decode is None:
             return None
         ahead = list(load.prompts)
         cost, tokens = _work(pace, [*ahead, own])
-        like = [span for span in ahead if not chunking.overtakes(own[1], span[1])]
+        like = [span for span in ahead if not chunked_prefill.overtakes(own[1], span[1])]
         alone, few = _work(pace, [*like, own])
-        if alone / chunking.SHARE < cost:
-            cost, tokens = alone / chunking.SHARE, few / chunking.SHARE
+        if alone / chunked_prefill.SHARE < cost:
+            cost, tokens = alone / chunked_prefill.SHARE, few / chunked_prefill.SHARE
         is_shared = bool(load.decodes or ahead)
         reading, step = cost, pace.decode
         if is_shared:
@@ -89,6 +89,6 @@ class Forecast:
         self._factor = min(_MOST, max(1.0, _KEPT * self._factor + (1 - _KEPT) * ratio))
 
 
-def _work(pace: Pace, spans: Iterable[Span]) -> tuple[float, float]:
+def _work(pace: Pace, spans: Iterable[PromptSpan]) -> tuple[float, float]:
     """Seconds and tokens of prompts."""
     return sum(pace.cost(*span) for span in spans), float(sum(count for _, count in spans))

@@ -1,7 +1,7 @@
 """How much of prompts a step may take, by what it has cost of late.
 
 A prompt token's cost grows with its position: behind 200,000 tokens it is many times that behind 1,000. So a step has
-seconds for prompts, and a part of a prompt is priced by where it lies. Cuts change no answer, so the clock may decide
+seconds for prompts, and a chunk of a prompt is priced by where it lies. Cuts change no answer, so the clock may decide
 them.
 """
 
@@ -11,13 +11,13 @@ from collections.abc import Iterable
 
 from pacellm.rows import ROWS
 
-SHARE = 1.75  # prompt parts of a step may take this many times what its decoding takes
+SHARE = 1.75  # chunks of prompts in a step may take this many times what its decoding takes
 LONGEST = 2.0  # seconds of a step that decodes nothing: who arrives meanwhile waits for its end
 SEVERAL = 0.5  # seconds of such a step with several prompts: the shortest waits for its first token
 _KEPT = 0.6  # of an estimate, at each observation
 _FRESH = 64  # steps after which the next one only decodes, to see what that takes by now
 _DEEP = (
-    32_768.0  # tokens: the unit of positions, so that deep parts teach what depth costs and others what a token does
+    32_768.0  # tokens: the unit of positions, so that deep chunks teach what depth costs and others what a token does
 )
 
 
@@ -27,13 +27,13 @@ class Pace:
     def __init__(self) -> None:
         self.decode: float | None = None  # a step that only decodes
         self._token = self._depth = 0.0  # a prompt token, and what it takes more for every ``_DEEP`` before it
-        self._saved = 0.0  # seconds that parts have coming which were too long for a step
+        self._saved = 0.0  # seconds that chunks have coming which were too long for a step
         self._age = 0  # steps that decoded beside prompts since one only decoded
 
-    def observe(self, num_decodes: int, parts: Iterable[tuple[int, int]], seconds: float) -> None:
-        """A step has run; ``parts`` of prompts are (position, tokens)."""
+    def observe(self, num_decodes: int, prompts: Iterable[tuple[int, int]], seconds: float) -> None:
+        """A step has run; ``prompts`` are its chunks of prompts: (position, tokens)."""
         count = depth = 0.0
-        for position, tokens in parts:
+        for position, tokens in prompts:
             count, depth = count + tokens, depth + tokens * (position + tokens / 2) / _DEEP
         if not count:
             # an old estimate may be of other streams
@@ -79,14 +79,14 @@ class Pace:
         return count - count % ROWS
 
     def afford(self, price: float, left: float) -> bool:
-        """A part that takes longer than the ``left`` seconds of a step may be taken, for what was saved up."""
+        """A chunk that takes longer than the ``left`` seconds of a step may be taken, for what was saved up."""
         if price > left + self._saved:
             return False
         self._saved += left - price
         return True
 
     def save(self, seconds: float) -> None:
-        """A part had to wait; ``seconds`` of this step count for it."""
+        """A chunk had to wait; ``seconds`` of this step count for it."""
         self._saved += seconds
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pacellm.kv.blocks import KVTable
-from pacellm.sessions.history import Ending
+from pacellm.sessions.ending import Ending
 from pacellm.sessions.session import Session
 from pacellm.sessions.turn import Turn
 from pacellm.types import FinishReason, GenerationRequest, Kinship, Matcher, SessionStatus

@@ -17,7 +17,7 @@ from typing import Any
 
 from pacellm.engine.engine import Engine
 from pacellm.errors import Aborted, Draining, EngineDead, EngineError, Overloaded, PaceError, reason
-from pacellm.sessions.operations import Operation
+from pacellm.sessions.operation_queue import Operation
 from pacellm.types import Admitted, Event, Failed, Finished, GenerationRequest
 
 logger = logging.getLogger("pacellm.engine")
@@ -37,7 +37,7 @@ class EngineThread:
         self.engine, self._deliver = engine, deliver
         # a string is the id of a request to abort, a pair a session operation
         self._inbox: deque[GenerationRequest | str | tuple[Operation, Future[Any]]] = deque()
-        self._wake = threading.Condition()
+        self._wake = engine.wakeup
         self._queued: dict[str, GenerationRequest] = {}  # in order of arrival, not yet admitted
         self._submitted: set[str] = set()
         self._stopping = False
@@ -45,7 +45,6 @@ class EngineThread:
         self._error: BaseException | None = None
         self.heartbeat = time.monotonic()
         self._is_saving = False
-        engine.worker.on_done = self._nudge
         self._thread = threading.Thread(target=self._main, name="pacellm-engine", daemon=True)
 
     def start(self) -> None:
@@ -135,10 +134,6 @@ class EngineThread:
             self._wake.notify()
         return future
 
-    def _nudge(self) -> None:
-        with self._wake:
-            self._wake.notify()
-
     def drain(self) -> None:
         """Take no new requests; those submitted run to their end."""
         with self._wake:
@@ -185,7 +180,7 @@ class EngineThread:
             self._inbox.clear()
         for item in items:
             if isinstance(item, tuple):
-                self.engine.ops.submit(*item)
+                self.engine.call(*item)
             elif isinstance(item, str):
                 self._abort(item)
             else:
@@ -207,7 +202,7 @@ class EngineThread:
             has_ended = self.engine.abort(request_id)
         except Exception as error:
             self.engine.faults.note("inbox", error)
-            has_ended = request_id not in self.engine.live
+            has_ended = request_id not in self.engine.requests
         if has_ended:
             self._emit([(request_id, Failed(Aborted("the request was cancelled")))])
 
@@ -247,6 +242,6 @@ class EngineThread:
             with self.engine.faults.survived("shutdown"):
                 self.engine.abort(request_id)
         for operation, future in calls:
-            self.engine.ops.submit(operation, future)
-        self.engine.ops.end(error)
+            self.engine.call(operation, future)
+        self.engine.end_calls(error)
         self._emit([(request_id, Failed(error)) for request_id in left])

@@ -9,6 +9,7 @@ ahead is only possible where nothing else depends on the tokens, and nothing els
 from __future__ import annotations
 
 from collections.abc import Collection
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from pacellm.engine.sequence import Sequence
 from pacellm.engine.step import Step, Work
 from pacellm.run import graphs
 from pacellm.run.runner import Output
-from pacellm.run.sampler import NOT_FINITE
+from pacellm.run.sampler import NOT_FINITE, choose, shape, uniform
 
 
 class Chosen:
@@ -40,6 +41,28 @@ class Chosen:
             self._host.copy_(tokens, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
+
+    @classmethod
+    def of(cls, output: Output) -> Chosen:
+        """The next token of every sampled row, without waiting for the device."""
+        rows = output.logits[: len(output.sampled)]
+        shaped, points, failed = rows, [], {}
+        for row, sequence in enumerate(output.sampled):
+            params, count = sequence.request.sampling, output.num_generated(sequence)
+            points.append(uniform(sequence.seed, count))
+            if sequence.num_branches or count >= sequence.max_tokens:
+                continue  # it gets no token of its own here
+            try:
+                allowed = sequence.allowed(rows.shape[1])
+                if allowed is not None or params.shapes_logits:
+                    shaped = rows.clone() if shaped is rows else shaped
+                    shaped[row] = shape(rows[row], params, sequence.prompt, sequence.generated, allowed)
+            except Exception as error:
+                failed[sequence.id] = error
+        if not output.sampled:
+            return cls([], rows.new_empty(0, dtype=torch.int64), {})
+        tokens = choose(shaped, [sequence.request.sampling for sequence in output.sampled], points)
+        return cls(output.sampled, torch.where(rows.isfinite().all(-1), tokens, -1), failed)
 
     def has(self, sequence: Sequence) -> bool:
         """It is one of those that get a token."""
@@ -66,12 +89,19 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Flight:
-    """A step that was launched: its work, what comes of it, and when that was."""
+    """A step that was launched.
+
+    Attributes:
+        step: its work. output, chosen: what comes of it.
+        started: when it was launched, in seconds.
+        prompts: of its chunks of prompts, (position, tokens).
+    """
 
     step: Step
     output: Output
     chosen: Chosen
     started: float
+    prompts: Items[tuple[int, int]] = ()
 
 
 def step_after(step: Step, num_running: int, eos: Collection[int]) -> Step | None:
@@ -87,18 +117,21 @@ def step_after(step: Step, num_running: int, eos: Collection[int]) -> Step | Non
         return None
     work = []
     for before in step.work:
-        sequence = before.sequence
-        params, position = sequence.request.sampling, sequence.position + 1
+        sequence, params = before.sequence, before.sequence.request.sampling
         ends = (*params.stop_token_ids, *(() if params.ignore_eos else eos))
-        if (
-            len(sequence.generated) + 1 >= sequence.max_tokens
-            or position >= sequence.table.capacity
-            or len(ends) > graphs.ENDS
-            or sequence.request.constraint is not None
-            or params.shapes_logits
-            or params.logprobs is not None
-            or params.stop
-        ):
+        if len(ends) > graphs.ENDS or not _goes_on(sequence) or _depends_on_tokens(sequence):
             return None
         work.append(Work(sequence, 1, ends))
     return Step(work)
+
+
+def _goes_on(sequence: Sequence) -> bool:
+    """The next token is not its last one, and there is memory for it."""
+    return len(sequence.generated) + 1 < sequence.max_tokens and sequence.position + 1 < sequence.table.capacity
+
+
+def _depends_on_tokens(sequence: Sequence) -> bool:
+    """Its next token, or its end, cannot be told without knowing the ones before."""
+    params = sequence.request.sampling
+    is_shaped = sequence.request.constraint is not None or params.shapes_logits
+    return is_shaped or params.logprobs is not None or bool(params.stop)

@@ -11,6 +11,7 @@ from pacellm.engine.sequence import Sequence
 from pacellm.errors import PaceError, SnapshotRefused, reason
 from pacellm.memory.state import Banks
 from pacellm.sessions.disk import LOG, Disk, Sizes
+from pacellm.sessions.disk_usage import DiskUsage
 from pacellm.sessions.owner import Owner
 from pacellm.sessions.records import Facts, Records
 from pacellm.sessions.session import Key, Session
@@ -22,7 +23,7 @@ logger = logging.getLogger("pacellm.sessions")
 
 
 @dataclass
-class _Opening:
+class _Asked:
     """Requests and operations that wait for what the disk knows of their session."""
 
     sequences: list[Sequence] = field(default_factory=list)
@@ -48,34 +49,36 @@ class _Found:
     is_foreign: bool = False
 
 
-class Openings:
+class DirectoryClaims:
     """Sessions that the disk is asked about, each once at a time.
 
     Args:
         store: where what it says is put.
         worker: asks.
+        usage: is told how much lies there.
         disk, records: None where there is no session directory: then nothing is ever asked.
     """
 
-    def __init__(self, store: SessionStore, worker: Worker, disk: Disk | None, records: Records | None) -> None:
-        self.store, self.worker, self.disk, self.records = store, worker, disk, records
-        self._asked: dict[Key, _Opening] = {}
-        self.on_sizes: Callable[[Key, Sizes, float], None] = lambda key, sizes, last_used: None
-        self.refused: list[tuple[Sequence, PaceError]] = []
+    def __init__(
+        self, store: SessionStore, worker: Worker, usage: DiskUsage, disk: Disk | None, records: Records | None
+    ) -> None:
+        self._store, self._worker, self._usage, self._disk, self._records = store, worker, usage, disk, records
+        self._asked: dict[Key, _Asked] = {}
+        self._refused: list[tuple[Sequence, PaceError]] = []
         self.num_refused = 0
 
-    def is_open(self, sequence: Sequence) -> bool:
+    def is_settled(self, sequence: Sequence) -> bool:
         """What the disk knows of the request's session has been asked. Asks where it was not."""
         key = sequence.request.session
-        if key is None or self.disk is None:
+        if key is None or self._disk is None:
             return True
-        session = self.store.get(key)
+        session = self._store.get(key)
         if sequence.claimed and (session is None or not session.stub):
             return True
-        self.open(key, sequence)
+        self.ask(key, sequence)
         return False
 
-    def open(
+    def ask(
         self, key: Key, sequence: Sequence | None = None, refuse: Callable[[PaceError], object] | None = None
     ) -> None:
         """Take the session over on disk, and read its log where memory has an older one or none.
@@ -83,18 +86,23 @@ class Openings:
         Args:
             sequence: waits for it, and is refused where that fails. refuse: told the same.
         """
-        opening, is_new = self._asked.get(key), key not in self._asked
-        if opening is None:
-            opening = self._asked[key] = _Opening()
-        if sequence is not None and sequence not in opening.sequences:
-            opening.sequences.append(sequence)
+        asked, is_new = self._asked.get(key), key not in self._asked
+        if asked is None:
+            asked = self._asked[key] = _Asked()
+        if sequence is not None and sequence not in asked.sequences:
+            asked.sequences.append(sequence)
         if refuse is not None:
-            opening.refuse.append(refuse)
+            asked.refuse.append(refuse)
         if not is_new:
             return
-        session = self.store.get(key)
+        session = self._store.get(key)
         known = None if session is None or session.stub else session.generation
-        self.worker.submit(lambda: self._claim(key, known), lambda done: self._opened(key, opening, done))
+        self._worker.submit(lambda: self._claim(key, known), lambda done: self._answered(key, asked, done))
+
+    def take_refused(self) -> list[tuple[Sequence, PaceError]]:
+        """Requests whose sessions the disk has not given since this was last asked, and why."""
+        refused, self._refused = self._refused, []
+        return refused
 
     def forget(self, key: Key) -> None:
         """What the disk says about a session is out of date before it is heard."""
@@ -110,17 +118,17 @@ class Openings:
 
     def _claim(self, key: Key, known: int | None) -> _Found:
         """In the worker."""
-        assert self.disk is not None
-        assert self.records is not None
-        claim = self.disk.claim(key)
+        assert self._disk is not None
+        assert self._records is not None
+        claim = self._disk.claim(key)
         owner = claim.owner
-        found = _Found(owner, self.disk.sizes(key), note=claim.note)
+        found = _Found(owner, self._disk.sizes(key), note=claim.note)
         if owner is None or owner.deleted or (known is not None and known >= owner.generation):
             return found
         try:
-            with self.disk.open(key, LOG) as (tensors, metadata):
-                facts = self.records.facts(metadata)
-                found.log, found.origin = self.records.take_log(dict(tensors), metadata)
+            with self._disk.open(key, LOG) as (tensors, metadata):
+                facts = self._records.facts(metadata)
+                found.log, found.origin = self._records.take_log(dict(tensors), metadata)
                 found.facts = facts
         except FileNotFoundError:
             found.note, found.is_lost = "the session's log was never written", True
@@ -128,19 +136,19 @@ class Openings:
             found.note, found.is_lost, found.is_foreign = f"{LOG} was refused: {error}", True, True
         return found
 
-    def _opened(self, key: Key, opening: _Opening, done: Future[_Found]) -> None:
-        if self._asked.get(key) is not opening:
+    def _answered(self, key: Key, asked: _Asked, done: Future[_Found]) -> None:
+        if self._asked.get(key) is not asked:
             return  # deleted meanwhile: what was found there is no more
         del self._asked[key]
         try:
             self._take(key, done.result())
         except Exception as error:
             refused = error if isinstance(error, PaceError) else self._unreadable(key, error)
-            self.refused += [(sequence, refused) for sequence in opening.sequences]
-            for refuse in opening.refuse:
+            self._refused += [(sequence, refused) for sequence in asked.sequences]
+            for refuse in asked.refuse:
                 refuse(refused)
             return
-        for sequence in opening.sequences:
+        for sequence in asked.sequences:
             sequence.claimed = True
 
     def _unreadable(self, key: Key, error: Exception) -> PaceError:
@@ -149,14 +157,14 @@ class Openings:
 
     def _take(self, key: Key, found: _Found) -> None:
         """Memory learns what the disk knows."""
-        session, owner = self.store.get(key), found.owner
+        session, owner = self._store.get(key), found.owner
         if owner is None:
             self._gone(key, found, session)
         elif owner.deleted:
             self._buried(key, owner, session)
         else:
             about = owner.about
-            self.on_sizes(key, found.sizes, owner.changed if about.last_used is None else about.last_used)
+            self._usage.note(key, found.sizes, owner.changed if about.last_used is None else about.last_used)
             if found.facts is not None or found.is_lost:
                 self._take_over(key, owner, found, session)
             elif session is not None:
@@ -168,15 +176,15 @@ class Openings:
             session.seen = None  # memory has it whole
             return
         if session is not None:
-            self.store.remove(session, lost=True)
+            self._store.remove(session, lost=True)
         if found.note is not None:
-            fresh = self.store.open(key)
+            fresh = self._store.open(key)
             fresh.foreign = True  # what is left there is kept
             self._say_lost(fresh, found.note)
 
     def _say_lost(self, session: Session, note: str) -> None:
         session.status, session.note = "lost", note
-        self.store.losses += 1
+        self._store.losses += 1
         logger.warning("session %r of tenant %r: %s", session.key[1], session.key[0], note)
 
     def _buried(self, key: Key, grave: Owner, session: Session | None) -> None:
@@ -186,8 +194,8 @@ class Openings:
         if session is not None:
             if session.busy:
                 return
-            self.store.remove(session)
-        fresh = self.store.open(key)
+            self._store.remove(session)
+        fresh = self._store.open(key)
         fresh.epoch, fresh.generation, fresh.seen, fresh.foreign = grave.epoch, grave.generation, grave.seen, False
         if grave.expired:
             fresh.status = "lost"
@@ -197,10 +205,10 @@ class Openings:
         if session is not None and (session.busy or session.moving):
             return
         if session is not None:
-            self.store.remove(session)
-        session = self.from_owner(owner)
+            self._store.remove(session)
+        session = stub_of(owner)
         session.stub = False
-        self.store.add(session)
+        self._store.add(session)
         session.note, session.foreign = found.note, found.is_foreign
         self.num_refused += found.is_foreign
         if found.facts is None:
@@ -208,7 +216,7 @@ class Openings:
             self._say_lost(session, found.note or f"{LOG} is missing")
             return
         found.facts.give(session)
-        self.store.put_log_in(session, found.log, found.origin)
+        self._store.put_log_in(session, found.log, found.origin)
         written, missing = found.facts.generation, owner.generation - found.facts.generation
         if missing:
             session.stored = None
@@ -220,13 +228,14 @@ class Openings:
         if session.note is not None:
             logger.warning("session %r of tenant %r: %s", key[1], key[0], session.note)
 
-    def from_owner(self, owner: Owner) -> Session:
-        """A session that is on disk only."""
-        about = owner.about
-        session = Session((owner.tenant, owner.id), stub=True, num_tokens=about.tokens)
-        session.epoch, session.generation, session.seen = owner.epoch, owner.generation, owner.seen
-        session.created = owner.changed if about.created is None else about.created
-        session.last_used = owner.changed if about.last_used is None else about.last_used
-        session.ttl, session.commits, session.kept = about.ttl, about.commits, about.kept
-        session.banks, session.stored, session.saved = about.banks, about.stored, about.saved
-        return session
+
+def stub_of(owner: Owner) -> Session:
+    """A session that is on disk only."""
+    about = owner.about
+    session = Session((owner.tenant, owner.id), stub=True, num_tokens=about.tokens)
+    session.epoch, session.generation, session.seen = owner.epoch, owner.generation, owner.seen
+    session.created = owner.changed if about.created is None else about.created
+    session.last_used = owner.changed if about.last_used is None else about.last_used
+    session.ttl, session.commits, session.kept = about.ttl, about.commits, about.kept
+    session.banks, session.stored, session.saved = about.banks, about.stored, about.saved
+    return session

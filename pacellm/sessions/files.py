@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -15,18 +14,19 @@ from pacellm.errors import SessionConflict
 from pacellm.memory.pool import BankPool
 from pacellm.memory.state import Banks, copy_banks
 from pacellm.sessions.budget import DiskBudget
-from pacellm.sessions.claims import Openings
+from pacellm.sessions.claims import stub_of
+from pacellm.sessions.deletions import Deletions
 from pacellm.sessions.disk import Disk, Sizes
+from pacellm.sessions.disk_usage import DiskUsage
 from pacellm.sessions.owner import Owner, Seen
 from pacellm.sessions.records import Records, ending_metadata
-from pacellm.sessions.session import Key, Session
+from pacellm.sessions.session import Session
 from pacellm.sessions.stats import MoverStats
 from pacellm.sessions.store import SessionStore
 from pacellm.sessions.turn import Turn
 from pacellm.sessions.worker import Worker
 
 Then = Callable[[Future], None]
-_RETRY_SECONDS = 10.0
 
 
 @dataclass
@@ -45,35 +45,40 @@ class SessionFiles:
     """Writes sessions into a directory: jobs for the worker, and their bookkeeping in the engine's thread.
 
     Args:
-        store, openings: the engine's.
+        store: the sessions. worker: writes them.
         disk: the directory. records: how sessions are written there.
-        limit: bytes of all files; None is no limit.
+        usage, budget: what lies there, and how much may.
+        deletions: who deletes.
         stats: where moves are counted.
     """
 
     def __init__(
         self,
         store: SessionStore,
-        openings: Openings,
         worker: Worker,
         disk: Disk,
         records: Records,
-        limit: int | None,
+        usage: DiskUsage,
+        budget: DiskBudget,
+        deletions: Deletions,
         stats: MoverStats,
     ) -> None:
-        self.store, self.openings, self.worker = store, openings, worker
-        self.disk, self.records, self.stats = disk, records, stats
-        self.budget = DiskBudget(limit, store, openings, worker, disk, lambda key: self.bury(key, expired=True))
-        openings.on_sizes = self.budget.note
-        self._next_try = 0.0
+        self._store, self._worker, self._stats = store, worker, stats
+        self.disk, self.records = disk, records
+        self.usage, self.budget, self.deletions = usage, budget, deletions
+
+    @property
+    def num_sessions(self) -> int:
+        """Sessions that are known, whether or not they were written yet."""
+        return len(self._store)
 
     def find(self) -> None:
         """At start-up: what lies in the directory, as sessions whose logs are on disk only."""
         for owner in sorted(self.disk.owners(), key=lambda owner: owner.changed):
-            session = self.openings.from_owner(owner)
-            self.store.add(session)
+            session = stub_of(owner)
+            self._store.add(session)
             if not self.disk.is_elsewhere(owner):
-                self.budget.note(session.key, self.disk.sizes(session.key), session.last_used)
+                self.usage.note(session.key, self.disk.sizes(session.key), session.last_used)
         self.budget.trim()
 
     # -- at rest -------------------------------------------------------------------------------------------
@@ -110,7 +115,7 @@ class SessionFiles:
                 free()
             return nbytes, self.disk.sizes(session.key)
 
-        self.worker.submit(job, lambda done: self._saved(session, resting, done))
+        self._worker.submit(job, lambda done: self._saved(session, resting, done))
 
     def _write(self, resting: Resting, state: dict[str, Tensor] | None) -> int:
         """In the worker; returns bytes of state."""
@@ -126,9 +131,9 @@ class SessionFiles:
 
     def _saved(self, session: Session, resting: Resting, done: Future[tuple[int, Sizes]]) -> None:
         session.moving = False
-        self.store.release(session)
+        self._store.release(session)
         if (error := done.exception()) is not None:
-            self.stats.say_failure(session.key, "writing to the session directory", error)
+            self._stats.say_failure(session.key, "writing to the session directory", error)
             return
         nbytes, sizes = done.result()
         session.seen = resting.owner.seen
@@ -136,13 +141,13 @@ class SessionFiles:
             session.saved, session.foreign = session.generation, False
             if nbytes:
                 session.stored = len(session.context) if not session.stub else session.num_tokens
-                self.stats.count_spill(nbytes, resting.seconds)
+                self._stats.count_spill(nbytes, resting.seconds)
         self._noted(session, sizes)
 
     def _noted(self, session: Session, sizes: Sizes) -> None:
         if session.deleted:
             return  # a tombstone takes the files' place, or somebody else has them
-        self.budget.note(session.key, sizes, session.last_used)
+        self.usage.note(session.key, sizes, session.last_used)
         self.budget.trim(but=session.key)
 
     # -- commits -------------------------------------------------------------------------------------------
@@ -170,7 +175,7 @@ class SessionFiles:
             **ending_metadata(sequence.ending),
         }
         log, origin = [*session.log, turn], session.origin
-        if self.store.will_fold(session, turn):
+        if self._store.will_fold(session, turn):
             log, meta["folds"], about.tokens = [], str(session.folds + 1), 0
             origin = copy_banks(pool.banks(row)) if pool is not None and row is not None else None
 
@@ -186,14 +191,14 @@ class SessionFiles:
         def noted(done: Future[Sizes | OSError]) -> None:
             found = None if done.exception() is not None else done.result()
             if isinstance(found, OSError):
-                self.stats.say_failure(session.key, "noting a commit", found)
+                self._stats.say_failure(session.key, "noting a commit", found)
             elif found is not None:
                 session.seen = owner.seen
             then(done)
             if isinstance(found, tuple):
                 self._noted(session, found)
 
-        self.worker.submit(job, noted)
+        self._worker.submit(job, noted)
 
     def replace_log(self, session: Session) -> Future[Sizes]:
         """Take note of a session that was emptied or replaced, with its log."""
@@ -213,58 +218,21 @@ class SessionFiles:
                 session.seen = owner.seen
                 self._noted(session, done.result())
             elif not isinstance(error, SessionConflict):
-                self.stats.say_failure(session.key, "writing a changed session", error)
+                self._stats.say_failure(session.key, "writing a changed session", error)
             if session.deleted:
-                self.store.drop(session)
+                self._store.drop(session)
             elif error is None:
                 session.saved, session.foreign = session.generation, False
             elif isinstance(error, SessionConflict):
-                self.store.remove(session)
-                self.budget.forget(session.key)
+                self._store.remove(session)
+                self.usage.forget(session.key)
 
-        return self.worker.submit(job, then)
+        return self._worker.submit(job, then)
 
     def recorded(self, session: Session) -> None:
         """After the commit: what of it is on disk."""
         if self.disk.sync:
             session.saved, session.foreign = session.generation, False
-
-    # -- deleting ------------------------------------------------------------------------------------------
-
-    def bury(self, key: Key, *, expired: bool = False) -> Future[bool]:
-        """Leave a tombstone, now or at a later try."""
-        self.forget(key)
-        return self.worker.submit(lambda: self.disk.delete(key, expired=expired), lambda done: self._buried(key, done))
-
-    def _buried(self, key: Key, done: Future[bool]) -> None:
-        if (error := done.exception()) is not None:
-            self.stats.say_failure(key, "deleting its files, which is tried again,", error)
-
-    def bury_all(self, tenant: str, keys: set[Key]) -> Future[tuple[int, int]]:
-        """Leave a tombstone for all of a tenant's sessions, ``keys`` among them: (how many, how many of them at a later
-        try)."""
-        for key in self.openings.of(tenant) | self.budget.of(tenant):
-            self.forget(key)
-
-        def job() -> tuple[int, int]:
-            gone = keys | {(owner.tenant, owner.id) for owner in self.disk.owners() if owner.tenant == tenant}
-            for key in gone:
-                with suppress(OSError):
-                    self.disk.delete(key)
-            return len(gone), len(gone & self.disk.doomed.keys())
-
-        return self.worker.submit(job, lambda done: None)
-
-    def tend(self) -> None:
-        """Have deletions tried again that the disk has refused, every few seconds."""
-        if self.disk.doomed and time.monotonic() >= self._next_try:
-            self._next_try = time.monotonic() + _RETRY_SECONDS
-            self.worker.submit(self.disk.retry, lambda done: None)
-
-    def forget(self, key: Key) -> None:
-        """A session's files are about to go."""
-        self.openings.forget(key)
-        self.budget.forget(key)
 
     def _owner(self, session: Session) -> Owner:
         return Owner(

@@ -6,60 +6,16 @@ opening of an answer that was never made is no part of it, and neither is the te
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, get_args
 
+from pacellm.engine.sequence import Sequence
 from pacellm.errors import NotAppendable, RequestError, SessionConflict, SessionLost, SessionNotFound
+from pacellm.sessions.ending import Ending
+from pacellm.sessions.session import Session
 from pacellm.sessions.turn import common_prefix
-from pacellm.types import End, FinishReason, Kinship
-
-if TYPE_CHECKING:
-    from pacellm.engine.sequence import Sequence
-    from pacellm.sessions.session import Session
-    from pacellm.text.stream import TextStream
-
-_ENDS: tuple[End, ...] = get_args(End)
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a session's history ends.
-
-    Attributes:
-        end: with what.
-        kept: tokens of the context that belong to it.
-        rest: ids that belong to it behind those: a token that was sampled and never fed.
-        tools: digest of the tools that it shows, 0 for none.
-    """
-
-    end: End
-    kept: int
-    rest: tuple[int, ...] = ()
-    tools: int = 0
-
-    def to_json(self) -> str:
-        """For a file's metadata."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str, vocab_size: int) -> Ending:
-        """What :meth:`to_json` wrote.
-
-        Raises:
-            ValueError: it did not.
-        """
-        found = json.loads(text)
-        if not isinstance(found, dict) or found.keys() != {"end", "kept", "rest", "tools"}:
-            raise ValueError("no ending")
-        numbers = [found["kept"], found["tools"], *found["rest"]]
-        if found["end"] not in _ENDS or not all(type(number) is int and number >= 0 for number in numbers):
-            raise ValueError("no ending")
-        if any(token >= vocab_size for token in found["rest"]):
-            raise ValueError("ids outside the vocabulary")
-        return cls(found["end"], found["kept"], tuple(found["rest"]), found["tools"])
+from pacellm.text.stream import TextStream
+from pacellm.types import FinishReason, Kinship
 
 
 def ending_of(sequence: Sequence, text: TextStream | None, end_tokens: Collection[int]) -> Ending | None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pacellm.kv.blocks import KVTable
 from pacellm.memory.state import Banks, banks_nbytes, copy_banks
 
 
@@ -19,6 +20,11 @@ class Span(NamedTuple):
     start: int
     slot: int
     length: int
+
+
+def spans_of(table: KVTable) -> list[Span]:
+    """Where a table's tokens lie."""
+    return [Span(run.start, run.slot, run.length) for run in table.runs()]
 
 
 @dataclass

@@ -5,22 +5,30 @@ from __future__ import annotations
 import time
 from array import array
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 from pacellm.kv.blocks import KVTable
 from pacellm.memory.state import BankState
-from pacellm.sessions.history import Ending
+from pacellm.sessions.ending import Ending
 from pacellm.sessions.host import HostState
 from pacellm.sessions.owner import Seen
 from pacellm.sessions.turn import Turn
 from pacellm.types import SessionStatus
 
-if TYPE_CHECKING:
-    from pacellm.sessions.accounts import Books
-
 Key = tuple[str, str]
 Tier = Literal["device", "host", "disk", "log"]
-_BOOKED = frozenset(("table", "loading", "host", "stub", "stored"))  # what its tier and its bytes depend on
+_HELD = frozenset(("table", "loading", "host", "stub", "stored"))  # what its tier and its bytes depend on
+_DATED = frozenset(("ttl", "last_used"))  # what its end depends on
+
+
+class Observer(Protocol):
+    """Is told of what changes in the sessions that it knows."""
+
+    def tier_changed(self, session: Session) -> None:
+        """What a session holds, or where, is another."""
+
+    def expiry_changed(self, session: Session) -> None:
+        """Its time is another."""
 
 
 @dataclass(eq=False)
@@ -44,7 +52,7 @@ class Session:
         note: what was refused on the way, until a request has said so.
         kept: created by itself, so it stays without a commit.
         banks: per layer, fill and reads so far, as of the last commit.
-        books: of the store that it is in.
+        observer: the store that it is in.
     """
 
     key: Key
@@ -78,16 +86,16 @@ class Session:
     created: float = field(default_factory=time.time)
     last_used: float = field(default_factory=time.time)
     banks: dict[int, dict[str, int]] = field(default_factory=dict)
-    books: Books | None = None
+    observer: Observer | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
-        if self.books is None:
+        if self.observer is None:
             return
-        if name in _BOOKED:
-            self.books.enter(self)
-        elif name in ("ttl", "last_used"):
-            self.books.calendar.note(self)
+        if name in _HELD:
+            self.observer.tier_changed(self)
+        elif name in _DATED:
+            self.observer.expiry_changed(self)
 
     @property
     def is_resident(self) -> bool:

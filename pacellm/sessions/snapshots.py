@@ -4,33 +4,52 @@ from __future__ import annotations
 
 import io
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from pacellm.errors import RequestError, SessionNotFound, SnapshotRefused
-from pacellm.kv.blocks import KVTable, blocks_for
-from pacellm.memory.state import copy_banks
+from pacellm.kv.prefix_cache import PrefixCache
 from pacellm.sessions import format as snapshot
-from pacellm.sessions.host import HostState, Span, download
-from pacellm.sessions.operations import WAIT, Operation, SessionOps
+from pacellm.sessions.device_state import DeviceState
+from pacellm.sessions.lookup import SessionLookup
+from pacellm.sessions.metadata import SessionMetadata
+from pacellm.sessions.operation_queue import WAIT, Operation
+from pacellm.sessions.operations import SessionOperations
+from pacellm.sessions.records import Records
 from pacellm.sessions.session import Key, Session
-from pacellm.sessions.store import context_of
-
-if TYPE_CHECKING:
-    from pacellm.engine.engine import Engine
+from pacellm.sessions.store import SessionStore, context_of
+from pacellm.sessions.worker import Worker
 
 
-class SnapshotOps:
+class Snapshots:
     """Export and import of an engine's sessions.
 
     Args:
-        engine: whose sessions.
-        ops: finds them and tells when they are written.
+        store: the sessions. lookup: finds them. metadata: what is shown of them.
+        states: their KV and banks on the device.
+        operations: tell when a changed session is written.
+        prefix_cache: forgets what was computed for a session that is replaced.
+        worker: writes snapshots.
+        records: gives how sessions of this model are written, asked when first needed; None where they are not, as of
+            a model that is split over ranks.
+        secret: key of the signatures; None makes one for this process.
     """
 
-    def __init__(self, engine: Engine, ops: SessionOps) -> None:
-        self._engine, self._ops, self._store = engine, ops, engine.sessions
-        disk = engine.mover.disk
-        self._secret = disk.secret if disk is not None else os.urandom(32)
+    def __init__(
+        self,
+        store: SessionStore,
+        lookup: SessionLookup,
+        metadata: SessionMetadata,
+        states: DeviceState,
+        operations: SessionOperations,
+        prefix_cache: PrefixCache,
+        worker: Worker,
+        records: Callable[[], Records] | None,
+        secret: bytes | None,
+    ) -> None:
+        self._store, self._lookup, self._metadata, self._states = store, lookup, metadata, states
+        self._operations, self._prefix_cache, self._worker, self._records = operations, prefix_cache, worker, records
+        self._secret = secret if secret is not None else os.urandom(32)
 
     def export(self, key: Key, *, kv: bool, limit: int) -> Operation:
         """A session's last commit as signed bytes: log and banks, and KV where asked.
@@ -40,18 +59,19 @@ class SnapshotOps:
         Raises:
             RequestError: the model is split over ranks.
         """
-        self._refuse_parts()
-        find = self._ops.finder(key)
+        get_records = self._get_records()
+        find = self._lookup.finder(key)
 
         def operation() -> Any:
             session = find()
-            if session is None or session.moving or self._ops.restoring(session):
+            if session is None or session.moving or self._states.is_coming(session):
                 return WAIT
-            records, log, origin = self._engine.records, list(session.log), session.origin
+            records = get_records()
+            log, origin = list(session.log), session.origin
             metadata = records.metadata(session)
             metadata.pop("keep_foreign", None)
             metadata["tenant"] = key[0]
-            state = self._state_of(session, kv=kv)
+            state = self._states.copy_out(session, kv=kv)
             size = session.log_bytes + (state.nbytes if state is not None else 0)
             if size > limit:
                 raise RequestError(f"the snapshot would have {size:,} bytes; the limit is {limit:,}", param="kv")
@@ -64,24 +84,14 @@ class SnapshotOps:
                 snapshot.write(file, tensors, metadata, self._secret, sums=False)
                 return file.getvalue()
 
-            return self._engine.worker.submit(job, lambda done: None)
+            return self._worker.submit(job, lambda done: None)
 
         return operation
 
-    def _refuse_parts(self) -> None:
-        if self._engine.model.ranks is not None:
+    def _get_records(self) -> Callable[[], Records]:
+        if self._records is None:
             raise RequestError("session snapshots are not there with --tensor-parallel-size", param="session_id")
-
-    def _state_of(self, session: Session, *, kv: bool) -> HostState | None:
-        """A copy of a resident session's banks, and KV where asked; None where only the log is left."""
-        if not session.is_resident or session.table is None:
-            return None
-        pool = self._engine.pool
-        banks = pool.banks(session.row) if pool is not None and session.row is not None else {}
-        if not kv:
-            return HostState([], copy_banks(banks), len(session.context))
-        spans = [Span(run.start, run.slot, run.length) for run in session.table.runs()]
-        return download(self._engine.runner.slabs, spans, len(session.context), banks)
+        return self._records
 
     def check(self, data: bytearray, *, trust_unsigned: bool, tenant: str | None = None) -> dict[str, Any]:
         """Read a snapshot; any thread may call this. What it returns goes to :meth:`put`.
@@ -93,8 +103,7 @@ class SnapshotOps:
         Raises:
             SnapshotRefused: says why. RequestError: the model is split over ranks.
         """
-        self._refuse_parts()
-        records = self._engine.records
+        records = self._get_records()()
         tensors, metadata = snapshot.read(memoryview(data), self._secret, trust_unsigned=trust_unsigned, whole=True)
         if tenant is not None and metadata.get("tenant") != tenant:
             raise SnapshotRefused(
@@ -120,7 +129,7 @@ class SnapshotOps:
         Raises (when run):
             RequestError: the session is in use.
         """
-        find = self._ops.finder(key)
+        find = self._lookup.finder(key)
 
         def operation() -> Any:
             try:
@@ -135,22 +144,17 @@ class SnapshotOps:
             self._store.reset(session)
             checked["facts"].give(session)
             session.generation, session.ttl = generation + 1, ttl if ttl is not None else session.ttl
-            self._engine.forget_progress(key[0], key)
+            self._prefix_cache.forget_session(key, made=True)
             self._store.put_log_in(session, checked["log"], checked["origin"])
             if checked["kv"]:
                 self._fill(session, checked)
-            return self._ops.written(session, self._ops.describe(session))
+            return self._operations.written(session, self._metadata.of(session))
 
         return operation
 
     def _fill(self, session: Session, checked: dict[str, Any]) -> None:
-        """Put a snapshot's KV and banks in place where there is room; else its log brings them back."""
-        engine, tokens = self._engine, len(session.context)
-        if not engine.scheduler.has_room(blocks_for(tokens)) or (engine.pool is not None and not engine.pool.num_free):
-            return
-        table = KVTable(engine.allocator.allocate(blocks_for(tokens)))
-        row = engine.pool.take() if engine.pool is not None else None
-        spans = [Span(run.start, run.slot, run.length) for run in table.runs()]
-        banks = engine.pool.banks(row) if engine.pool is not None and row is not None else {}
-        engine.records.place(checked["kv"], tokens, spans, checked["banks"], banks)
-        self._store.put(session, table, row)
+        records = self._get_records()()
+        self._states.fill(
+            session,
+            lambda tokens, spans, banks: records.place(checked["kv"], tokens, spans, checked["banks"], banks),
+        )

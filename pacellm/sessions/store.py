@@ -1,9 +1,8 @@
 """Sessions: a log each, and the KV and banks that are caches of it.
 
 A session *is* its log of turns. KV blocks and the bank row can be dropped at any time while no request works on
-them, and are rebuilt by feeding the log again with its recorded cuts. Idle state gives way under byte budgets,
-one for KV and one for banks: that of the tenant that holds most, least recently used first. Where there are tiers
-below, the mover takes it there; logs have a budget of their own, and a session whose log went is ``lost``.
+them, and are rebuilt by feeding the log again with its recorded cuts. What gives way is for ``eviction.py``; a session
+whose log went is ``lost``.
 """
 
 from __future__ import annotations
@@ -11,19 +10,20 @@ from __future__ import annotations
 import time
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 
 from pacellm.engine.sequence import Sequence
 from pacellm.kv.blocks import BlockAllocator, KVTable
 from pacellm.memory.pool import BankPool
 from pacellm.memory.state import BankState
-from pacellm.sessions.accounts import Books
+from pacellm.sessions.expiry import ExpiryCalendar
+from pacellm.sessions.host_memory import HostMemory
 from pacellm.sessions.session import Key, Session
 from pacellm.sessions.turn import Turn
+from pacellm.sessions.usage import TierUsage
 from pacellm.types import SessionStatus
 
 _TOMBSTONES = 65536
-_STUBS = 65536
 
 
 class SessionStore:
@@ -31,10 +31,8 @@ class SessionStore:
 
     Args:
         allocator, pool: where KV blocks and bank rows come from; pool is None without PA.
+        host: the tier in host memory.
         block_bytes: KV bytes of one block over all layers.
-        memory: bytes of idle KV to keep.
-        max_rows: bank rows that idle sessions may hold.
-        log_memory: bytes of logs to keep.
         fold_after: log tokens after which a log is folded.
         ttl: seconds that a session lives unused, where it has no time of its own.
     """
@@ -43,30 +41,21 @@ class SessionStore:
         self,
         allocator: BlockAllocator,
         pool: BankPool | None,
+        host: HostMemory,
         *,
         block_bytes: int,
-        memory: int,
-        max_rows: int,
-        log_memory: int,
         fold_after: int,
         ttl: float | None = None,
     ) -> None:
-        self._allocator, self._pool = allocator, pool
-        self._block_bytes, self._memory, self._max_rows = block_bytes, memory, max_rows
-        self._log_memory, self.fold_after = log_memory, fold_after
-        self.ttl = ttl
+        self._allocator, self._pool, self._host = allocator, pool, host
+        self._block_bytes, self._fold_after, self._ttl = block_bytes, fold_after, ttl
         self._sessions: OrderedDict[Key, Session] = OrderedDict()  # least recently used first
         self._by_tenant: dict[str, OrderedDict[Key, Session]] = {}  # the same
-        self.books = Books()
+        self.usage, self._expiry = TierUsage(), ExpiryCalendar()
         self._holding: dict[int, Session] = {}  # by id: those with a table, deleted ones that still move included
         self._lost: OrderedDict[Key, None] = OrderedDict()
         self._log_bytes = 0
         self._next_expiry = 0.0
-        # the tiers below take an idle session's state, or its log, and say whether they did
-        self.spill: Callable[[Session], bool] = lambda session: False
-        self.spill_log: Callable[[Session], bool] = lambda session: False
-        self.forgotten: Callable[[Session], None] = lambda session: None
-        self.evictions = 0
         self.losses = 0
 
     def __len__(self) -> int:
@@ -92,18 +81,13 @@ class SessionStore:
         return len(self.rows()) * (self._pool.bytes_per_row if self._pool is not None else 0)
 
     @property
-    def resident_bytes(self) -> int:
-        """Bytes of KV and banks that sessions hold on the device."""
-        return self.kv_bytes + self.bank_bytes
-
-    @property
     def log_bytes(self) -> int:
         """Bytes of all logs."""
         return self._log_bytes
 
-    def get(self, key: Key) -> Session | None:
-        """A session that exists, or None."""
-        return self._sessions.get(key)
+    def get(self, key: Key | None) -> Session | None:
+        """A session that exists, or None; also for no key."""
+        return None if key is None else self._sessions.get(key)
 
     def of(self, tenant: str) -> list[Session]:
         """A tenant's sessions, most recently used first."""
@@ -117,7 +101,7 @@ class SessionStore:
         """The session of a request that is being admitted, created where there is none."""
         session = self._sessions.get(key)
         if session is None:
-            session = Session(key, ttl=self.ttl)
+            session = Session(key, ttl=self._ttl)
             self._put_in(session)
             if key in self._lost:
                 del self._lost[key]
@@ -141,9 +125,21 @@ class SessionStore:
             self._take_out(before)
         self._sessions[session.key] = session
         self._by_tenant.setdefault(session.key[0], OrderedDict())[session.key] = session
-        session.books = self.books
-        self.books.enter(session)
-        self.books.calendar.note(session)
+        session.observer = self
+        self.usage.enter(session)
+        self._expiry.note(session)
+
+    def tier_changed(self, session: Session) -> None:
+        """A session tells that what it holds, or where, is another."""
+        self.usage.enter(session)
+
+    def expiry_changed(self, session: Session) -> None:
+        """A session tells that its time is another."""
+        self._expiry.note(session)
+
+    def forget_stub(self, session: Session) -> None:
+        """Take a session out whose log is on disk only: the disk still knows it."""
+        self._take_out(session)
 
     def _take_out(self, session: Session) -> None:
         del self._sessions[session.key]
@@ -151,9 +147,9 @@ class SessionStore:
         del others[session.key]
         if not others:
             del self._by_tenant[session.key[0]]
-        session.books = None
-        self.books.leave(session)
-        self.books.calendar.forget(session)
+        session.observer = None
+        self.usage.leave(session)
+        self._expiry.forget(session)
 
     def add(self, session: Session) -> None:
         """A session that was made elsewhere: forked, imported or found on disk."""
@@ -177,7 +173,7 @@ class SessionStore:
 
     def will_fold(self, session: Session, turn: Turn) -> bool:
         """Committing ``turn`` makes the log longer than it may be."""
-        return session.log_tokens + len(turn.ids) > self.fold_after
+        return session.log_tokens + len(turn.ids) > self._fold_after
 
     def commit(self, session: Session, sequence: Sequence) -> SessionStatus:
         """Take over a finished request's working copy as the session's state.
@@ -226,7 +222,7 @@ class SessionStore:
         self._log_bytes -= session.log_bytes
         if self._sessions.get(session.key) is session:
             self._take_out(session)
-        self.forgotten(session)
+        self._host.forget(session)
         if not session.moving and not session.busy:
             self.drop(session)
         if lost:
@@ -247,49 +243,7 @@ class SessionStore:
         session.num_tokens = len(session.context)
         self._log_bytes += session.log_bytes
 
-    # -- room ----------------------------------------------------------------------------------------------
-
-    def trim(self) -> None:
-        """Move or drop idle state beyond the budgets."""
-        while self._over_memory() and self.evict_one():
-            pass
-        while self._pool is not None and self._resting_rows() > self._max_rows and self.evict_one(needs_row=True):
-            pass
-        if self._log_bytes > self._log_memory:
-            self._trim_logs()
-        if len(self._sessions) > _STUBS:
-            self._trim_stubs()
-
-    def _over_memory(self) -> bool:
-        blocks = {
-            block
-            for session in self._holding.values()
-            if session.table is not None and not session.moving and not session.wanted
-            for block in session.table.blocks
-        }
-        return len(blocks) * self._block_bytes > self._memory
-
-    def _resting_rows(self) -> int:
-        return sum(session.row is not None and not session.moving for session in self._holding.values())
-
-    def _trim_logs(self) -> None:
-        over = self._log_bytes - self._log_memory
-        for session in list(self._sessions.values()):
-            if over <= 0:
-                return
-            if session.busy or session.moving or session.wanted or not session.log:
-                continue
-            over -= session.log_bytes
-            if not self.spill_log(session):
-                self.remove(session, lost=True)
-
-    def _trim_stubs(self) -> None:
-        for key in list(self._sessions):
-            if len(self._sessions) <= _STUBS:
-                return
-            session = self._sessions[key]
-            if session.stub and not (session.moving or session.busy or session.wanted):
-                self._take_out(session)  # the disk still knows it
+    # -- time ----------------------------------------------------------------------------------------------
 
     @property
     def may_expire(self) -> bool:
@@ -302,36 +256,14 @@ class SessionStore:
         if now < self._next_expiry:
             return []
         self._next_expiry = now + 1.0
-        return self.books.calendar.expired(now, self._next_expiry)
+        return self._expiry.expired(now, self._next_expiry)
 
-    def evict_one(self, *, needs_row: bool = False) -> bool:
-        """Move or drop the state of an idle session. False where there is none."""
-        session = self._victim(needs_row)
-        if session is None:
-            return False
-        self.evict(session)
-        return True
+    # -- on the device -------------------------------------------------------------------------------------
 
-    def _victim(self, needs_row: bool) -> Session | None:
-        """Of the tenant that holds most, the session used longest ago; those brought back for a request last."""
-        idle = [
-            session
-            for session in self._holding.values()
-            if not (session.busy or session.moving) and (session.row is not None or not needs_row)
-        ]
-        if not idle:
-            return None
-        held: Counter[str] = Counter()
-        for session in self._holding.values():
-            held[session.key[0]] += 1 if needs_row else len(session.table.blocks) if session.table is not None else 0
-        return min(idle, key=lambda session: (session.wanted, -held[session.key[0]], session.last_used))
-
-    def evict(self, session: Session) -> None:
-        """Take a session's KV and banks off the device, into the tier below where there is one; its log stays."""
-        self.evictions += 1
-        session.wanted = False
-        if not self.spill(session):
-            self.drop(session)
+    @property
+    def holding(self) -> Collection[Session]:
+        """Sessions with KV on the device, deleted ones that still move included; least recently given it first."""
+        return self._holding.values()
 
     def idle_blocks(self, others: list[KVTable]) -> int:
         """Blocks that evicting every idle session, and other idle tables, would free; those being moved included."""

@@ -17,15 +17,12 @@ class Worker:
     """One thread that runs jobs in order. Results are taken by the owner, in its own thread, by :meth:`poll`.
 
     Args:
-        on_error: told what was raised by whoever took a result, or was to be woken; such a failure ends nothing else.
-
-    Attributes:
-        on_done: called in the worker's thread after each job, so that the owner may be woken.
+        on_error: told what was raised by whoever took a result; such a failure ends nothing else.
+        wakeup: notified after each job; the owner may wait for it.
     """
 
-    def __init__(self, on_error: Callable[[Exception], None]) -> None:
-        self.on_done: Callable[[], None] | None = None
-        self._on_error = on_error
+    def __init__(self, on_error: Callable[[Exception], None], wakeup: threading.Condition) -> None:
+        self._on_error, self._wakeup = on_error, wakeup
         self._jobs: deque[tuple[Callable[[], Any], Future[Any], Callable[[Future[Any]], None]]] = deque()
         self._done: deque[tuple[Future[Any], Callable[[Future[Any]], None]]] = deque()
         self._changed = threading.Condition()
@@ -63,18 +60,15 @@ class Worker:
                 self._changed.notify_all()
                 self._thread = None
 
-    def poll(self) -> bool:
-        """Take the results of jobs that have ended. False where there were none."""
-        found = False
+    def poll(self) -> None:
+        """Take the results of jobs that have ended."""
         while self._done:
             future, then = self._done.popleft()
             self._open -= 1
-            found = True
             try:
                 then(future)
             except Exception as error:
                 self._on_error(error)
-        return found
 
     def wait(self, timeout: float) -> None:
         """Until a job has ended, or ``timeout`` seconds."""
@@ -102,8 +96,5 @@ class Worker:
                 self._done.append((future, then))
                 self._changed.notify_all()
             del job, future, then  # a waiting thread keeps nobody's memory
-            if self.on_done is not None:
-                try:
-                    self.on_done()
-                except Exception as error:
-                    self._on_error(error)
+            with self._wakeup:
+                self._wakeup.notify_all()

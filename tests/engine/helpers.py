@@ -7,7 +7,6 @@ import torch
 
 from pacellm import EngineConfig, PAConfig
 from pacellm.engine.engine import Engine, run_until_idle
-from pacellm.engine.integrity import check_integrity
 from pacellm.rows import ROWS
 from pacellm.types import Delta, Finished, GenerationRequest, SamplingParams
 
@@ -85,7 +84,7 @@ def assert_same_banks(mine, theirs):
 
 def assert_nothing_held(engine):
     """No request holds anything, and what sessions hold adds up."""
-    check_integrity(engine)
+    engine.parts.integrity.check()
     assert not engine.has_work
     assert not engine.scheduler.running
     assert not engine.scheduler.waiting

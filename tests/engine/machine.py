@@ -3,17 +3,22 @@
 import heapq
 import itertools
 import random
+import threading
 from array import array
 from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
 
 from pacellm.config import EngineConfig
-from pacellm.engine.scheduler import Scheduler
+from pacellm.engine.factory import new_scheduling, new_sessions
 from pacellm.engine.sequence import Sequence
 from pacellm.errors import PaceError
-from pacellm.kv.blocks import BLOCK, BlockAllocator
-from pacellm.sessions.store import SessionStore
+from pacellm.kv.blocks import BlockAllocator
+from pacellm.sessions.worker import Worker
 from pacellm.types import FinishReason, GenerationRequest, SamplingParams
 
+NO_MODEL = SimpleNamespace(bytes_per_token=1, ranks=None, device=SimpleNamespace(type="cpu"))
 DECODE, TOKEN, DEPTH = 0.016, 2e-4, 2e-8  # seconds of a step, of a prompt token, and more for each token before it
 
 
@@ -54,12 +59,10 @@ class Machine:
         settings = EngineConfig(pa=False, max_num_seqs=max_num_seqs, **config).resolve(
             context_length=2**19, num_layers=1, bytes_per_token=1, available_memory=2**30
         )
-        allocator = BlockAllocator(blocks)
-        sessions = SessionStore(
-            allocator, None, block_bytes=BLOCK, memory=2**30, max_rows=0, ttl=None, log_memory=2**30, fold_after=2**30
-        )
-        self.scheduler, self.now = Scheduler(settings, allocator, sessions, None), 0.0
-        self.scheduler.clock = lambda: self.now
+        allocator, worker = BlockAllocator(blocks), Worker(pytest.fail, threading.Condition())
+        sessions = new_sessions(settings, allocator, None, [], worker, NO_MODEL, None)
+        scheduling = new_scheduling(settings, allocator, None, sessions, lambda copies: None, lambda: self.now)
+        self.scheduler, self.queues, self.now = scheduling.scheduler, scheduling.queues, 0.0
         self.outcomes, self._asked, self._number = [], {}, itertools.count()
 
     def run(self, requests):
@@ -102,7 +105,7 @@ class Machine:
 
     def _step(self):
         step = self.scheduler.schedule()
-        refused, self.scheduler.refused = self.scheduler.refused, []
+        refused = self.queues.take_refused()
         for sequence, error in refused:
             self._give_up(sequence, error)
         if step is None:

@@ -80,7 +80,7 @@ def test_abort_takes_all_choices(model, steps):
     assert engine.abort("x")
     assert_nothing_held(engine)
     assert engine.sessions.get(("tenant", "s")) is None
-    engine.scheduler.progress.clear()
+    engine.prefix_cache.clear()
     assert engine.allocator.num_free == engine.num_blocks
 
 

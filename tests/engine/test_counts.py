@@ -59,7 +59,7 @@ def test_a_replay_is_not_counted_again(model):
     for engine in engines:
         run(engine, request("1", LONG, ANSWER, session="s"))
     engines[1].sessions.drop(engines[1].sessions.get(("tenant", "s")))
-    engines[1].scheduler.progress.clear()
+    engines[1].prefix_cache.clear()
     for engine in engines:
         ends.append(finish(run(engine, request("2", LONG + MORE, ANSWER, session="s"))["2"]))
     assert (ends[0].session, ends[1].session) == ("resident", "replayed")
@@ -74,7 +74,7 @@ def test_a_replay_that_was_aborted_half_way(model):
     for each in (kept, engine):
         run(each, request("1", LONG, ANSWER, session="s"))
     engine.sessions.drop(engine.sessions.get(("tenant", "s")))
-    engine.scheduler.progress.clear()
+    engine.prefix_cache.clear()
     for fed in (400, 300):
         abort_after(engine, request(f"gone {fed}", LONG + MORE, ANSWER, session="s"), fed)
     found = [finish(run(each, request("2", LONG + MORE, ANSWER, session="s"))["2"]).bank for each in (kept, engine)]

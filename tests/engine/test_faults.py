@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pacellm.engine.engine import run_until_idle
-from pacellm.engine.factory import memory_left
+from pacellm.engine.sizing import memory_left
 from pacellm.errors import ConfigError, SnapshotRefused
 from pacellm.model.load import prepare
 from pacellm.sessions import disk as disk_module
@@ -86,7 +86,7 @@ def test_a_full_disk_costs_the_cache_not_the_session(model, wanted, tmp_path, mo
     engine = new_engine(model, session_dir=str(tmp_path))
     run(engine, request("1", FIRST, session="s"))
     full_disk(monkeypatch)
-    assert engine.sessions.evict_one()
+    assert engine.eviction.evict_one()
     run_until_idle(engine)
     assert engine.mover.stats.failures == 1
     assert [path.name for path in engine.mover.disk.folder(KEY).iterdir() if "draft" in path.name] == []
@@ -169,7 +169,7 @@ def test_damaged_imports_change_nothing(model):
     """200 mutations of a snapshot that a client sends, signed or not."""
     engine = new_engine(model)
     run(engine, request("1", FIRST, session="s"))
-    future = engine.ops.submit(engine.snapshots.export(KEY, kv=True, limit=2**30))
+    future = engine.call(engine.snapshots.export(KEY, kv=True, limit=2**30))
     run_until_idle(engine)
     good = future.result()
     assert engine.snapshots.check(bytearray(good), trust_unsigned=False)["log"]
@@ -186,7 +186,7 @@ def test_damaged_imports_change_nothing(model):
             checked = engine.snapshots.check(bytearray(damaged), trust_unsigned=True)
         except SnapshotRefused:
             continue
-        future = engine.ops.submit(engine.snapshots.put(("tenant", "in"), checked, None))
+        future = engine.call(engine.snapshots.put(("tenant", "in"), checked, None))
         events = run(engine, request("in", FIRST + MORE, session="in"))["in"]
         assert future.result(1)
         finish(events)
@@ -210,7 +210,7 @@ def test_another_models_files_are_refused_and_stay(model, wanted, tmp_path):
 def test_an_unsigned_snapshot_is_refused_unless_allowed(model):
     one, two = new_engine(model), new_engine(model)
     run(one, request("1", FIRST, session="s"))
-    future = one.ops.submit(one.snapshots.export(KEY, kv=False, limit=2**30))
+    future = one.call(one.snapshots.export(KEY, kv=False, limit=2**30))
     run_until_idle(one)
     with pytest.raises(SnapshotRefused, match="not signed by this server"):
         two.snapshots.check(bytearray(future.result()), trust_unsigned=False)

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from pacellm import EngineConfig
-from pacellm.engine import engine as engine_module
 from pacellm.engine.engine import Engine, run_until_idle
 from pacellm.engine.thread import EngineThread
 from pacellm.errors import (
@@ -68,8 +67,8 @@ def test_abort_returns_everything_and_leaves_the_session_as_it_was(model, moment
         steps_until(engine, lambda e: len(e.scheduler.running[0].generated) > 3)
     assert engine.abort("victim")
     assert not engine.abort("victim")
-    assert len(engine.scheduler.progress) == (0 if moment == "waiting" else 1 if moment == "prefill" else 5)
-    engine.scheduler.progress.clear()
+    assert len(engine.prefix_cache) == (0 if moment == "waiting" else 1 if moment == "prefill" else 5)
+    engine.prefix_cache.clear()
     assert (engine.allocator.num_free, engine.pool.num_free) == (free_blocks, free_rows)
     assert_nothing_held(engine)
     assert_same_banks(banks(engine, "s"), before)
@@ -198,7 +197,7 @@ def test_commit_false_and_modes(model):
     after = banks(engine, "s")
     assert torch.equal(after[2, "keys"], before[2, "keys"])
     assert finish(run(engine, request("4", SHORT, session="s", pa="off"))["4"]).bank is None
-    assert engine.sessions.evict_one()
+    assert engine.eviction.evict_one()
     # every mode is replayed as it was
     assert finish(run(engine, request("5", SHORT, session="s"))["5"]).session == "replayed"
     assert_nothing_held(engine)
@@ -219,7 +218,7 @@ def test_idle_sessions_are_evicted_least_recently_used_first(model):
         run(engine, request(name, SHORT, session=name))
     resident = [name for name in "abc" if engine.sessions.get(("tenant", name)).is_resident]
     assert resident == ["a", "c"]
-    assert engine.sessions.evictions == 1
+    assert engine.eviction.evictions == 1
     assert finish(run(engine, request("b", SHORT, session="b"))["b"]).session == "replayed"
 
 
@@ -242,7 +241,7 @@ def test_a_long_log_is_folded_and_said_and_replay_starts_from_the_fold(model):
         ]
         found.append(ends)
         assert_same_banks(banks(kept, "s"), banks(evicted, "s"))
-        assert evicted.sessions.evict_one()
+        assert evicted.eviction.evict_one()
     states = [end.session for end, _ in found]
     assert states.count("folded") == 1
     assert found[states.index("folded") + 1][0].usage.cached_tokens == 0
@@ -273,7 +272,7 @@ def test_a_prompt_is_checked_once(model, monkeypatch):
     engine = new_engine(model)
     checked = engine.check(request("x", SHORT))
     assert checked.prompt == array("i", SHORT)
-    monkeypatch.setattr(engine_module, "check", None)  # what it was would be asked again
+    monkeypatch.setattr(engine.parts.validator, "check", None)  # what it was would be asked again
     assert len(tokens(run(engine, checked)["x"])) == 10
     for bad in ([-1], [2**40], [97]):
         monkeypatch.undo()
@@ -380,7 +379,7 @@ def test_an_engine_that_nobody_keeps_is_freed(model):
     """Also one that was never closed and whose worker's thread waits for jobs."""
     engine = new_engine(model, session_host_memory=2**24)
     run(engine, request("a", prompt(40), session="s"))
-    assert engine.sessions.evict_one()
+    assert engine.eviction.evict_one()
     engine.worker.submit(lambda: None, lambda done: None)
     engine.worker.finish()
     freed = weakref.ref(engine)

@@ -9,7 +9,7 @@ from pacellm.engine.integrity import IntegrityError
 from pacellm.engine.thread import EngineThread
 from pacellm.errors import EngineError
 from pacellm.model.load import prepare
-from pacellm.sessions.operations import WAIT
+from pacellm.sessions.operation_queue import WAIT
 from pacellm.types import Delta, Failed, SamplingParams
 from tests.engine.helpers import assert_nothing_held, finish, new_engine, prompt, request, run, tokens
 from tests.engine.test_lifecycle import Inbox
@@ -88,7 +88,7 @@ def test_giving_up_on_what_the_worker_does(model, tmp_path):
         engine.ops.delete_all("tenant"),
         engine.ops.fork(KEY, ("tenant", "t"), None),
     ):
-        future = engine.ops.submit(operation)
+        future = engine.call(operation)
         engine.step()
         future.cancel()
         run_until_idle(engine)
@@ -142,14 +142,15 @@ def test_events_that_cannot_be_delivered_end_their_request(model, steady):
 @pytest.mark.parametrize("where", ["plan", "new_banks", "use"])
 def test_an_admission_that_fails(model, steady, monkeypatch, where, session):
     engine = new_engine(model)
-    place = {"plan": engine.scheduler.planner, "new_banks": engine.scheduler.room, "use": engine.scheduler.sessions}
+    admission = engine.scheduler.admission
+    place = {"plan": admission.planner, "new_banks": engine.scheduler.cache, "use": engine.sessions}
     name = {"plan": "plan", "new_banks": "new_banks", "use": "open"}[where]
     if where == "use" and session is None:
         session = "t"
     original = getattr(place[where], name)
 
     def failing(*arguments):
-        considered = engine.scheduler.considered
+        considered = admission.considered
         if considered is not None and considered.id == "bad":
             raise ValueError("on purpose")
         return original(*arguments)
@@ -172,7 +173,7 @@ def test_an_admission_that_fails(model, steady, monkeypatch, where, session):
 @pytest.mark.parametrize("where", ["keep", "_finish", "_accept"])
 def test_a_commit_that_fails(model, steady, monkeypatch, where):
     engine = new_engine(model)
-    owner = engine.scheduler if where == "keep" else engine.answers
+    owner = engine.scheduler if where == "keep" else engine.parts.answers
     original = getattr(owner, where)
 
     def failing(item, *arguments):
@@ -190,7 +191,7 @@ def test_a_commit_that_fails(model, steady, monkeypatch, where):
 
 
 def test_a_failure_that_belongs_to_nobody(thread, steady, monkeypatch):
-    original, failures = thread.engine.scheduler.room.take_copies, []
+    original, failures = thread.engine.scheduler.cache.take_copies, []
 
     def failing():
         if not failures:
@@ -200,7 +201,7 @@ def test_a_failure_that_belongs_to_nobody(thread, steady, monkeypatch):
 
     thread.submit(request("steady", SHORT, STEADY, session="s"))
     thread.inbox.wait("steady", Delta)
-    monkeypatch.setattr(thread.engine.scheduler.room, "take_copies", failing)
+    monkeypatch.setattr(thread.engine.scheduler.cache, "take_copies", failing)
     assert "on purpose" in str(thread.inbox.wait("steady")[-1].error)
     thread.submit(request("again", SHORT, STEADY, session="s"))
     assert tokens(thread.inbox.wait("again")) == steady
@@ -213,7 +214,7 @@ def test_memory_that_does_not_add_up_ends_the_engine(model, monkeypatch):
     engine.add(request("x", LONG))
     engine.step()
     engine.allocator.allocate(1)
-    monkeypatch.setattr(engine, "_commit", lambda flight: 1 / 0)
+    monkeypatch.setattr(engine.parts.committer, "commit", lambda flight: 1 / 0)
     with pytest.raises(IntegrityError):
         engine.step()
 
@@ -223,8 +224,8 @@ def test_what_the_disk_says_cannot_be_taken(model, tmp_path, monkeypatch):
     run(engine, request("1", SHORT, session="s"))
     engine.close()
     engine = new_engine(model, session_dir=str(tmp_path))
-    monkeypatch.setattr(engine.mover.openings, "_take", lambda *_: 1 / 0)
-    future = engine.ops.submit(engine.ops.show(KEY))
+    monkeypatch.setattr(engine.mover.claims, "_take", lambda *_: 1 / 0)
+    future = engine.call(engine.ops.show(KEY))
     events = run(engine, request("x", SHORT, session="s"), request("y", SHORT))
     assert isinstance(events["x"][-1], Failed)
     assert finish(events["y"])
@@ -235,7 +236,7 @@ def test_what_the_disk_says_cannot_be_taken(model, tmp_path, monkeypatch):
 
 def test_a_commit_on_disk_that_cannot_be_taken(model, tmp_path, monkeypatch):
     engine = new_engine(model, session_dir=str(tmp_path))
-    monkeypatch.setattr(engine.answers, "_end", lambda live: 1 / 0)
+    monkeypatch.setattr(engine.parts.answers, "_end", lambda state: 1 / 0)
     events = run(engine, request("x", SHORT, session="s"))
     assert isinstance(events["x"][-1], Failed)
     assert counts(engine) == {"commit": 1}

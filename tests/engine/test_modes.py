@@ -126,9 +126,9 @@ def test_kept_progress_does_not_cross_modes():
     expected = {mode: seen(new_engine(model), request("x", ids, SCORED, pa=mode))["x"] for mode in modes}
     for again in (False, True):
         for mode in modes:
-            hits, name = engine.scheduler.progress.hits, f"{mode} {again}"
+            hits, name = engine.prefix_cache.hits, f"{mode} {again}"
             assert seen(engine, request(name, ids, SCORED, pa=mode))[name] == expected[mode]
-            assert engine.scheduler.progress.hits == hits + again, "only the same mode uses it"
+            assert engine.prefix_cache.hits == hits + again, "only the same mode uses it"
 
 
 def test_a_session_asked_under_all_presets_is_replayed_restored_and_forked_to_the_bit(tmp_path):
@@ -146,7 +146,7 @@ def test_a_session_asked_under_all_presets_is_replayed_restored_and_forked_to_th
         return [turn.pa for turn in engine.sessions.get(("tenant", session)).log]
 
     def operate(operation):
-        future = engine.ops.submit(operation)
+        future = engine.call(operation)
         run_until_idle(engine)
         return future.result(1)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pacellm.engine.chunking import add_parts
+from pacellm.engine.chunked_prefill import add_chunks
 from pacellm.engine.pace import LONGEST, SEVERAL, SHARE, Pace
 from pacellm.engine.sequence import Sequence, Status
 from pacellm.engine.step import Step
@@ -95,7 +95,7 @@ class Streams:
         step = Step([None] * self.num_decodes)
         several = len(self.scheduler.running) > 1
         seconds = self.pace.seconds(decodes=True, several=several)
-        add_parts(step, self.scheduler.running, 256, seconds, self.pace, lambda sequence: False)
+        add_chunks(step, self.scheduler.running, 256, seconds, self.pace, lambda sequence: False)
         work = step.work[self.num_decodes :]
         parts = [(item.position, item.count) for item in work]
         self.step_seconds.append(DECODE + sum(true_cost(*part) for part in parts))

@@ -45,7 +45,7 @@ def test_a_retry_goes_on_where_the_first_try_was_left(model, history):
             run(e, request("0", history, session="s"))
     wanted = tokens(run(kept, request("1", history + LONG, session="s"))["1"])
     abort_after(engine, request("1", history + LONG, session="s"), 1000)
-    assert len(engine.scheduler.progress) > 1
+    assert len(engine.prefix_cache) > 1
     again = run(engine, request("2", history + LONG, session="s"))["2"]
     done = len(history) + 1000
     assert finish(again).usage.cached_tokens >= done - done % 64 - 64
@@ -89,8 +89,8 @@ def test_an_aborted_replay_goes_on(model):
     kept, engine = new_engine(model), engine_for(model)
     for e in (kept, engine):
         run(e, request("1", LONG, session="s"))
-    assert engine.sessions.evict_one()
-    engine.scheduler.progress.clear()
+    assert engine.eviction.evict_one()
+    engine.prefix_cache.clear()
     abort_after(engine, request("2", LONG + SHORT, session="s"), 900)
     found = {}
     for name, e in (("kept", kept), ("engine", engine)):
@@ -137,21 +137,21 @@ def test_never_across_tenants_modes_or_states(model):
 def test_progress_gives_way(model):
     engine = engine_for(model, kv_cache_memory=5 * 512 * model.bytes_per_token, max_num_seqs=2)
     run(engine, request("1", LONG))
-    assert len(engine.scheduler.progress) > 0
+    assert len(engine.prefix_cache) > 0
     other = prompt(2000, 5)
     events = run(engine, request("2", other))["2"]
     assert tokens(events) == tokens(run(new_engine(model), request("2", other))["2"])
     assert_nothing_held(engine)
     rows = engine.pool.num_free
-    engine.scheduler.progress.clear()
+    engine.prefix_cache.clear()
     assert engine.pool.num_free > rows
 
 
 def test_a_deleted_session_leaves_no_progress(model):
     engine = engine_for(model)
     run(engine, request("1", LONG, session="s"))
-    future = engine.ops.submit(engine.ops.delete(("tenant", "s")))
+    future = engine.call(engine.ops.delete(("tenant", "s")))
     engine.step()
     assert future.result(1)
-    assert len(engine.scheduler.progress) == 0
+    assert len(engine.prefix_cache) == 0
     assert engine.allocator.num_free == engine.num_blocks

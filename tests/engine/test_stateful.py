@@ -17,7 +17,6 @@ from hypothesis.stateful import (
 )
 
 from pacellm.engine.engine import run_until_idle
-from pacellm.engine.integrity import check_integrity
 from pacellm.model.load import prepare
 from pacellm.types import Append, Finished, SamplingParams
 from tests.engine.helpers import (
@@ -49,7 +48,7 @@ class Oracle:
 
     def ask(self, ids):
         self.asked.append(ids)
-        self.engine.scheduler.progress.clear()
+        self.engine.prefix_cache.clear()
         self.engine.add(request("x", ids, ANSWER, session="s"))
         events = run_until_idle(self.engine)["x"]
         self.reads = events[-1].bank
@@ -146,7 +145,7 @@ class Sessions(RuleBasedStateMachine):
 
     @rule(settle=st.booleans())
     def evict(self, settle):
-        self.engine.sessions.evict_one()
+        self.engine.eviction.evict_one()
         if settle:
             run_until_idle(self.engine)
 
@@ -157,7 +156,7 @@ class Sessions(RuleBasedStateMachine):
                 self.engine.sessions.drop(session)
 
     def _operate(self, operation):
-        future = self.engine.ops.submit(operation)
+        future = self.engine.call(operation)
         run_until_idle(self.engine)
         return future.result(1)
 
@@ -195,10 +194,10 @@ class Sessions(RuleBasedStateMachine):
     @invariant()
     def adds_up(self):
         if self.engine is not None:
-            check_integrity(self.engine)
-            assert self.engine.mover.host_bytes <= self.settings["session_host_memory"]
+            self.engine.parts.integrity.check()
+            assert self.engine.mover.host.bytes <= self.settings["session_host_memory"]
             if self.settings.get("session_disk_size"):
-                assert self.engine.mover.files.budget.bytes <= self.settings["session_disk_size"]
+                assert self.engine.mover.files.usage.bytes <= self.settings["session_disk_size"]
 
     def teardown(self):
         if self.engine is not None:
@@ -207,8 +206,8 @@ class Sessions(RuleBasedStateMachine):
             assert_nothing_held(self.engine)
             assert self.engine.allocator.num_free == self.engine.num_blocks
             assert self.engine.pool.num_free == self.engine.pool.num_rows
-            assert self.engine.mover.host_bytes == self.engine.sessions.log_bytes == 0
-            assert not self.has_disk or self.engine.mover.files.budget.bytes == 0
+            assert self.engine.mover.host.bytes == self.engine.sessions.log_bytes == 0
+            assert not self.has_disk or self.engine.mover.files.usage.bytes == 0
             self.engine.close()
         shutil.rmtree(self.path)
 

@@ -130,7 +130,7 @@ def test_turns_of_other_densities_evicted_and_replayed(model):
             asked = request(f"{turn}", history, LONG, session="s", ce_density=density)
             results[name] = tokens(run(engine, asked)[f"{turn}"])
         assert_same_banks(banks(evicted, "s"), banks(kept, "s"))
-        assert evicted.sessions.evict_one()
+        assert evicted.eviction.evict_one()
         assert results["kept"] == results["evicted"]
         history += results["kept"]
 

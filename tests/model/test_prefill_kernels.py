@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pacellm.config import ATTENTION_KERNELS, EngineConfig
-from pacellm.engine import factory
+from pacellm.engine.device import attention_kernel
 from pacellm.errors import ConfigError
 from pacellm.model.attention import choice as kernel_choice
 from pacellm.model.attention import prefill as prefill_kernels
@@ -228,7 +228,7 @@ def test_the_engine_asks_for_its_own_layers_and_says_what_it_uses(monkeypatch, c
     )
     config = EngineConfig(deterministic=deterministic)
     with caplog.at_level("INFO", logger="pacellm.engine"):
-        assert factory.attention_kernel(model, config).name == used
+        assert attention_kernel(model, config).name == used
     assert asked == [("flash" if deterministic else "auto", [(4, ((2, 8), (2, 8))), (8, ((2, 8), (2, 8)))])]
     assert f"prompt attention by {used}" in caplog.text
     if not deterministic:

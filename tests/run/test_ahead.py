@@ -136,7 +136,7 @@ def test_several_choices(model):
 
 def step_until_ahead(engine):
     events = []
-    while engine._ahead is None:
+    while engine.parts.executor.ahead is None:
         events += engine.step()
     return events
 
@@ -148,7 +148,7 @@ def test_a_request_that_comes_while_a_step_is_under_way(model):
     step_until_ahead(ahead)
     ahead.add(second)
     ahead.step()
-    assert ahead._ahead is None, "somebody waits"
+    assert ahead.parts.executor.ahead is None, "somebody waits"
     assert any(isinstance(event, Admitted) for _, event in ahead.step())
     run_until_idle(ahead)
     run(ordinary, first, second)
@@ -193,7 +193,7 @@ def test_commits_that_a_directory_takes_note_of(model, tmp_path):
     ahead.close()
     again = new_engine(model, session_dir=str(tmp_path))
     for engine in (again, ordinary):
-        engine.scheduler.progress.clear()
+        engine.prefix_cache.clear()
     asked = [request(name, prompt(61, seed), drawn(seed), session=name) for seed, name in enumerate("abc")]
     found, expected = run(again, *asked), run(ordinary, *asked)
     assert [tokens(found[name]) for name in "abc"] == [tokens(expected[name]) for name in "abc"]
@@ -251,7 +251,7 @@ def test_a_session_deleted_while_its_step_is_under_way(model):
     ahead, _ = both(model)
     ahead.add(request("a", prompt(40, 1), LONG, session="s"))
     step_until_ahead(ahead)
-    done = ahead.ops.submit(ahead.ops.delete(("tenant", "s")))
+    done = ahead.call(ahead.ops.delete(("tenant", "s")))
     found = run_until_idle(ahead)
     assert done.result(1)["deleted"]
     assert isinstance(found["a"][-1], Failed)

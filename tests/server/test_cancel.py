@@ -8,7 +8,6 @@ import httpx
 import pytest
 
 from pacellm.config import EngineConfig
-from pacellm.engine.integrity import check_integrity
 from pacellm.types import GenerationRequest, SamplingParams
 from tests.server.conftest import NAME, start
 
@@ -18,7 +17,7 @@ SHORT = [{"role": "user", "content": "hello"}]
 
 def free(live):
     """Blocks and rows that no session holds; kept progress is idle cache."""
-    live.engine.scheduler.progress.clear()
+    live.engine.prefix_cache.clear()
     return live.engine.allocator.num_free, live.engine.pool.num_free
 
 
@@ -45,7 +44,7 @@ def test_leaving_returns_everything(live, when, streamed):
     live.wait_until_idle()
     assert free(live) == before
     assert live.engine.stats.aborted == aborted + 1
-    check_integrity(live.engine)
+    live.engine.parts.integrity.check()
 
 
 def test_a_silent_stream_carries_keep_alive_comments(live):

@@ -8,7 +8,6 @@ import random
 import pytest
 
 from pacellm.config import EngineConfig
-from pacellm.engine.integrity import check_integrity
 from tests.server.conftest import NAME, start
 from tests.server.guests import Visit, counting
 
@@ -144,7 +143,7 @@ class Hotel:
         assert not service._writing
         assert not service.conversations
         assert all(record.body is not None for record in service.idempotency._records.values())
-        check_integrity(service.engine)
+        service.engine.parts.integrity.check()
 
 
 async def stay_beside(live, choose, ways, errors):

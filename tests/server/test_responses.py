@@ -142,7 +142,7 @@ def test_a_stored_responses_session_stays_as_it_was(clean):
     assert clean.http.post(f"/v1/sessions/{made.id}/fork", json={"session_id": "mine"}).status_code == 201
     assert create(clean, "and?", conversation="mine").usage.input_tokens > made.usage.input_tokens
     # its session can go without it: the messages are enough
-    clean.engine.ops.submit(clean.engine.ops.delete(("default", made.id))).result(10)
+    clean.engine.call(clean.engine.ops.delete(("default", made.id))).result(10)
     rebuilt = create(clean, "and?", previous_response_id=made.id)
     assert rebuilt.pacellm["session"] == "lost"
     assert rebuilt.usage.input_tokens > made.usage.input_tokens

@@ -51,7 +51,7 @@ def ask(engine, ids, session="s"):
 
 
 def operate(engine, operation):
-    future = engine.ops.submit(operation)
+    future = engine.call(operation)
     run_until_idle(engine)
     return future.result(1)
 
@@ -134,7 +134,7 @@ def test_a_deletion_that_is_not_durable_says_so_and_is_tried_again(model, stored
         }  # fmt: skip
         assert ask(engine, MORE)[0].session == "new"
         assert ask(engine, MORE)[0].session == "resident"
-    engine.mover.files._next_try = 0
+    engine.mover.files.deletions._next_try = 0
     engine.step()
     engine.worker.finish()
     assert not engine.mover.disk.doomed
@@ -219,7 +219,7 @@ def test_a_log_that_cannot_be_read_fails_the_request_and_loses_nothing(model, wa
         failed = run(engine, request("x", wanted[0], session="s"))["x"][-1]
         assert "Too many open files" in str(failed.error)
         assert str(stored) not in str(failed.error)
-        shown = engine.ops.submit(engine.ops.show(KEY))
+        shown = engine.call(engine.ops.show(KEY))
         run_until_idle(engine)
         assert "Too many open files" in str(shown.exception(1))
     assert ask(engine, wanted[0])[1] == wanted[1]

@@ -30,7 +30,7 @@ def ask(engine, name, tenant="tenant", turn=0):
 
 def rest(engine):
     """Everything idle goes to disk."""
-    while engine.sessions.evict_one():
+    while engine.eviction.evict_one():
         run_until_idle(engine)
 
 
@@ -61,24 +61,24 @@ def sizes(model, tmp_path_factory):
 
 def test_bytes_are_counted_as_they_are(model, tmp_path):
     engine = filled(model, tmp_path, "abc")
-    assert engine.mover.files.budget.bytes == on_disk(tmp_path) > 0
+    assert engine.mover.files.usage.bytes == on_disk(tmp_path) > 0
     engine.ops.delete(("tenant", "b"))()
     run_until_idle(engine)
-    held = engine.mover.files.budget
+    held = engine.mover.files.usage
     assert held.bytes == sum(sum(engine.mover.disk.sizes(("tenant", name))) for name in "ac")
     engine.close()
-    after = new_engine(model, session_dir=str(tmp_path)).mover.files.budget
+    after = new_engine(model, session_dir=str(tmp_path)).mover.files.usage
     assert (after.log_bytes, after.state_bytes) == (held.log_bytes, held.state_bytes)
 
 
 def test_a_session_deleted_while_it_is_saved_leaves_no_bytes(model, tmp_path):
     engine = filled(model, tmp_path, "a")
     ask(engine, "b")
-    assert engine.sessions.evict_one()
+    assert engine.eviction.evict_one()
     assert engine.sessions.get(("tenant", "b")).moving
     engine.ops.delete(("tenant", "b"))()
     run_until_idle(engine)
-    assert engine.mover.files.budget.bytes == sum(engine.mover.disk.sizes(("tenant", "a")))
+    assert engine.mover.files.usage.bytes == sum(engine.mover.disk.sizes(("tenant", "a")))
     assert ask(engine, "b", turn=1)[0].session == "new"
 
 
@@ -88,7 +88,7 @@ def test_states_give_way_before_logs_and_the_longest_unused_first(model, tmp_pat
     assert [STATE in files(engine, name) for name in "abcd"] == [False, False, True, True]
     assert all(LOG in files(engine, name) for name in "abcd")
     assert engine.mover.files.budget.states_dropped == 2
-    assert engine.mover.files.budget.bytes <= engine.config.session_disk_size
+    assert engine.mover.files.usage.bytes <= engine.config.session_disk_size
     end, answer = ask(engine, "a", turn=1)
     assert end.session == "replayed"
     wanted = filled(model, tmp_path / "free", "a")
@@ -101,7 +101,7 @@ def test_a_session_whose_log_goes_is_lost_and_said_so_after_a_restart(model, tmp
     size = 3 * log + log // 2
     engine = filled(model, tmp_path, ["a", "bb", "ccc", "dddd", "eeeee"], size=size, session_log_memory=0)
     run_until_idle(engine)
-    assert engine.mover.files.budget.bytes <= size
+    assert engine.mover.files.usage.bytes <= size
     assert engine.mover.files.budget.logs_dropped == engine.sessions.losses == 2
     assert [files(engine, name) for name in ("a", "bb")] == [set(), set()]
     assert ask(engine, "a", turn=1)[0].session == "lost"
@@ -148,9 +148,9 @@ def test_another_running_server_keeps_its_sessions(model, tmp_path):
     disk.drop(("tenant", "a"), LOG, STATE)
     assert files(other, "a") == {LOG, STATE}
     engine = new_engine(model, session_dir=str(tmp_path))
-    assert engine.mover.files.budget.bytes == 0
+    assert engine.mover.files.usage.bytes == 0
     assert ask(engine, "a", turn=1)[0].session == "restored"
-    assert engine.mover.files.budget.bytes == sum(disk.sizes(("tenant", "a")))
+    assert engine.mover.files.usage.bytes == sum(disk.sizes(("tenant", "a")))
 
 
 def test_a_budget_that_holds_no_log_is_refused(model, tmp_path):
@@ -169,4 +169,4 @@ def test_metrics_name_the_budget(model, tmp_path, sizes):
     assert value("pacellm_session_disk_size_bytes", {"model_name": "m"}) == 3 * log
     assert value("pacellm_session_files_dropped_total", {"model_name": "m", "kind": "log"}) == 0
     disk = {"model_name": "m", "tier": "disk", "kind": "log"}
-    assert value("pacellm_session_bytes", disk) == engine.mover.files.budget.log_bytes > 0
+    assert value("pacellm_session_bytes", disk) == engine.mover.files.usage.log_bytes > 0

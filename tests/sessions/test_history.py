@@ -18,7 +18,7 @@ from pacellm.errors import (
     SessionNotFound,
 )
 from pacellm.model.load import prepare
-from pacellm.sessions.history import Ending
+from pacellm.sessions.ending import Ending
 from pacellm.text.detokenizer import Vocabulary
 from pacellm.text.stream import TextStream
 from pacellm.types import Admitted, Append, Failed, Kinship, Outline, SamplingParams
@@ -89,7 +89,7 @@ def test_as_if_all_were_sent_again(model, wanted, between, tmp_path):
         if between == "drop":
             engine.sessions.drop(engine.sessions.get(KEY))
         elif between == "host":
-            engine.sessions.evict_one()
+            engine.eviction.evict_one()
         elif between in ("restart", "kill"):
             if between == "restart":
                 engine.close()
@@ -98,7 +98,7 @@ def test_as_if_all_were_sent_again(model, wanted, between, tmp_path):
                 os.close(engine.mover.disk._life)
             engine = new_engine(model, **settings)
         elif between in ("snapshot", "fork"):
-            future = engine.ops.submit(
+            future = engine.call(
                 engine.ops.fork(("tenant", name), ("tenant", f"s{number}"), None)
                 if between == "fork"
                 else engine.snapshots.export(("tenant", name), kv=False, limit=10**8)
@@ -107,7 +107,7 @@ def test_as_if_all_were_sent_again(model, wanted, between, tmp_path):
             found, name = future.result(), f"s{number}"
             if between == "snapshot":
                 checked = engine.snapshots.check(bytearray(found), trust_unsigned=False)
-                engine.ops.submit(engine.snapshots.put(("tenant", name), checked, None))
+                engine.call(engine.snapshots.put(("tenant", name), checked, None))
                 run_until_idle(engine)
         else:
             run_until_idle(engine)
@@ -213,16 +213,16 @@ def test_a_session_that_expired(model, monkeypatch):
 
 def test_an_empty_session_is_begun(model):
     engine = new_engine(model)
-    engine.ops.submit(engine.ops.create(KEY, None))
+    engine.call(engine.ops.create(KEY, None))
     run_until_idle(engine)
     ids = [5, 6, 7]
     whole = Append(dict.fromkeys(ENDS, ids), FIRST)
     events = run(engine, request("a", [5, 6, 7], session="s", append=whole))["a"]
     assert finish(events).usage.prompt_tokens == len(FIRST)
-    engine.ops.submit(engine.ops.reset(KEY))
+    engine.call(engine.ops.reset(KEY))
     assert finish(run(engine, request("b", [5, 6, 7], session="s", append=whole))["b"]).usage.cached_tokens == 0
     refused = dataclasses.replace(whole, whole=RequestError("no", param="messages"))
-    engine.ops.submit(engine.ops.reset(KEY))
+    engine.call(engine.ops.reset(KEY))
     assert failed(engine, request("c", [5, 6, 7], session="s", append=refused)).message == "no"
 
 
@@ -301,7 +301,7 @@ def test_a_session_that_is_reset_under_a_preempted_request(model):
     while not (engine.scheduler.running and engine.scheduler.running[0].generated):
         engine.step()
     engine.scheduler.preempt(engine.scheduler.running[0])
-    engine.ops.submit(engine.ops.reset(KEY))
+    engine.call(engine.ops.reset(KEY))
     error = run_until_idle(engine)["a"][-1].error
     assert isinstance(error, SessionConflict)
 
@@ -318,7 +318,7 @@ def test_a_folded_log(model):
 def test_commits_that_were_lost_with_their_server(model, tmp_path):
     engine = new_engine(model, session_dir=tmp_path)
     run(engine, request("0", FIRST, session="s"))
-    engine.sessions.evict_one()
+    engine.eviction.evict_one()
     run_until_idle(engine)
     run(engine, append("1", TAILS[0]))
     engine.worker.finish()

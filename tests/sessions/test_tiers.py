@@ -58,7 +58,7 @@ def wanted(model):
 
 
 def evict(engine):
-    assert engine.sessions.evict_one()
+    assert engine.eviction.evict_one()
     settle(engine)
     return engine
 
@@ -69,7 +69,7 @@ def disk_engine(model, path, **changes):
 
 def operate(engine, operation):
     """An operation's result."""
-    future = engine.ops.submit(operation)
+    future = engine.call(operation)
     settle(engine)
     return future.result(1)
 
@@ -83,7 +83,7 @@ def test_through_host_memory(model, wanted):
     assert engine.sessions.get(KEY).tier == "host"
     assert engine.sessions.kv_bytes == engine.sessions.bank_bytes == 0
     state = engine.sessions.get(KEY).host
-    assert engine.mover.host_bytes == state.nbytes > 700 * model.bytes_per_token
+    assert engine.mover.host.bytes == state.nbytes > 700 * model.bytes_per_token
     found = {
         (layer, name): tensor
         for layer, bank in state.banks.items()
@@ -150,7 +150,7 @@ def test_host_memory_overflows_to_disk(model, wanted, tmp_path):
     for name in "abc":
         run(engine, request(name, FIRST, session=name))
         evict(engine)
-        assert engine.mover.host_bytes <= 700_000
+        assert engine.mover.host.bytes <= 700_000
     assert engine.sessions.get(KEY).tier == "disk"
     assert finish(run(engine, request("x", FIRST, session="s"))["x"]).session == "restored"
     assert answers == wanted[0]
@@ -176,13 +176,13 @@ def test_delete(model, tmp_path, tier):
     free = engine.allocator.num_free, engine.pool.num_free
     run(engine, request("1", FIRST, session="s"))
     if tier != "device":
-        assert engine.sessions.evict_one()  # a spill on its way does not bring it back
+        assert engine.eviction.evict_one()  # a spill on its way does not bring it back
     if tier == "stub":
         engine.close()
         engine = disk_engine(model, tmp_path)
     assert operate(engine, engine.ops.delete(KEY))["deleted"]
     assert (engine.allocator.num_free, engine.pool.num_free) == free
-    assert engine.mover.host_bytes == 0
+    assert engine.mover.host.bytes == 0
     assert sorted(path.name for path in engine.mover.disk.folder(KEY).iterdir()) == ["lock", "owner.json"]
     for key in (KEY, ("other", "s")):
         with pytest.raises(SessionNotFound):
@@ -204,7 +204,7 @@ def test_delete_while_in_use(model, tmp_path, with_disk):
     engine.add(request("3", FIRST, session="s"))
     while not engine.scheduler.running:
         engine.step()
-    future = engine.ops.submit(engine.ops.delete(KEY))
+    future = engine.call(engine.ops.delete(KEY))
     events = run_until_idle(engine)
     assert future.result(1)["deleted"]
     for name in "23":
@@ -326,7 +326,7 @@ def test_fork_shares_full_blocks_and_copies_the_rest(model, wanted):
     assert tokens(answer) == wanted[0][1]
     assert_nothing_held(engine)
     run(engine, request("r", FIRST, session="r"))
-    engine.sessions.evict(engine.sessions.get(("tenant", "t")))
+    engine.eviction.evict(engine.sessions.get(("tenant", "t")))
     assert finish(run(engine, request("o2", FIRST + MORE[2], session="t"))["o2"]).session == "replayed"
 
 
@@ -374,8 +374,8 @@ def test_a_delete_while_the_disk_is_being_asked(model, tmp_path):
     engine = disk_engine(model, tmp_path)
     engine.add(request("2", FIRST, session="s"))
     engine.scheduler.schedule()
-    assert engine.mover.openings.is_asking(KEY)
-    future = engine.ops.submit(engine.ops.delete(KEY))
+    assert engine.mover.claims.is_asking(KEY)
+    future = engine.call(engine.ops.delete(KEY))
     events = run_until_idle(engine)
     assert isinstance(events["2"][-1].error, SessionDeleted)
     assert future.result(1)["deleted"]

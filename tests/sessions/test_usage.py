@@ -1,24 +1,31 @@
 """Sums and dates of sessions that are kept as they change, against what adding up and looking through would find."""
 
 import random
+import threading
 import time
 from array import array
-from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pacellm.kv.blocks import BlockAllocator, KVTable
-from pacellm.sessions.accounts import _SLACK, Calendar
+from pacellm.sessions.expiry import _SLACK, ExpiryCalendar
+from pacellm.sessions.host import HostState
+from pacellm.sessions.host_memory import HostMemory
 from pacellm.sessions.session import Session
 from pacellm.sessions.store import SessionStore
 from pacellm.sessions.turn import Turn
+from pacellm.sessions.worker import Worker
 
 
 @pytest.fixture
 def store():
-    return SessionStore(
-        BlockAllocator(64), None, block_bytes=1, memory=10**9, max_rows=0, log_memory=10**9, fold_after=10**9
-    )
+    host = HostMemory(0, Worker(pytest.fail, threading.Condition()))
+    return SessionStore(BlockAllocator(64), None, host, block_bytes=1, fold_after=10**9)
+
+
+def of_bytes(count):
+    return HostState([torch.empty(count, dtype=torch.uint8)], {}, tokens=1)
 
 
 def change(session, rng):
@@ -26,7 +33,7 @@ def change(session, rng):
     values = {
         "table": [None, KVTable()],
         "loading": [False, True],
-        "host": [None, SimpleNamespace(nbytes=7, banks={}), SimpleNamespace(nbytes=9, banks={})],
+        "host": [None, of_bytes(7), of_bytes(9)],
         "stub": [False, True],
         "stored": [None, 3, 5],
     }
@@ -49,13 +56,13 @@ def test_sums_are_those_of_all_sessions(store, seed):
             store.close(rng.choice(known), keep=False)
         else:
             change(rng.choice(known), rng)
-        now, books = list(store), store.books
-        assert {tier: count for tier, count in books.tiers.items() if count} == {
+        now, usage = list(store), store.usage
+        assert {tier: count for tier, count in usage.tiers.items() if count} == {
             tier: sum(session.tier == tier for session in now) for tier in {session.tier for session in now}
         }
-        assert books.host_bytes == sum(session.host.nbytes for session in now if session.host)
+        assert usage.host_bytes == sum(session.host.nbytes for session in now if session.host)
         stored = [session.stored for session in now if session.stored is not None]
-        assert (books.stored, books.stored_tokens) == (len(stored), sum(stored)), step
+        assert (usage.stored, usage.stored_tokens) == (len(stored), sum(stored)), step
         for tenant in "ab":
             assert store.count(tenant) == sum(session.key[0] == tenant for session in now)
             assert store.of(tenant) == [session for session in reversed(now) if session.key[0] == tenant]
@@ -96,7 +103,7 @@ def test_looking_for_the_expired_costs_nothing_where_none_are(store, monkeypatch
 
 
 def test_a_calendar_keeps_nothing_of_sessions_that_are_gone():
-    calendar = Calendar()
+    calendar = ExpiryCalendar()
     for number in range(10_000):
         session = Session(("a", str(number)), ttl=1e6, log=[Turn(0, 1, array("i", [1]), "off")])
         calendar.note(session)

@@ -1,9 +1,10 @@
-"""Kept prefill progress: KV and banks together, at ends of segments, for whoever feeds the same again.
+"""Prefixes of prompts that were computed before: KV and banks together, at ends of segments, for whoever feeds the same
+again.
 
-An entry is keyed by what led to it, never by contents: the tenant, the state it started from (nothing, or a session at
-one of its generations), the turn, and its ids from the turn's start. Within one engine the model, the config and so
-the cuts are the same. Entries are idle cache: they hold references to KV blocks and a bank row of their own, and the
-scheduler may take them away at any time, before any session.
+A cached prefix is keyed by what led to it, never by contents: the tenant, the state it started from (nothing, or a
+session at one of its generations), the turn, and its ids from the turn's start. Within one engine the model, the config
+and so the cuts are the same. Cached prefixes are idle: they hold references to KV blocks and a bank row of their own,
+and may be taken away at any time, before any session.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from pacellm.memory.pool import BankPool
 from pacellm.modes import PAMode
 from pacellm.sessions.turn import Turn
 
-_MAX_ENTRIES = 64
+_MOST = 64
 
 
 @dataclass(eq=False)
-class Entry:
+class CachedPrefix:
     """State after ``ids`` of turn ``index``, which began at ``start``.
 
     Attributes:
@@ -53,55 +54,43 @@ class Entry:
 
 
 class PrefixCache:
-    """All entries, least recently used first.
+    """All cached prefixes, least recently used first.
 
     Args:
         allocator, pool: where blocks and rows are held; pool is None without PA.
-        segment: entries lie at multiples of it.
-        max_seqs: working rows, which entries never take.
+        segment: prefixes lie at multiples of it.
+        max_seqs: working rows, which prefixes never take.
     """
 
     def __init__(self, allocator: BlockAllocator, pool: BankPool | None, *, segment: int, max_seqs: int) -> None:
         self._allocator, self._pool, self._segment, self._max_seqs = allocator, pool, segment, max_seqs
-        self._entries: list[Entry] = []
+        self._prefixes: list[CachedPrefix] = []
         self.hits = 0
         self.hit_tokens = 0
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._prefixes)
 
-    def __iter__(self) -> Iterator[Entry]:
-        return iter(list(self._entries))
+    def __iter__(self) -> Iterator[CachedPrefix]:
+        return iter(list(self._prefixes))
 
-    def find(self, lineage: Lineage, turns: list[Turn]) -> Entry | None:
-        """The entry that saves most of feeding ``turns``, the last of which is the request's own; None without."""
-        best: Entry | None = None
-        for entry in self._entries:
-            if entry.lineage == lineage and (best is None or _depth(entry) > _depth(best)) and self._fits(entry, turns):
-                best = entry
+    def find(self, lineage: Lineage, turns: list[Turn]) -> CachedPrefix | None:
+        """The prefix that saves most of feeding ``turns``, the last of which is the request's own; None without."""
+        best: CachedPrefix | None = None
+        for prefix in self._prefixes:
+            is_deeper = prefix.lineage == lineage and (best is None or _depth(prefix) > _depth(best))
+            if is_deeper and _fits(prefix, turns):
+                best = prefix
         return best
 
-    def _fits(self, entry: Entry, turns: list[Turn]) -> bool:
-        if entry.index >= len(turns):
-            return False
-        turn, later = turns[entry.index], turns[entry.index + 1 :]
-        if any(other.start < entry.position for other in later):
-            return False  # a turn that goes back would write over the entry's KV
-        if (entry.start, entry.pa) != (turn.start, turn.pa) or entry.position >= turn.prompt_end:
-            return False
-        if entry.index < len(turns) - 1:
-            return True  # a turn of the log, which is the same as long as the generation is
-        mine = np.frombuffer(entry.ids, dtype=np.int32)
-        return bool((mine == np.frombuffer(turn.ids, dtype=np.int32)[: len(mine)]).all())
-
-    def use(self, entry: Entry, sequence: Sequence) -> None:
+    def use(self, prefix: CachedPrefix, sequence: Sequence) -> None:
         """A sequence goes on from it. The tokens of its own turn that it saves are its own all the same."""
-        if len(sequence.work) == 1 and entry.before is not None:
-            sequence.before = entry.before
-        self._entries.remove(entry)
-        self._entries.append(entry)
+        if len(sequence.work) == 1 and prefix.before is not None:
+            sequence.before = prefix.before
+        self._prefixes.remove(prefix)
+        self._prefixes.append(prefix)
         self.hits += 1
-        self.hit_tokens += len(entry.ids)
+        self.hit_tokens += len(prefix.ids)
 
     # -- keeping -------------------------------------------------------------------------------------------
 
@@ -118,11 +107,11 @@ class PrefixCache:
         return end if end > turn.start and not goes_back else None
 
     def keep(self, sequence: Sequence, num_running: int) -> None:
-        """Copy a running sequence's state at its last segment's end; of its older entries a few stay, further and
+        """Copy a running sequence's state at its last segment's end; of its older prefixes a few stay, further and
         further apart."""
         end = self.boundary(sequence)
-        mine = [entry for entry in self._entries if entry.maker == sequence.id and entry.index == sequence.index]
-        if end is None or any(entry.position >= end for entry in mine) or not self._has_row(num_running):
+        mine = [prefix for prefix in self._prefixes if prefix.maker == sequence.id and prefix.index == sequence.index]
+        if end is None or any(prefix.position >= end for prefix in mine) or not self._has_row(num_running):
             return
         row = self._pool.take(sequence.row) if self._pool is not None and sequence.row is not None else None
         blocks = sequence.table.blocks[: blocks_for(end)]
@@ -131,12 +120,12 @@ class PrefixCache:
         self._thin(mine, end)
 
     def take_over(self, sequence: Sequence) -> None:
-        """Keep the state of a sequence that ends before its time: its blocks and row become an entry's."""
+        """Keep the state of a sequence that ends before its time: its blocks and row become a prefix's."""
         end = self.boundary(sequence)
         if end is None or (self._pool is not None and sequence.row is None):
             return
-        mine = [entry for entry in self._entries if entry.maker == sequence.id]
-        if any(entry.index == sequence.index and entry.position >= end for entry in mine):
+        mine = [prefix for prefix in self._prefixes if prefix.maker == sequence.id]
+        if any(prefix.index == sequence.index and prefix.position >= end for prefix in mine):
             return
         blocks = sequence.table.blocks
         self._allocator.release(blocks[blocks_for(end) :])
@@ -148,11 +137,11 @@ class PrefixCache:
     def _add(self, sequence: Sequence, end: int, table: KVTable, row: int | None) -> None:
         assert sequence.lineage is not None
         turn = sequence.turn
-        while len(self._entries) >= _MAX_ENTRIES:
-            self.drop(self._entries[0])
+        while len(self._prefixes) >= _MOST:
+            self.drop(self._prefixes[0])
         ids, request = turn.ids[: end - turn.start], sequence.request
-        self._entries.append(
-            Entry(
+        self._prefixes.append(
+            CachedPrefix(
                 sequence.lineage,
                 sequence.index,
                 turn.start,
@@ -166,13 +155,13 @@ class PrefixCache:
             )
         )
 
-    def _thin(self, mine: list[Entry], newest: int) -> None:
-        """One entry for every power of two segments behind the newest."""
+    def _thin(self, mine: list[CachedPrefix], newest: int) -> None:
+        """One prefix for every power of two segments behind the newest."""
         seen: set[int] = set()
-        for entry in sorted(mine, key=lambda entry: entry.position):
-            distance = ((newest - entry.position) // self._segment).bit_length()
+        for prefix in sorted(mine, key=lambda prefix: prefix.position):
+            distance = ((newest - prefix.position) // self._segment).bit_length()
             if distance in seen:
-                self.drop(entry)
+                self.drop(prefix)
             seen.add(distance)
 
     def _has_row(self, num_running: int) -> bool:
@@ -187,34 +176,34 @@ class PrefixCache:
     # -- letting go ----------------------------------------------------------------------------------------
 
     def evict_one(self) -> bool:
-        """Drop the entry used longest ago. False where there is none."""
-        if not self._entries:
+        """Drop the prefix used longest ago. False where there is none."""
+        if not self._prefixes:
             return False
-        self.drop(self._entries[0])
+        self.drop(self._prefixes[0])
         return True
 
-    def drop(self, entry: Entry) -> None:
-        """Give an entry's blocks and row back."""
-        self._entries.remove(entry)
-        self._allocator.release(entry.table.blocks)
-        if entry.row is not None and self._pool is not None:
-            self._pool.release(entry.row)
+    def drop(self, prefix: CachedPrefix) -> None:
+        """Give a prefix's blocks and row back."""
+        self._prefixes.remove(prefix)
+        self._allocator.release(prefix.table.blocks)
+        if prefix.row is not None and self._pool is not None:
+            self._pool.release(prefix.row)
 
     def forget_session(self, key: tuple[str, str], *, made: bool) -> None:
         """Drop what started from a session's state; with ``made`` also what its requests made from nothing."""
-        self._drop_where(lambda entry: entry.lineage[1] == key or (made and entry.session == key))
+        self._drop_where(lambda prefix: prefix.lineage[1] == key or (made and prefix.session == key))
 
     def forget_tenant(self, tenant: str) -> None:
-        """Drop all of a tenant's entries."""
-        self._drop_where(lambda entry: entry.lineage[0] == tenant)
+        """Drop all of a tenant's prefixes."""
+        self._drop_where(lambda prefix: prefix.lineage[0] == tenant)
 
     def forget_request(self, request_id: str) -> None:
         """Drop what a request has made."""
-        self._drop_where(lambda entry: entry.maker == request_id)
+        self._drop_where(lambda prefix: prefix.maker == request_id)
 
-    def _drop_where(self, condition: Callable[[Entry], bool]) -> None:
-        for entry in [entry for entry in self._entries if condition(entry)]:
-            self.drop(entry)
+    def _drop_where(self, condition: Callable[[CachedPrefix], bool]) -> None:
+        for prefix in [prefix for prefix in self._prefixes if condition(prefix)]:
+            self.drop(prefix)
 
     def clear(self) -> None:
         """Drop everything."""
@@ -222,13 +211,27 @@ class PrefixCache:
             pass
 
     def tables(self) -> list[KVTable]:
-        """Every entry's table."""
-        return [entry.table for entry in self._entries]
+        """Every prefix's table."""
+        return [prefix.table for prefix in self._prefixes]
 
     def rows(self) -> list[int]:
-        """Every entry's row."""
-        return [entry.row for entry in self._entries if entry.row is not None]
+        """Every prefix's row."""
+        return [prefix.row for prefix in self._prefixes if prefix.row is not None]
 
 
-def _depth(entry: Entry) -> tuple[int, int]:
-    return entry.index, entry.position
+def _fits(prefix: CachedPrefix, turns: list[Turn]) -> bool:
+    if prefix.index >= len(turns):
+        return False
+    turn, later = turns[prefix.index], turns[prefix.index + 1 :]
+    if any(other.start < prefix.position for other in later):
+        return False  # a turn that goes back would write over the prefix's KV
+    if (prefix.start, prefix.pa) != (turn.start, turn.pa) or prefix.position >= turn.prompt_end:
+        return False
+    if prefix.index < len(turns) - 1:
+        return True  # a turn of the log, which is the same as long as the generation is
+    mine = np.frombuffer(prefix.ids, dtype=np.int32)
+    return bool((mine == np.frombuffer(turn.ids, dtype=np.int32)[: len(mine)]).all())
+
+
+def _depth(prefix: CachedPrefix) -> tuple[int, int]:
+    return prefix.index, prefix.position

@@ -23,7 +23,7 @@ SHARE = 0.5
 _MAX_SCORED = 256  # rows of logits that one request may ask of a step
 
 
-def add_parts(
+def add_chunks(
     step: Step,
     prompts: Iterable[Sequence],
     budget: int,
@@ -31,7 +31,7 @@ def add_parts(
     pace: Pace,
     is_late: Callable[[Sequence], bool],
 ) -> None:
-    """Add parts of ``prompts`` to a step.
+    """Add chunks of ``prompts`` to a step.
 
     Args:
         budget: tokens that there is room for.
@@ -42,12 +42,12 @@ def add_parts(
     if seconds == 0.0 or not prompts:
         return
     quick, others = _turns(prompts, is_late)
-    room = _Room(step, budget, seconds, pace)
+    left = _TokenBudget(step, budget, seconds, pace)
     if quick:
         first = others[0]
         kept = None if seconds is None else (1 - SHARE) * seconds
-        room.fill(quick, int((1 - SHARE) * min(budget, 2 * first.pending)), kept)
-    room.fill(others, 0, None if seconds is None else 0.0)
+        left.fill(quick, int((1 - SHARE) * min(budget, 2 * first.pending)), kept)
+    left.fill(others, 0, None if seconds is None else 0.0)
 
 
 def overtakes(tokens: int, first: int) -> bool:
@@ -65,7 +65,7 @@ def _turns(prompts: list[Sequence], is_late: Callable[[Sequence], bool]) -> tupl
 
 
 @dataclass
-class _Room:
+class _TokenBudget:
     """What is left of a step for prompts."""
 
     step: Step
@@ -74,23 +74,20 @@ class _Room:
     pace: Pace
 
     def fill(self, prompts: list[Sequence], kept: int, kept_seconds: float | None) -> None:
-        """Parts of ``prompts`` in their order, as long as more is left than what is kept for others.
+        """Chunks of ``prompts`` in their order, as long as more is left than what is kept for others.
 
-        The first one gets its smallest part even where that takes longer than a step may: once enough steps have gone
+        The first one gets its smallest chunk even where that takes longer than a step may: once enough steps have gone
         without it.
         """
         for number, sequence in enumerate(prompts):
-            count = min(self.budget - kept, len(sequence.turn.ids) - sequence.cursor)
-            if sequence.request.sampling.prompt_logprobs is not None:
-                count = min(count, _MAX_SCORED)
+            count = min(self.budget - kept, _most(sequence))
             if count <= 0:
                 return
             if self.seconds is not None and kept_seconds is not None:
                 left = self.seconds - kept_seconds
-                fitting = self.pace.fitting(sequence.position, left)
-                count = count if fitting is None else min(count, max(fitting, ROWS))
+                count = self._fitting(sequence.position, count, left)
                 price = self.pace.cost(sequence.position, count)
-                if price > left and self.step.work and not (number == 0 and self.pace.afford(price, left)):
+                if not self._affords(price, left, is_first=number == 0):
                     if number == 0:
                         self.pace.save(left)
                         self.seconds = kept_seconds
@@ -98,3 +95,17 @@ class _Room:
                 self.seconds -= min(price, left)
             self.step.work.append(Work(sequence, count))
             self.budget -= count
+
+    def _fitting(self, position: int, count: int, left: float) -> int:
+        """As many of ``count`` tokens as take ``left`` seconds, but at least one product's rows."""
+        fitting = self.pace.fitting(position, left)
+        return count if fitting is None else min(count, max(fitting, ROWS))
+
+    def _affords(self, price: float, left: float, *, is_first: bool) -> bool:
+        return price <= left or not self.step.work or (is_first and self.pace.afford(price, left))
+
+
+def _most(sequence: Sequence) -> int:
+    """Tokens that it could be fed at once."""
+    left = len(sequence.turn.ids) - sequence.cursor
+    return left if sequence.request.sampling.prompt_logprobs is None else min(left, _MAX_SCORED)

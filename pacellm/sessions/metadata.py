@@ -1,0 +1,60 @@
+"""What a client may know of its session; nothing of its content."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pacellm.memory.pool import BankPool
+from pacellm.sessions.session import Session
+
+_READS = {"hits": "hit_rate", "fuses": "fuse_rate", "misses": "miss_rate"}
+
+
+class SessionMetadata:
+    """Shows sessions.
+
+    Args:
+        pool: of banks; None without PA.
+        block_bytes: KV bytes of one block over all layers.
+        slots: of a bank.
+    """
+
+    def __init__(self, pool: BankPool | None, *, block_bytes: int, slots: int) -> None:
+        self._pool, self.block_bytes, self._slots = pool, block_bytes, slots
+
+    def of(self, session: Session) -> dict[str, Any]:
+        """One session, as the API shows it."""
+        return {
+            "id": session.key[1],
+            "object": "session",
+            "created": int(session.created),
+            "last_used": int(session.last_used),
+            "expires": None if session.expires is None else int(session.expires),
+            "ttl": session.ttl,
+            "tokens": session.num_tokens if session.stub else len(session.context),
+            "commits": session.commits,
+            "generation": session.generation,
+            "tier": session.tier,
+            "in_use": session.busy,
+            "bytes": {
+                "kv": len(session.table.blocks) * self.block_bytes if session.table is not None else 0,
+                "bank": self.bank_bytes(session),
+                "host": session.host.nbytes if session.host is not None else 0,
+                "log": session.log_bytes,
+            },
+            "bank": {"slots": self._slots, "layers": _rates(session.banks)} if self._pool is not None else None,
+        }
+
+    def bank_bytes(self, session: Session) -> int:
+        """Bytes of banks that it holds on the device."""
+        return self._pool.bytes_per_row if self._pool is not None and session.row is not None else 0
+
+
+def _rates(banks: dict[int, dict[str, int]]) -> dict[str, dict[str, Any]]:
+    """Fill and lifetime reads per layer, with the share of reads that were hits, fuses and misses."""
+    shown: dict[str, dict[str, Any]] = {}
+    for layer, facts in banks.items():
+        reads = sum(facts.get(name, 0) for name in _READS)
+        rates = {rate: round(facts.get(name, 0) / reads, 4) if reads else None for name, rate in _READS.items()}
+        shown[str(layer)] = {**facts, **rates}
+    return shown
