@@ -46,7 +46,7 @@ class Engine:
         self, model: LoadedModel, config: EngineConfig | None = None, tokenizer: Tokenizer | None = None
     ) -> None:
         self.parts = parts = factory.build(model, config or EngineConfig(), tokenizer)
-        self.model, self.tokenizer, self.config = model, tokenizer, parts.device.config
+        self.model, self.config = model, parts.device.config
         self.kernel, self.products = parts.device.kernel, parts.device.products
         self._vocabulary = None if tokenizer is None else Vocabulary(tokenizer)
         self.allocator, self.pool, self.runner = parts.device.allocator, parts.device.pool, parts.device.runner

@@ -110,7 +110,7 @@ class PrefixCache:
         """Copy a running sequence's state at its last segment's end; of its older prefixes a few stay, further and
         further apart."""
         end = self.boundary(sequence)
-        mine = [prefix for prefix in self._prefixes if prefix.maker == sequence.id and prefix.index == sequence.index]
+        mine = self._made_by(sequence)
         if end is None or any(prefix.position >= end for prefix in mine) or not self._has_row(num_running):
             return
         row = self._pool.take(sequence.row) if self._pool is not None and sequence.row is not None else None
@@ -124,8 +124,7 @@ class PrefixCache:
         end = self.boundary(sequence)
         if end is None or (self._pool is not None and sequence.row is None):
             return
-        mine = [prefix for prefix in self._prefixes if prefix.maker == sequence.id]
-        if any(prefix.index == sequence.index and prefix.position >= end for prefix in mine):
+        if any(prefix.position >= end for prefix in self._made_by(sequence)):
             return
         blocks = sequence.table.blocks
         self._allocator.release(blocks[blocks_for(end) :])
@@ -133,6 +132,10 @@ class PrefixCache:
             self._pool.settle(sequence.row)
         self._add(sequence, end, KVTable(blocks[: blocks_for(end)]), sequence.row)
         sequence.table, sequence.row = KVTable(), None
+
+    def _made_by(self, sequence: Sequence) -> list[CachedPrefix]:
+        """Those of the turn that it feeds now."""
+        return [prefix for prefix in self._prefixes if (prefix.maker, prefix.index) == (sequence.id, sequence.index)]
 
     def _add(self, sequence: Sequence, end: int, table: KVTable, row: int | None) -> None:
         assert sequence.lineage is not None

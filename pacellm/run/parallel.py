@@ -186,32 +186,70 @@ def new_pool(model: LoadedModel, shapes: list[BankShape], begin: Begin, *, leads
 def follow(model: LoadedModel) -> None:
     """Do what the leader says, until it says None."""
     assert model.ranks is not None
-    runner: Runner | None = None
-    pool: SharedPool | None = None
-    shapes: list[BankShape] | None = None
+    follower = Follower(model)
     while (message := model.ranks.receive()) is not None:
-        if isinstance(message, Patch):
-            unpatch(model.module)
-            layers = message.layers
-            shapes = None if layers is None else patch(model.module, layers, model.ranks)
-        elif isinstance(message, Begin):
-            pool = None if shapes is None else new_pool(model, shapes, message, leads=False)
-            kernel = None if message.kernel is None else prefill_kernels.load(message.kernel)
-            runner = Runner(
-                model, pool, message.num_blocks, message.bank, deterministic=message.deterministic, kernel=kernel
-            )
-        elif isinstance(message, Prepare) and pool is not None:
+        follower.take(message)
+
+
+class Follower:
+    """What a rank other than the leader's does to its tensors.
+
+    Args:
+        model: this rank's part.
+    """
+
+    def __init__(self, model: LoadedModel) -> None:
+        self._model = model
+        self._shapes: list[BankShape] | None = None
+        self._pool: SharedPool | None = None
+        self._runner: Runner | None = None
+
+    def take(self, message: object) -> None:
+        """Do what one message says.
+
+        Raises:
+            RuntimeError: it comes before what it is about was made.
+        """
+        match message:
+            case Patch():
+                self._patch(message)
+            case Begin():
+                self._begin(message)
+            case Prepare() | Grams() if self._pool is not None:
+                self._change_banks(message, self._pool)
+            case Forward() | CopyKV() | Scrub() if self._runner is not None:
+                self._run(message, self._runner)
+            case _:
+                raise RuntimeError(f"{type(message).__name__} before Begin")
+
+    def _patch(self, message: Patch) -> None:
+        unpatch(self._model.module)
+        layers = message.layers
+        self._shapes = None if layers is None else patch(self._model.module, layers, self._model.ranks)
+
+    def _begin(self, message: Begin) -> None:
+        model, shapes = self._model, self._shapes
+        self._pool = None if shapes is None else new_pool(model, shapes, message, leads=False)
+        kernel = None if message.kernel is None else prefill_kernels.load(message.kernel)
+        self._runner = Runner(
+            model, self._pool, message.num_blocks, message.bank, deterministic=message.deterministic, kernel=kernel
+        )
+
+    def _change_banks(self, message: Prepare | Grams, pool: SharedPool) -> None:
+        if isinstance(message, Prepare):
             pool.prepare(message.row, message.stage, message.source)
-        elif isinstance(message, Grams) and pool is not None:
-            pool.effective_ranks(message.row)
-        elif isinstance(message, Forward) and runner is not None:
-            runner.forward(Step([], message.copies), _unpacked(message, pool, model.device), message.wanted)
-        elif isinstance(message, CopyKV) and runner is not None:
-            runner.copy(message.copies)
-        elif isinstance(message, Scrub) and runner is not None:
-            runner.scrub(KVTable(message.blocks))
         else:
-            raise RuntimeError(f"{type(message).__name__} before Begin")
+            pool.effective_ranks(message.row)
+
+    def _run(self, message: Forward | CopyKV | Scrub, runner: Runner) -> None:
+        match message:
+            case Forward():
+                packed = _unpacked(message, self._pool, self._model.device)
+                runner.forward(Step([], message.copies), packed, message.wanted)
+            case CopyKV():
+                runner.copy(message.copies)
+            case Scrub():
+                runner.scrub(KVTable(message.blocks))
 
 
 def _unpacked(message: Forward, pool: SharedPool | None, device: torch.device) -> batch.Batch:

@@ -217,16 +217,21 @@ class DirectoryClaims:
             return
         found.facts.give(session)
         self._store.put_log_in(session, found.log, found.origin)
-        written, missing = found.facts.generation, owner.generation - found.facts.generation
-        if missing:
-            session.stored = None
-        if missing > 0:
-            session.note = f"{missing} later commit(s) were not on disk when their server ended"
-            session.ending = None
-        session.generation = max(written, owner.generation)
-        session.saved = session.generation if written == session.generation else None
+        _catch_up(session, found.facts.generation, owner.generation)
         if session.note is not None:
             logger.warning("session %r of tenant %r: %s", key[1], key[0], session.note)
+
+
+def _catch_up(session: Session, written: int, known: int) -> None:
+    """A session's log has the generation ``written`` where its owner knows of ``known``."""
+    missing = known - written
+    if missing:
+        session.stored = None
+    if missing > 0:
+        session.note = f"{missing} later commit(s) were not on disk when their server ended"
+        session.ending = None
+    session.generation = max(written, known)
+    session.saved = session.generation if written == session.generation else None
 
 
 def stub_of(owner: Owner) -> Session:

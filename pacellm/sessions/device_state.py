@@ -61,18 +61,22 @@ class DeviceState:
             return
         if source.table is None or source.moving:  # nothing else could give way
             return
-        full, rest = divmod(len(source.context), BLOCK)
-        blocks = list(source.table.blocks[:full])
         try:
-            last = self._allocator.allocate(1, blocks[-1] if blocks else None) if rest else []
+            table = self._copy_table(source.table, len(source.context))
         except OutOfBlocks:
             return
+        row = self._pool.take(source.row) if self._pool is not None and source.row is not None else None
+        self._store.put(fork, table, row)
+        source.wanted = False
+
+    def _copy_table(self, source: KVTable, tokens: int) -> KVTable:
+        full, rest = divmod(tokens, BLOCK)
+        blocks = list(source.blocks[:full])
+        last = self._allocator.allocate(1, blocks[-1] if blocks else None) if rest else []
         self._allocator.share(blocks)
         if rest:
-            self._copy_kv([Copy(source.table.blocks[full] * BLOCK, last[0] * BLOCK, rest)])
-        row = self._pool.take(source.row) if self._pool is not None and source.row is not None else None
-        self._store.put(fork, KVTable([*blocks, *last]), row)
-        source.wanted = False
+            self._copy_kv([Copy(source.blocks[full] * BLOCK, last[0] * BLOCK, rest)])
+        return KVTable([*blocks, *last])
 
     def _has_block_and_row(self) -> bool:
         return self._has_room(1) and (self._pool is None or self._pool.num_free > 0)

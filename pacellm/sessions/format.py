@@ -165,11 +165,15 @@ def _header(data: memoryview) -> tuple[bytes, dict[str, Any], dict[str, str], in
     except (ValueError, RecursionError) as error:
         raise SnapshotRefused(f"snapshot's header is not JSON: {type(error).__name__}") from None
     metadata = entries.pop("__metadata__", None) if isinstance(entries, dict) else None
+    return header, entries, _checked(metadata), 8 + length
+
+
+def _checked(metadata: Any) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise SnapshotRefused("snapshot has no metadata")
     if metadata.get("format") != FORMAT or "tag" not in metadata or metadata.get("sums") not in ("0", "1"):
         raise SnapshotRefused(f"snapshot's format is {metadata.get('format', 'unnamed')[:40]!r}, not {FORMAT!r}")
-    return header, entries, metadata, 8 + length
+    return metadata
 
 
 def _entry(name: str, entry: Any, offset: int, available: int) -> tuple[torch.dtype, list[int], int]:

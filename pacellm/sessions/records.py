@@ -28,6 +28,7 @@ from pacellm.sessions.turn import Turn
 _MODES: tuple[PAChoice, ...] = ("on", "off", "read_only", *(mode for mode in MODES if mode != "off"))
 
 
+_CONTRADICTS = "snapshot's log contradicts itself"
 _FACT = TypeAdapter(Count)
 _BANKS = TypeAdapter(dict[int, dict[str, Count]])
 
@@ -110,27 +111,36 @@ class Records:
             SnapshotRefused: of another model or config, or no log.
         """
         preset = self.check_fingerprint(metadata)
-        turns, ids = tensors.pop("turns", None), tensors.pop("ids", None)
+        turns = tensors.pop("turns", None)
         if turns is None or turns.dtype != torch.int64 or turns.ndim != 2 or turns.shape[1] not in (4, 5):
             raise SnapshotRefused("snapshot has no log")
+        ids = self._checked_ids(tensors.pop("ids", None))
+        log = self._turns(turns.tolist(), ids.numpy(), preset)
+        return log, take_banks("origin", tensors, self.like) or None
+
+    def _checked_ids(self, ids: Tensor | None) -> Tensor:
         if ids is None or ids.dtype != torch.int32 or ids.ndim != 1:
             raise SnapshotRefused("snapshot has no ids")
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:
             raise SnapshotRefused("snapshot's log has ids outside the vocabulary")
+        return ids
+
+    def _turns(self, rows: list[list[int]], ids: np.ndarray, preset: Preset | None) -> list[Turn]:
+        """A log's turns, each of which takes its part of the ids, and all of them all."""
         log: list[Turn] = []
-        length, offset, numbers = 0, 0, ids.numpy()
-        for start, prompt_end, count, mode, *rest in turns.tolist():
+        length = offset = 0
+        for start, prompt_end, count, mode, *rest in rows:
             density = rest[0] if rest else 1_000_000  # before working sets there were four columns
-            if not (0 <= start <= length and start < prompt_end <= start + count <= self._max_tokens):
-                raise SnapshotRefused("snapshot's log contradicts itself")
-            if not (0 <= mode < len(_MODES) and 0 < density <= 1_000_000) or offset + count > len(numbers):
-                raise SnapshotRefused("snapshot's log contradicts itself")
-            own = array("i", numbers[offset : offset + count].tobytes())
+            fits = 0 <= start <= length and start < prompt_end <= start + count <= self._max_tokens
+            is_known = 0 <= mode < len(_MODES) and 0 < density <= 1_000_000
+            if not (fits and is_known) or offset + count > len(ids):
+                raise SnapshotRefused(_CONTRADICTS)
+            own = array("i", ids[offset : offset + count].tobytes())
             log.append(Turn(start, prompt_end, own, _mode(_MODES[mode], preset), density / 1e6))
             length, offset = start + count, offset + count
-        if offset != len(numbers):
-            raise SnapshotRefused("snapshot's log contradicts itself")
-        return log, take_banks("origin", tensors, self.like) or None
+        if offset != len(ids):
+            raise SnapshotRefused(_CONTRADICTS)
+        return log
 
     def check_fingerprint(self, metadata: dict[str, str]) -> Preset | None:
         """Refuse the files of another model or config.
@@ -220,7 +230,7 @@ class Records:
         """Put checked KV into the slabs' spans and banks into ``banks``."""
         with torch.inference_mode():
             for name, tensor in kv.items():
-                number, head, start = (int(part) for part in name.removeprefix("kv.").split("."))
+                number, head, start = _piece(name)
                 _place(tensor, start, self._slabs[number][head], cut(spans, tokens))
             for layer, bank in (banks or {}).items():
                 bank.copy_((found or {})[layer])
@@ -236,20 +246,24 @@ class Records:
         """
         covered = [[0] * slab.shape[0] for slab in self._slabs]
         for name, tensor in tensors.items():
-            try:
-                number, head, start = (int(part) for part in name.removeprefix("kv.").split("."))
-                slab = self._slabs[number]
-                known = 0 <= head < slab.shape[0] and 0 <= start == covered[number][head]
-            except (ValueError, IndexError):
-                raise SnapshotRefused(f"snapshot has an entry {name[:40]!r}") from None
-            right = tensor.ndim == 2 and tensor.shape[1] == slab.shape[2] and tensor.dtype == slab.dtype
-            if not known or not right or start + tensor.shape[0] > tokens:
-                raise SnapshotRefused(f"snapshot's {name[:40]} does not fit this model")
+            self._check_piece(name, tensor, tokens, covered)
             if not is_trusted and tensor.shape[0] and not torch.isfinite(tensor).all():
                 raise SnapshotRefused(f"snapshot's {name[:40]} has numbers that are not finite")
-            covered[number][head] += tensor.shape[0]
         if any(length != tokens for heads in covered for length in heads):
             raise SnapshotRefused("snapshot's KV is not whole")
+
+    def _check_piece(self, name: str, tensor: Tensor, tokens: int, covered: list[list[int]]) -> None:
+        """Whether a tensor goes on where the one before, of the same slab and head, ended; ``covered`` tells where."""
+        try:
+            number, head, start = _piece(name)
+            slab = self._slabs[number]
+            goes_on = 0 <= head < slab.shape[0] and 0 <= start == covered[number][head]
+        except (ValueError, IndexError):
+            raise SnapshotRefused(f"snapshot has an entry {name[:40]!r}") from None
+        has_shape = tensor.ndim == 2 and tensor.shape[1] == slab.shape[2] and tensor.dtype == slab.dtype
+        if not goes_on or not has_shape or start + tensor.shape[0] > tokens:
+            raise SnapshotRefused(f"snapshot's {name[:40]} does not fit this model")
+        covered[number][head] += tensor.shape[0]
 
     # -- for clients ---------------------------------------------------------------------------------------
 
@@ -273,6 +287,12 @@ def ending_metadata(ending: Ending | None) -> dict[str, str]:
     return {} if ending is None else {"ending": ending.to_json()}
 
 
+def _piece(name: str) -> tuple[int, int, int]:
+    """(slab, head, first position) of ``kv.SLAB.HEAD.START``."""
+    number, head, start = (int(part) for part in name.removeprefix("kv.").split("."))
+    return number, head, start
+
+
 def _place(tensor: Tensor, start: int, target: Tensor, spans: list[Span]) -> None:
     """Positions ``start`` on of one head, [tokens, size], into the spans' slots of ``target``."""
     for span in spans:
@@ -294,5 +314,5 @@ def _mode(recorded: PAChoice, preset: Preset | None) -> PAMode:
     if preset is not None:
         return resolve(recorded, preset)
     if recorded in ("on", "read_only"):
-        raise SnapshotRefused("snapshot's log contradicts itself")
+        raise SnapshotRefused(_CONTRADICTS)
     return resolve(recorded, "observe")
