@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import os
 
 import torch
 
@@ -63,6 +64,19 @@ def run(engine, *requests):
     for item in requests:
         engine.add(item)
     return run_until_idle(engine)
+
+
+def operate(engine, operation):
+    """What a session operation gives."""
+    future = engine.call(operation)
+    run_until_idle(engine)
+    return future.result(1)
+
+
+def crash(engine):
+    """The process of an engine dies, once what it has begun is on disk: the kernel lets its locks go."""
+    engine.worker.finish()
+    os.close(engine.mover.disk._life)
 
 
 def banks(engine, session):

@@ -1,6 +1,5 @@
 """Disks that fail, files that are damaged, processes that die: nothing corrupt is served, and the server starts."""
 
-import errno
 import os
 import random
 import signal
@@ -14,24 +13,23 @@ from pacellm.engine.engine import run_until_idle
 from pacellm.engine.sizing import memory_left
 from pacellm.errors import ConfigError, SnapshotRefused
 from pacellm.model.load import prepare
-from pacellm.sessions import disk as disk_module
 from pacellm.sessions.disk import LOG, STATE
 from pacellm.types import Failed
 from tests.engine.helpers import (
     assert_nothing_held,
     assert_same_banks,
     banks,
+    crash,
     finish,
     new_engine,
+    operate,
     prompt,
     request,
     run,
     tokens,
 )
 from tests.models import tiny
-
-KEY = ("tenant", "s")
-FIRST, MORE = prompt(300, 1), prompt(60, 2)
+from tests.sessions.broken_disk import FIRST, KEY, MORE, full_disk, second_turn
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +39,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def wanted(model):
-    engine = new_engine(model)
-    history = FIRST + tokens(run(engine, request("1", FIRST, session="s"))["1"]) + MORE
-    answer = tokens(run(engine, request("2", history, session="s"))["2"])
-    return history, answer, banks(engine, "s")
+    return second_turn(model)
 
 
 def stored(model, path, **changes):
@@ -63,23 +58,8 @@ def follow_up(model, path, wanted):
         assert tokens(end) == wanted[1]
         assert_same_banks(banks(engine, "s"), wanted[2])
     assert_nothing_held(engine)
-    os.close(engine.mover.disk._life)
+    crash(engine)
     return finish(end)
-
-
-def full_disk(monkeypatch, after=0):
-    written = 0
-    original = disk_module.snapshot.write
-
-    def write(file, *arguments, **options):
-        nonlocal written
-        written += 1
-        if written > after:
-            file.write(b"half of it")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return original(file, *arguments, **options)
-
-    monkeypatch.setattr(disk_module.snapshot, "write", write)
 
 
 def test_a_full_disk_costs_the_cache_not_the_session(model, wanted, tmp_path, monkeypatch):
@@ -169,9 +149,7 @@ def test_damaged_imports_change_nothing(model):
     """200 mutations of a snapshot that a client sends, signed or not."""
     engine = new_engine(model)
     run(engine, request("1", FIRST, session="s"))
-    future = engine.call(engine.snapshots.export(KEY, kv=True, limit=2**30))
-    run_until_idle(engine)
-    good = future.result()
+    good = operate(engine, engine.snapshots.export(KEY, kv=True, limit=2**30))
     assert engine.snapshots.check(bytearray(good), trust_unsigned=False)["log"]
     before = banks(engine, "s")
     rng = random.Random(0)
@@ -202,7 +180,7 @@ def test_another_models_files_are_refused_and_stay(model, wanted, tmp_path):
         end = finish(run(engine, request("x", FIRST, session="s", commit=False))["x"])
         assert end.session == "lost"
         assert "fingerprint" in end.note
-        os.close(engine.mover.disk._life)
+        crash(engine)
     assert (folder / LOG).read_bytes() == before[LOG]
     assert follow_up(model, tmp_path, wanted).session == "restored"
 
@@ -223,6 +201,7 @@ torch.set_num_threads(1)
 from pacellm.model.load import prepare
 from tests.engine.helpers import new_engine, prompt, request, run
 from tests.models import tiny
+from tests.sessions.broken_disk import FIRST, KEY, MORE, full_disk, second_turn
 engine = new_engine(prepare(tiny("llama")), session_dir=sys.argv[1])
 ids = prompt(300, 1)
 run(engine, request("1", ids, session="s"))

@@ -5,7 +5,6 @@ import torch
 
 from pacellm import PAConfig
 from pacellm.config import PRESETS
-from pacellm.engine.engine import run_until_idle
 from pacellm.model.load import prepare
 from pacellm.modes import MODES, preset_of, resolve, writes
 from pacellm.sessions.disk import STATE
@@ -17,6 +16,7 @@ from tests.engine.helpers import (
     banks,
     finish,
     new_engine,
+    operate,
     prompt,
     request,
     run,
@@ -145,14 +145,9 @@ def test_a_session_asked_under_all_presets_is_replayed_restored_and_forked_to_th
     def modes(session):
         return [turn.pa for turn in engine.sessions.get(("tenant", session)).log]
 
-    def operate(operation):
-        future = engine.call(operation)
-        run_until_idle(engine)
-        return future.result(1)
-
     assert modes("s") == wanted
     mine, ids = banks(engine, "s"), [*history, *prompt(20, 9)]
-    operate(engine.ops.fork(("tenant", "s"), ("tenant", "fork"), None))
+    operate(engine, engine.ops.fork(("tenant", "s"), ("tenant", "fork"), None))
     expected = seen(engine, request("x", ids, SCORED, session="s"))["x"]
     after = banks(engine, "s")
     assert_same_banks(banks(engine, "fork"), mine)
@@ -163,7 +158,7 @@ def test_a_session_asked_under_all_presets_is_replayed_restored_and_forked_to_th
     restored = run(engine, request("y", ids, SCORED, session="fork", pa="observe"))["y"]
     assert finish(restored).session == "restored"
     assert_same_banks(banks(engine, "fork"), after)
-    operate(engine.ops.fork(("tenant", "fork"), ("tenant", "other"), None))
+    operate(engine, engine.ops.fork(("tenant", "fork"), ("tenant", "other"), None))
     rest = [*ids, *expected[0], *prompt(30, 10)]
     continued = seen(engine, request("z", rest, SCORED, session="fork"))
     after = banks(engine, "fork")

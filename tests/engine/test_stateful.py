@@ -1,6 +1,5 @@
 """Random histories of several sessions against an oracle that runs each alone and never evicts: the same bits."""
 
-import os
 import shutil
 import tempfile
 
@@ -23,6 +22,7 @@ from tests.engine.helpers import (
     assert_nothing_held,
     assert_same_banks,
     banks,
+    crash,
     new_engine,
     prompt,
     request,
@@ -187,8 +187,7 @@ class Sessions(RuleBasedStateMachine):
         if clean or not self.sync:
             self.engine.close()
         else:
-            self.engine.worker.finish()
-            os.close(self.engine.mover.disk._life)
+            crash(self.engine)
         self._begin()
 
     @invariant()

@@ -14,12 +14,11 @@ from pacellm.sessions.disk import LOG, STATE
 from pacellm.sessions.folder import OWNER, name_of
 from pacellm.sessions.owner import OwnerRefused, read_owner
 from pacellm.types import Failed
-from tests.engine.helpers import assert_nothing_held, finish, new_engine, prompt, request, run, tokens
+from tests.engine.helpers import assert_nothing_held, crash, finish, new_engine, operate, request, run, tokens
 from tests.models import tiny
-from tests.sessions.broken_disk import KINDS, break_disk
+from tests.sessions.broken_disk import FIRST, KEY, KINDS, MORE, break_disk, second_turn
 
-KEY, OTHER = ("tenant", "s"), ("tenant", "t")
-FIRST, MORE = prompt(300, 1), prompt(60, 2)
+OTHER = ("tenant", "t")
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +29,7 @@ def model():
 @pytest.fixture(scope="module")
 def wanted(model):
     """(the second prompt, its answer)."""
-    engine = new_engine(model)
-    history = FIRST + tokens(run(engine, request("1", FIRST, session="s"))["1"]) + MORE
-    return history, tokens(run(engine, request("2", history, session="s"))["2"])
+    return second_turn(model)[:2]
 
 
 @pytest.fixture(params=KINDS)
@@ -48,17 +45,6 @@ def ask(engine, ids, session="s"):
     """(the end, the answer)."""
     events = run(engine, request("x", ids, session=session))["x"]
     return finish(events), tokens(events)
-
-
-def operate(engine, operation):
-    future = engine.call(operation)
-    run_until_idle(engine)
-    return future.result(1)
-
-
-def crash(engine):
-    engine.worker.finish()
-    os.close(engine.mover.disk._life)  # as the kernel does with a dead process' locks
 
 
 @pytest.fixture(scope="module")

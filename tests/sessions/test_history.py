@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 
 import pytest
 from tokenizers import Tokenizer
@@ -27,6 +26,7 @@ from tests.engine.helpers import (
     assert_nothing_held,
     assert_same_banks,
     banks,
+    crash,
     finish,
     new_engine,
     prompt,
@@ -94,8 +94,7 @@ def test_as_if_all_were_sent_again(model, wanted, between, tmp_path):
             if between == "restart":
                 engine.close()
             else:
-                engine.worker.finish()
-                os.close(engine.mover.disk._life)
+                crash(engine)
             engine = new_engine(model, **settings)
         elif between in ("snapshot", "fork"):
             future = engine.call(
@@ -321,8 +320,7 @@ def test_commits_that_were_lost_with_their_server(model, tmp_path):
     engine.eviction.evict_one()
     run_until_idle(engine)
     run(engine, append("1", TAILS[0]))
-    engine.worker.finish()
-    os.close(engine.mover.disk._life)
+    crash(engine)
     for _ in range(2):
         engine = new_engine(model, session_dir=tmp_path)
         assert isinstance(failed(engine, append("2", TAILS[1])), NotAppendable)

@@ -1,6 +1,5 @@
 """Sessions below the device: host memory, disk, restarts. Whatever tier they went through, the same bits."""
 
-import os
 import threading
 
 import pytest
@@ -14,8 +13,10 @@ from tests.engine.helpers import (
     assert_nothing_held,
     assert_same_banks,
     banks,
+    crash,
     finish,
     new_engine,
+    operate,
     prompt,
     request,
     run,
@@ -32,11 +33,6 @@ def model():
     return prepare(tiny("smollm3"))
 
 
-def settle(engine):
-    """Until the worker has nothing left."""
-    run_until_idle(engine)
-
-
 def turns(engine, names="0123", between=lambda engine: engine):
     """A conversation in one session; ``between`` is called after each turn and may give another engine."""
     history, answers, ends = list(FIRST), [], []
@@ -45,7 +41,7 @@ def turns(engine, names="0123", between=lambda engine: engine):
         ends.append(finish(events))
         answers.append(tokens(events))
         history += tokens(events) + MORE[number % 3]
-        settle(engine)
+        run_until_idle(engine)
         last = engine
         engine = between(engine)
     return answers, ends, last
@@ -59,19 +55,12 @@ def wanted(model):
 
 def evict(engine):
     assert engine.eviction.evict_one()
-    settle(engine)
+    run_until_idle(engine)
     return engine
 
 
 def disk_engine(model, path, **changes):
     return new_engine(model, session_dir=str(path), **changes)
-
-
-def operate(engine, operation):
-    """An operation's result."""
-    future = engine.call(operation)
-    settle(engine)
-    return future.result(1)
 
 
 def test_through_host_memory(model, wanted):
@@ -117,11 +106,11 @@ def test_over_restarts(model, wanted, tmp_path):
 
 
 def test_a_restart_without_a_close_loses_nothing_that_was_synced(model, wanted, tmp_path):
-    def crash(engine):
-        os.close(engine.mover.disk._life)  # as the kernel does with a dead process' locks
+    def begin_again(engine):
+        crash(engine)
         return disk_engine(model, tmp_path, session_sync=True)
 
-    answers, ends, _ = turns(disk_engine(model, tmp_path, session_sync=True), between=crash)
+    answers, ends, _ = turns(disk_engine(model, tmp_path, session_sync=True), between=begin_again)
     assert answers == wanted[0]
     assert [end.session for end in ends] == ["new", "replayed", "replayed", "replayed"]
 
@@ -131,14 +120,14 @@ def test_what_was_not_synced_is_said(model, tmp_path):
     run(engine, request("1", FIRST, session="s"))
     evict(engine)
     run(engine, request("2", FIRST + MORE[0], session="s"))
-    os.close(engine.mover.disk._life)
+    crash(engine)
     engine = disk_engine(model, tmp_path)
     end = finish(run(engine, request("3", FIRST + MORE[0], session="s"))["3"])
     assert end.session == "replayed"
     assert "1 later commit" in end.note
     engine = disk_engine(model, tmp_path / "other")
     run(engine, request("1", FIRST, session="s"))
-    os.close(engine.mover.disk._life)
+    crash(engine)
     end = finish(run(disk_engine(model, tmp_path / "other"), request("2", FIRST, session="s"))["2"])
     assert (end.session, end.note) == ("lost", "the session's log was never written")
 
@@ -160,9 +149,9 @@ def test_logs_go_to_disk_and_come_back(model, tmp_path):
     engine = disk_engine(model, tmp_path, session_log_memory=6000)
     for name in "abcdef":
         run(engine, request(name, FIRST, session=name))
-        settle(engine)
+        run_until_idle(engine)
     run(engine, request("g", MORE[0]))
-    settle(engine)
+    run_until_idle(engine)
     assert engine.sessions.log_bytes <= 6000
     stub = engine.sessions.get(("tenant", "a"))
     assert (stub.stub, stub.tier, stub.num_tokens) == (True, "disk", 709)
@@ -302,7 +291,7 @@ def test_ttl(model, tmp_path, monkeypatch):
     session.last_used -= 101
     engine.sessions._next_expiry = 0
     engine.step()
-    settle(engine)
+    run_until_idle(engine)
     assert engine.sessions.get(KEY) is None
     engine.close()
     engine = disk_engine(model, tmp_path)
