@@ -166,7 +166,7 @@ class GenerationRequest:
         prompt: token ids of the whole prompt; of its longest tail where it appends.
         sampling: how to generate.
         session: (tenant, session id), or None for a request that leaves nothing behind.
-        tenant: whose request it is; kept progress is never shared between tenants. A session's tenant goes first.
+        tenant: whose request it is; cached prefixes are never shared between tenants. A session's tenant goes first.
         pa: by which preset banks are read, and whether they are written.
         commit: whether the session keeps what this request did.
         priority: lower goes first in the queue; equal ones go by arrival.

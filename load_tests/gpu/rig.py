@@ -107,7 +107,7 @@ class Rig:
         try:
             yield engine
         finally:
-            engine.recovery.survive(RuntimeError("the measurement is over"))
+            engine.parts.recovery.survive(RuntimeError("the measurement is over"))
             engine.worker.close()
             unpatch(self.model.module)
             del engine

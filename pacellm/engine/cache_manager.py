@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pacellm.engine.queues import RequestQueues
-from pacellm.engine.sequence import Before, Sequence
+from pacellm.engine.sequence import CountsBefore, Sequence
 from pacellm.engine.step import Copy
 from pacellm.kv.blocks import BLOCK, BlockAllocator, KVTable
 from pacellm.kv.prefix_cache import CachedPrefix, PrefixCache
@@ -135,7 +135,7 @@ class CacheManager:
     def mark(self, sequence: Sequence) -> None:
         """What its banks and experts do from here on is the request's own."""
         if self._pool is not None and sequence.row is not None:
-            sequence.before = Before(self._pool.counters(sequence.row), self._pool.activity(sequence.row))
+            sequence.before = CountsBefore(self._pool.counters(sequence.row), self._pool.activity(sequence.row))
 
     def free(self, sequence: Sequence) -> None:
         """Take a sequence's working copy away."""

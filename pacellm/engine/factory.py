@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from pacellm.config import EngineConfig
-from pacellm.engine import device, sizing
+from pacellm.engine import sizing
 from pacellm.engine.admission import Admission
 from pacellm.engine.admission_plan import AdmissionPlanner
 from pacellm.engine.answer import Answers
@@ -24,6 +24,7 @@ from pacellm.engine.background import Background
 from pacellm.engine.cache_manager import CacheManager
 from pacellm.engine.committer import Committer
 from pacellm.engine.deadlines import Deadlines
+from pacellm.engine.device import attention_kernel, linear_products, new_pool, new_runner
 from pacellm.engine.dispatcher import Dispatcher
 from pacellm.engine.executor import Executor
 from pacellm.engine.fingerprint import fingerprint_of, former_fingerprints
@@ -159,46 +160,46 @@ def build(model: LoadedModel, config: EngineConfig, tokenizer: Tokenizer | None)
         ModelError: the model cannot be patched.
     """
     stats, faults, wakeup = EngineStats(), Faults(), threading.Condition()
-    parts = new_device(model, config)
+    device = new_device(model, config)
     # a model that is split over processes has each session in parts: these are not written
-    records = None if model.ranks is not None else cache(partial(_new_records, parts, tokenizer))
+    records = None if model.ranks is not None else cache(partial(_new_records, device, tokenizer))
     # its thread must not keep an engine that nobody else keeps
     worker = Worker(partial(faults.note, "worker"), wakeup)
-    sessions = new_sessions(parts.config, parts.allocator, parts.pool, parts.runner.slabs, worker, model, records)
-    scheduling = new_scheduling(parts.config, parts.allocator, parts.pool, sessions, parts.runner.copy)
+    sessions = new_sessions(device.config, device.allocator, device.pool, device.runner.slabs, worker, model, records)
+    scheduling = new_scheduling(device.config, device.allocator, device.pool, sessions, device.runner.copy)
     requests: Requests = {}
     outbox, queues, scheduler = Outbox(), scheduling.queues, scheduling.scheduler
     prefix_cache, files = scheduling.prefix_cache, sessions.mover.files
-    integrity = IntegrityCheck(parts.allocator, parts.pool, queues, sessions.store, prefix_cache)
+    integrity = IntegrityCheck(device.allocator, device.pool, queues, sessions.store, prefix_cache)
     recovery = Recovery(
-        requests, outbox, queues, scheduler, sessions.store, parts.allocator, prefix_cache, scheduling.cache,
-        parts.runner, integrity, stats, faults,
+        requests, outbox, queues, scheduler, sessions.store, device.allocator, prefix_cache, scheduling.cache,
+        device.runner, integrity, stats, faults,
     )  # fmt: skip
     answers = Answers(
-        requests, outbox, scheduler, scheduler.admission, sessions.store, files, parts.pool, recovery, stats, faults,
+        requests, outbox, scheduler, scheduler.admission, sessions.store, files, device.pool, recovery, stats, faults,
         eos=model.eos_token_ids,
     )  # fmt: skip
-    operating = _new_operating(parts, sessions, scheduling, recovery, faults, records)
+    operating = _new_operating(device, sessions, scheduling, recovery, faults, records)
     return Parts(
-        device=parts,
+        device=device,
         sessions=sessions,
         scheduling=scheduling,
         operating=operating,
         requests=requests,
         outbox=outbox,
-        validator=RequestValidator(model, parts.config, parts.pool),
+        validator=RequestValidator(model, device.config, device.pool),
         integrity=integrity,
         recovery=recovery,
         answers=answers,
         background=Background(worker, sessions.store, files, operating.sessions, operating.queue, faults),
         dispatcher=Dispatcher(scheduler, queues, sessions.mover.claims, worker, requests, outbox, recovery),
         executor=Executor(
-            parts.runner, scheduler, operating.queue, recovery, stats,
-            may_run_ahead=parts.config.async_scheduling, eos=model.eos_token_ids,
+            device.runner, scheduler, operating.queue, recovery, stats,
+            may_run_ahead=device.config.async_scheduling, eos=model.eos_token_ids,
         ),
         committer=Committer(
             answers, scheduler, scheduling.cache, recovery, outbox, stats, faults,
-            integrity if parts.config.check_integrity else None,
+            integrity if device.config.check_integrity else None,
         ),
         stats=stats,
         faults=faults,
@@ -220,12 +221,12 @@ def new_device(model: LoadedModel, config: EngineConfig) -> Device:
     else:
         sizing.check_parallel(config)
     check_density(config.ce_density, model.module, model.layout, "ce_density")
-    kernel = device.attention_kernel(model, config)
-    products = device.linear_products(model, config)
+    kernel = attention_kernel(model, config)
+    products = linear_products(model, config)
     config = sizing.resolve(model, config)
     num_blocks = (config.kv_cache_memory or 0) // (BLOCK * model.bytes_per_token)
-    pool = device.new_pool(model, config) if config.pa or model.layout is not None else None
-    runner = device.new_runner(model, pool, num_blocks, config, kernel, products.rows)
+    pool = new_pool(model, config) if config.pa or model.layout is not None else None
+    runner = new_runner(model, pool, num_blocks, config, kernel, products.rows)
     return Device(model, config, kernel, products, BlockAllocator(num_blocks), pool, runner)
 
 

@@ -30,7 +30,7 @@ class Status(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Before:
+class CountsBefore:
     """What a row had counted at some point of a history: the same whoever fed it, and however often.
 
     Attributes:
@@ -91,7 +91,7 @@ class Sequence:
     replayed: int = 0
     total_work: int = 0
     done_work: int = 0
-    before: Before | None = None
+    before: CountsBefore | None = None
     working_sets: dict[int, Any] = field(default_factory=dict)
     admitted_at: float | None = None
     first_token_at: float | None = None

@@ -84,7 +84,7 @@ def per_layer(activity: Tensor | None) -> dict[int, list[float]]:
 
 def bank_reads(pool: BankPool | None, sequence: Sequence, stats: EngineStats) -> BankReads | None:
     """What a finishing request's own turn did to its banks, each token counted once whether it was computed for this
-    request or found as kept progress, and no replay; also added to the totals. None without banks."""
+    request or found in the prefix cache, and no replay; also added to the totals. None without banks."""
     preset = preset_of(sequence.turn.pa)
     if pool is None or not pool.shapes or sequence.row is None or sequence.before is None or preset is None:
         return None

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pacellm.engine.sequence import Before, Lineage, Sequence
+from pacellm.engine.sequence import CountsBefore, Lineage, Sequence
 from pacellm.kv.blocks import BlockAllocator, KVTable, blocks_for
 from pacellm.memory.pool import BankPool
 from pacellm.modes import PAMode
@@ -45,7 +45,7 @@ class CachedPrefix:
     row: int | None
     maker: str
     session: tuple[str, str] | None
-    before: Before | None
+    before: CountsBefore | None
 
     @property
     def position(self) -> int:

@@ -209,7 +209,7 @@ class _Host:
         )
 
 
-Forward = Callable[[Buffers, DecodeRows, list[Work]], Tensor]
+DecodePass = Callable[[Buffers, DecodeRows, list[Work]], Tensor]
 
 
 class Decoder:
@@ -224,7 +224,7 @@ class Decoder:
     """
 
     def __init__(
-        self, forward: Forward, device: torch.device, *, max_seqs: int, width: int, dump: int, scratch_row: int,
+        self, forward: DecodePass, device: torch.device, *, max_seqs: int, width: int, dump: int, scratch_row: int,
         capture: bool,
     ) -> None:  # fmt: skip
         self._forward, self._device, self._capture = forward, device, capture

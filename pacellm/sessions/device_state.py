@@ -11,7 +11,7 @@ from pacellm.engine.step import Copy
 from pacellm.kv.blocks import BLOCK, BlockAllocator, KVTable, OutOfBlocks, blocks_for
 from pacellm.memory.pool import BankPool
 from pacellm.memory.state import Banks, copy_banks
-from pacellm.sessions.host import HostState, Span, download, spans_of
+from pacellm.sessions.host_state import HostState, Span, download, spans_of
 from pacellm.sessions.mover import Mover
 from pacellm.sessions.session import Session
 from pacellm.sessions.store import SessionStore

@@ -43,7 +43,6 @@ from pacellm.sessions.folder import (
     OWNER,
     STATE,
     Claim,
-    Key,
     known,
     locked,
     log_generation,
@@ -54,6 +53,7 @@ from pacellm.sessions.folder import (
     remove_files,
 )
 from pacellm.sessions.owner import Owner, OwnerRefused, Seen
+from pacellm.sessions.session import Key
 
 logger = logging.getLogger("pacellm.memory")
 _TOMBSTONE_DAYS = 7

@@ -20,9 +20,9 @@ from pacellm.errors import SnapshotRefused
 from pacellm.sessions import format as snapshot
 from pacellm.sessions.atomic import Draft, publish
 from pacellm.sessions.owner import MAX_BYTES, Owner, OwnerRefused, parse_owner, read_owner
+from pacellm.sessions.session import Key
 
 LOG, STATE, OWNER, _LOCK = "log.safetensors", "state.safetensors", "owner.json", "lock"
-Key = tuple[str, str]
 Files = dict[str, dict[str, Tensor]]
 
 

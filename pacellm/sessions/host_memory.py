@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from pacellm.sessions.host import HostState
+from pacellm.sessions.host_state import HostState
 from pacellm.sessions.session import Session
 from pacellm.sessions.worker import Worker
 

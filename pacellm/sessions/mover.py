@@ -19,8 +19,8 @@ from pacellm.memory.state import Banks, banks_nbytes
 from pacellm.sessions.claims import DirectoryClaims
 from pacellm.sessions.disk import STATE, Disk
 from pacellm.sessions.files import SessionFiles
-from pacellm.sessions.host import HostState, download, spans_of, upload
 from pacellm.sessions.host_memory import HostMemory
+from pacellm.sessions.host_state import HostState, download, spans_of, upload
 from pacellm.sessions.session import Session
 from pacellm.sessions.stats import MoverStats
 from pacellm.sessions.store import SessionStore

@@ -19,7 +19,7 @@ from pacellm.memory.state import Banks
 from pacellm.modes import MODES, PAChoice, PAMode, resolve
 from pacellm.sessions.ending import Ending
 from pacellm.sessions.format import Parsed, bank_tensors, take_banks
-from pacellm.sessions.host import HostState, Span, cut
+from pacellm.sessions.host_state import HostState, Span, cut
 from pacellm.sessions.owner import About, Count
 from pacellm.sessions.session import Session
 from pacellm.sessions.turn import Turn

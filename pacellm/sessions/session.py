@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 from pacellm.kv.blocks import KVTable
 from pacellm.memory.state import BankState
 from pacellm.sessions.ending import Ending
-from pacellm.sessions.host import HostState
+from pacellm.sessions.host_state import HostState
 from pacellm.sessions.owner import Seen
 from pacellm.sessions.turn import Turn
 from pacellm.types import SessionStatus

@@ -9,7 +9,6 @@ from pacellm.demo.generator import make_document
 from pacellm.demo.probe import Probe, copies, divergence, emptied, overwrite, with_random_values
 from pacellm.demo.reader import DocumentReader, prompt_of, questions_of
 from pacellm.engine.engine import Engine, run_until_idle
-from pacellm.engine.integrity import check_integrity
 from pacellm.model.load import load
 from pacellm.text.tokenizer import ChatTokenizer
 from pacellm.types import Delta, GenerationRequest, SamplingParams
@@ -51,7 +50,7 @@ def test_a_probe_sees_what_decoding_sees(reader, document):
     assert seen.argmax(-1).tolist() == decoded
     found = [float(seen[n, token]) for n, token in enumerate(decoded)]
     assert found == pytest.approx([delta.logprobs[0].logprob for delta in deltas], abs=1e-5)
-    check_integrity(reader.engine)
+    reader.engine.parts.integrity.check()
 
 
 def test_another_bank_in_the_place_of_the_own_one(reader, document):

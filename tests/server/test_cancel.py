@@ -16,7 +16,7 @@ SHORT = [{"role": "user", "content": "hello"}]
 
 
 def free(live):
-    """Blocks and rows that no session holds; kept progress is idle cache."""
+    """Blocks and rows that no session holds; cached prefixes are idle."""
     live.engine.prefix_cache.clear()
     return live.engine.allocator.num_free, live.engine.pool.num_free
 

@@ -10,8 +10,8 @@ import torch
 
 from pacellm.kv.blocks import BlockAllocator, KVTable
 from pacellm.sessions.expiry import _SLACK, ExpiryCalendar
-from pacellm.sessions.host import HostState
 from pacellm.sessions.host_memory import HostMemory
+from pacellm.sessions.host_state import HostState
 from pacellm.sessions.session import Session
 from pacellm.sessions.store import SessionStore
 from pacellm.sessions.turn import Turn
