@@ -93,10 +93,11 @@ class Answers:
     def sample(self, sequence: Sequence, logits: Tensor, chosen: Chosen) -> list[tuple[str, Event]]:
         """Give the sequence the token that was chosen for it; a failure here fails this request alone."""
         state = self._requests[sequence.id]
+        request_id = state.request_id
         if sequence.num_branches:
             return self._branch(state, logits, chosen)
         if len(sequence.generated) >= sequence.max_tokens:  # only with max_tokens 0: a warm-up
-            return [(state.request_id, event) for event in self._finish(state, FinishReason.LENGTH)]
+            return [(request_id, event) for event in self._finish(state, FinishReason.LENGTH)]
         try:
             events = self._accept(state, *self._token(sequence, logits, chosen))
         except RequestError as error:
@@ -104,11 +105,9 @@ class Answers:
         except Exception as error:
             logger.exception("request %s failed while sampling", sequence.id)
             return [self._recovery.fail(sequence, EngineError(f"sampling failed: {reason(error)}"))]
-        name = state.request_id
-        return [
-            (name, dataclasses.replace(event, index=state.index) if isinstance(event, Delta) else event)
-            for event in events
-        ]
+        if state.index:
+            events = [dataclasses.replace(one, index=state.index) if isinstance(one, Delta) else one for one in events]
+        return [(request_id, event) for event in events]
 
     def _token(self, sequence: Sequence, logits: Tensor, chosen: Chosen) -> tuple[int, TokenLogprob | None]:
         params = sequence.request.sampling
