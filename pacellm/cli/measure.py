@@ -30,7 +30,6 @@ from pacellm.calibration.file import (
     text,
 )
 from pacellm.calibration.gate import FLAG, LIMIT
-from pacellm.cli import values
 from pacellm.config import PAConfig, default_pa_layers
 from pacellm.errors import ConfigError
 
@@ -94,12 +93,12 @@ def _subject(options: argparse.Namespace, path: Any, layout: Layout | None) -> _
     from pacellm.calibration.run import MAX_TOKENS, PART
     from pacellm.experts.forward import check_density
     from pacellm.model.fingerprint import model_sample
-    from pacellm.model.load import load
+    from pacellm.model.load import find_device, load
     from pacellm.text.tokenizer import ChatTokenizer
 
     source, written = _text(options)
     ids = ChatTokenizer(path).encode(written, add_special_tokens=True)
-    device, pickles = values.find_device(options.device), options.allow_pickle
+    device, pickles = find_device(options.device), options.allow_pickle
     model = load(path, dtype=options.dtype, device=device, rope_scaling=options.rope_scaling, allow_pickle=pickles)
     ids = ids[: min(MAX_TOKENS, model.context_length)]
     if layout is not None:

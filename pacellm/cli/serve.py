@@ -139,9 +139,9 @@ def _traces(endpoint: str | None, model_name: str) -> Traces | None:
 
 
 def _load(path: str, options: argparse.Namespace) -> tuple[LoadedModel, Team | None]:
-    from pacellm.model.load import load
+    from pacellm.model.load import find_device, load
 
-    device = values.find_device(options.device)
+    device = find_device(options.device)
     if options.tensor_parallel_size == 1:
         scaling, pickles = options.rope_scaling, options.allow_pickle
         return load(path, dtype=options.dtype, device=device, rope_scaling=scaling, allow_pickle=pickles), None

@@ -6,8 +6,6 @@ import argparse
 import json
 from typing import Literal
 
-from pacellm.errors import ConfigError
-
 _UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -60,20 +58,3 @@ def layers(text: str) -> tuple[int, ...]:
 def layers_or_auto(text: str) -> tuple[int, ...] | Literal["auto"]:
     """The same, or ``auto``."""
     return "auto" if text == "auto" else layers(text)
-
-
-def find_device(name: str) -> str:
-    """A device that is here; ``auto`` is CUDA where there is one.
-
-    Raises:
-        ConfigError: it is not here.
-    """
-    import torch
-
-    found = torch.cuda.device_count()
-    if name == "auto":
-        return "cuda" if found else "cpu"
-    known = {"cpu", *(["cuda"] if found else []), *(f"cuda:{number}" for number in range(found))}
-    if name not in known:
-        raise ConfigError(f"device {name!r} is not here; use one of {', '.join(sorted(known))}", param="device")
-    return name
