@@ -36,7 +36,7 @@ async def fill_disk(directory: Path, until: float, rng: random.Random) -> None:
     try:
         while time.monotonic() < until:
             await asyncio.sleep(1 + 4 * rng.random())
-            with filler.open("wb") as file, contextlib.suppress(OSError):
+            with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
                 while True:
                     file.write(bytes(2**16))
                     file.flush()
