@@ -199,7 +199,8 @@ class Worker:
             # a session that is begun is there before anything has happened to it
             is_busy = await self._is_busy(session)
             mine, theirs = await self._shown(self._rough, session), await self._shown(self._calm, session)
-            if is_busy or await self._is_busy(session):
+            is_begun = mine == _EMPTY and theirs is None and operation.kind in ("turn in a session", "conversation")
+            if is_begun or is_busy or await self._is_busy(session):
                 unchanged = time.monotonic()
             elif mine != theirs:
                 return True
