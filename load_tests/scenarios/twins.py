@@ -32,6 +32,7 @@ class Tally:
     comparisons: int = 0
     kills: int = 0
     cuts: int = 0
+    rolled_back: int = 0
     failures: list[str] = field(default_factory=list)
 
     def facts(self) -> dict[str, Any]:
@@ -39,7 +40,7 @@ class Tally:
         return {
             "operations": sum(self.operations.values()), "kinds": dict(self.operations.most_common()),
             "comparisons": self.comparisons, "mismatches": len(self.failures), "kills": self.kills,
-            "cut_off": self.cuts,
+            "cut_off": self.cuts, "rolled_back": self.rolled_back,
             "sessions_were": dict(self.states.most_common()), "refused": dict(self.refusals.most_common()),
         }  # fmt: skip
 
@@ -77,6 +78,7 @@ class Worker:
         self._logs: dict[str, list[dict[str, str]]] = {}  # messages that a session stands for
         self._chain: tuple[str, str] | None = None  # the last response, by server
         self._cut_off: set[str] = set()  # conversations, in a response that had happened
+        self._volatile: set[str] = set()  # sessions whose last change the disk has not taken, as was said
         self._kills = 0  # that this worker knows of: a restart forgets responses, and what conversations said
 
     async def run(self, until: float, requests: int | None = None) -> None:
@@ -99,6 +101,7 @@ class Worker:
         mine = await operation.run(self._rough, 0, self._chain, self._rng.random() ** 2 * 0.4 if leaves else None)
         if operation.kind in ("response", "conversation", "forget") and self._kills != self._tally.kills:
             return  # killed meanwhile: what is left is looked at before the next of these
+        self._note_durability(operation, mine)
         if not self._compares:
             self._note_alone(operation, mine)
         elif operation.kind == "forget":
@@ -114,6 +117,15 @@ class Worker:
             await self._after_a_refusal(operation, mine)
         else:
             await self._repeat(operation, mine)
+
+    def _note_durability(self, operation: Operation, mine: Outcome | None) -> None:
+        """On a disk that is full at times, a change that is not durable holds until the server ends, and is said so."""
+        if not self._is_lenient or (mine is not None and mine.status >= 400):
+            return
+        if mine is None or not mine.is_durable:
+            self._volatile |= set(operation.touches)
+        else:
+            self._volatile -= set(operation.touches)
 
     def _note_alone(self, operation: Operation, mine: Outcome | None) -> None:
         """Where nothing is compared."""
@@ -154,15 +166,23 @@ class Worker:
             await self._compare_sessions(operation, session)
 
     async def _look_after_a_kill(self) -> None:
-        """A restart forgets responses, what conversations said, and sessions that are empty."""
+        """A restart forgets responses, what conversations said, sessions that are empty, and what was not durable."""
         self._kills, self._chain = self._tally.kills, None
         self._cut_off.clear()
         for client in (self._rough, self._calm):
             await self._until(client, "DELETE", f"/v1/sessions/{self._sessions[0]}-talk")
+        rolled_back = set()
         for session in self._sessions:
             theirs = await self._shown(self._calm, session)
-            if theirs == _EMPTY and await self._shown(self._rough, session) is None:
+            mine = await self._shown(self._rough, session)
+            if theirs == _EMPTY and mine is None:
                 await self._until(self._calm, "DELETE", f"/v1/sessions/{session}")
+            elif mine != theirs and session in self._volatile:
+                rolled_back.add(session)
+                for client in (self._rough, self._calm):
+                    await self._until(client, "DELETE", f"/v1/sessions/{session}")
+        self._tally.rolled_back += len(rolled_back)
+        self._volatile = rolled_back  # their deletion may not be durable either
 
     async def _begin_again(self, conversation: str) -> None:
         """Its first response was cut off between the session's commit and its messages, which is refused by name."""
