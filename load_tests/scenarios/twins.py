@@ -101,6 +101,8 @@ class Worker:
         mine = await operation.run(self._rough, 0, self._chain, self._rng.random() ** 2 * 0.4 if leaves else None)
         if operation.kind in ("response", "conversation", "forget") and self._kills != self._tally.kills:
             return  # killed meanwhile: what is left is looked at before the next of these
+        if self._volatile & set(operation.touches) and self._kills != self._tally.kills:
+            return  # it may have met what was there before, and is looked at before the next one too
         self._note_durability(operation, mine)
         if not self._compares:
             self._note_alone(operation, mine)
