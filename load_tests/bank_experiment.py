@@ -28,8 +28,8 @@ from pacellm.config import EngineConfig, PAConfig
 from pacellm.demo import MODEL_PATH
 from pacellm.demo.generator import Document, make_document
 from pacellm.demo.probe import Probe, copies, divergence, emptied, overwrite, with_random_values
-from pacellm.demo.reader import DocumentReader, prompt_of, questions_of
-from pacellm.engine.engine import Engine
+from pacellm.demo.reader import prompt_of, questions_of, read
+from pacellm.llm import LLM, TENANT
 from pacellm.model.load import LoadedModel, load
 from pacellm.modes import PAChoice
 from pacellm.text.tokenizer import ChatTokenizer
@@ -76,44 +76,44 @@ class Experiment:
             ]
         return self._asked[seed]
 
-    def engine(self, bank: PAConfig) -> Engine:
+    def llm(self, bank: PAConfig) -> LLM:
         """A fresh engine on the one model."""
         config = EngineConfig(bank=bank, pa_layers=self.layers, kv_cache_memory=2**30, max_num_seqs=2)
-        return Engine(self.model, config, self.tokenizer.backend)
+        return LLM(self.model, tokenizer=self.tokenizer, config=config)
 
     def plain(self, seed: int) -> list[Tensor]:
         """Log-probabilities of every answer where the document was read without banks."""
         if seed not in self._plain:
-            reader = DocumentReader(self.engine(PAConfig()), self.tokenizer)
-            reader.read(self.document(seed), "plain", pa="off")
-            self._plain[seed] = self._answers(reader, seed, "plain", "off")
+            llm = self.llm(PAConfig())
+            read(llm, self.document(seed), "plain", pa="off")
+            self._plain[seed] = self._answers(llm, seed, "plain", "off")
         return self._plain[seed]
 
     def run(self, bank: PAConfig, seed: int) -> dict[str, Any]:
         """One document under one configuration."""
         document, foreign = self.document(seed), self.document(FOREIGN_SEED + seed)
-        reader = DocumentReader(self.engine(bank), self.tokenizer)
-        probe = Probe(reader.engine)
-        read = reader.read(document, "own")
-        reader.read(foreign, "foreign")
+        llm = self.llm(bank)
+        probe = Probe(llm.engine)
+        opening = read(llm, document, "own")
+        read(llm, foreign, "foreign")
         theirs = copies(probe.banks("foreign"))
-        reader.read(document, "foreign")  # the same session goes on with another document: its banks stay
+        read(llm, document, "foreign")  # the same session goes on with another document: its banks stay
         mine = copies(probe.banks("own"))
         others = {"emptied": emptied(mine), "foreign": theirs, "random": with_random_values(mine, seed)}
 
-        own = self._answers(reader, seed, "own")
-        found = {"off": self._answers(reader, seed, "own", "off")}
+        own = self._answers(llm, seed, "own")
+        found = {"off": self._answers(llm, seed, "own", "off")}
         for name, banks in others.items():
             overwrite(probe.banks("own"), banks)
-            found[name] = self._answers(reader, seed, "own")
+            found[name] = self._answers(llm, seed, "own")
         overwrite(probe.banks("own"), mine)
-        found["foreign from the start"] = self._answers(reader, seed, "foreign")
+        found["foreign from the start"] = self._answers(llm, seed, "foreign")
         found["off from the start"] = self.plain(seed)
 
-        pool, row = reader.engine.pool, self._row(reader)
+        pool, row = llm.engine.pool, self._row(llm)
         assert pool is not None
-        assert read.bank is not None
-        reads = read.bank.hits + read.bank.fuses + read.bank.misses + read.bank.empty
+        assert opening.bank is not None
+        reads = opening.bank.hits + opening.bank.fuses + opening.bank.misses + opening.bank.empty
         return {
             "right": {"own": self._right(seed, own), **{name: self._right(seed, item) for name, item in found.items()}},
             "kl": {
@@ -125,19 +125,19 @@ class Experiment:
             "rank": pool.effective_ranks(row),
             "age": pool.slot_ages(row),
             "filled": pool.filled(row),
-            "hits": read.bank.hits / reads,
-            "fuses": read.bank.fuses / reads,
-            "misses": read.bank.misses / reads,
+            "hits": opening.bank.hits / reads,
+            "fuses": opening.bank.fuses / reads,
+            "misses": opening.bank.misses / reads,
         }
 
-    def _row(self, reader: DocumentReader) -> int:
-        session = reader.engine.sessions.get(("demo", "own"))
+    def _row(self, llm: LLM) -> int:
+        session = llm.engine.sessions.get((TENANT, "own"))
         assert session is not None
         assert session.row is not None
         return session.row
 
-    def _answers(self, reader: DocumentReader, seed: int, session: str, pa: PAChoice = "on") -> list[Tensor]:
-        probe = Probe(reader.engine)
+    def _answers(self, llm: LLM, seed: int, session: str, pa: PAChoice = "on") -> list[Tensor]:
+        probe = Probe(llm.engine)
         return [probe.logprobs(prompt, answer, session, pa) for prompt, answer in self.asked(seed)]
 
     def _right(self, seed: int, found: list[Tensor]) -> int:

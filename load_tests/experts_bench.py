@@ -27,13 +27,14 @@ from pacellm.config import EngineConfig
 from pacellm.demo import MODEL_PATH
 from pacellm.demo.generator import make_document
 from pacellm.demo.probe import Probe
-from pacellm.demo.reader import DocumentReader, prompt_of, questions_of
+from pacellm.demo.reader import ask, prompt_of, questions_of, read
 from pacellm.demo.shares import interval
 from pacellm.engine.engine import Engine
 from pacellm.experts.activity import activation_features
 from pacellm.experts.apply import apply_layout, model_fingerprint, weight_features
 from pacellm.experts.cluster import Features, cluster, shuffled
 from pacellm.experts.layout import LayerLayout, Layout
+from pacellm.llm import LLM
 from pacellm.model.load import LoadedModel, load, prepare
 from pacellm.model.neurons import ffns
 from pacellm.text.tokenizer import ChatTokenizer
@@ -62,8 +63,7 @@ def recall(args: argparse.Namespace) -> list[dict[str, object]]:
         else:
             features = weight_features(model.module)
         model = laid_out(model, features, shuffled if name == "random" else cluster, args.experts, args.seed)
-        engine = Engine(model, EngineConfig(kv_cache_memory=2**30), tokenizer.backend)
-        reader = DocumentReader(engine, tokenizer)
+        llm = LLM(model, tokenizer=tokenizer, kv_cache_memory=2**30)
         right = {(pa, density): 0 for pa in ("off", "on") for density in args.densities}
         asked = 0
         for seed in range(args.documents):
@@ -71,12 +71,11 @@ def recall(args: argparse.Namespace) -> list[dict[str, object]]:
             facts = questions_of(document, args.needles, 0)
             asked += len(facts)
             for pa, density in right:
-                reader.ce_density = density
                 session = f"{pa} {seed}"
                 if density == args.densities[0]:
-                    reader.read(document, session, pa)
+                    read(llm, document, session, pa)
                 right[pa, density] += sum(
-                    reader.ask(document, fact.question, session, pa)[0] == fact.answer for fact in facts
+                    ask(llm, document, fact.question, session, pa, density).text == fact.answer for fact in facts
                 )
             print(f"{name}: document {seed + 1} of {args.documents}", file=sys.stderr, flush=True)
         for (pa, density), count in right.items():

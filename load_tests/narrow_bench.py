@@ -77,6 +77,33 @@ def perplexity(model: nn.Module, ids: Tensor) -> float:
     return math.exp(float(nn.functional.cross_entropy(logits, ids[1:])))
 
 
+def with_products(layers: list[nn.Linear], products: list[Product], found: Callable[[], float]) -> float:
+    """What ``found`` gives where layers compute by these products."""
+    for layer, product in zip(layers, products, strict=True):
+        layer.forward = lambda hidden, of=product: of(hidden.flatten(0, -2)).unflatten(0, hidden.shape[:-1])
+    try:
+        return found()
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def timed(
+    layers: list[nn.Linear], products: dict[str, list[Product]], count: int, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of all layers on ``count`` rows, by kernel, in turn; the first round is not counted."""
+    inputs = {layer.in_features: torch.randn(count, layer.in_features) for layer in layers}
+    seconds: dict[str, list[float]] = {name: [] for name in products}
+    for number in range(rounds + 1):
+        for name, mine in products.items():
+            started = time.perf_counter()
+            for layer, product in zip(layers, mine, strict=True):
+                product(inputs[layer.in_features])
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
 @torch.no_grad()
 def main() -> None:
     """Command line."""
@@ -99,23 +126,11 @@ def main() -> None:
     for name, kernel in KERNELS.items():
         made = [kernel(layer, args.group) for layer in layers]
         products[name] = [product for product, _ in made]
-        for layer, product in zip(layers, products[name], strict=True):
-            layer.forward = lambda hidden, of=product: of(hidden.flatten(0, -2)).unflatten(0, hidden.shape[:-1])
-        found = perplexity(model, ids)
-        for layer in layers:
-            del layer.forward
+        found = with_products(layers, products[name], lambda: perplexity(model, ids))
         rows[name] = {"kernel": name, "MB": round(sum(size for _, size in made) / 1e6), "perplexity": round(found, 3)}
         print(rows[name], file=sys.stderr, flush=True)
     for count in args.rows:
-        inputs = {layer.in_features: torch.randn(count, layer.in_features) for layer in layers}
-        seconds: dict[str, list[float]] = {name: [] for name in KERNELS}
-        for number in range(args.rounds + 1):
-            for name in KERNELS:
-                started = time.perf_counter()
-                for layer, product in zip(layers, products[name], strict=True):
-                    product(inputs[layer.in_features])
-                if number:
-                    seconds[name].append(time.perf_counter() - started)
+        seconds = timed(layers, products, count, args.rounds)
         for name, mine in seconds.items():
             ratio = statistics.median(a / b for a, b in zip(mine, seconds["float32"], strict=True))
             rows[name][f"ms, {count} rows"] = round(1e3 * statistics.median(mine), 2)

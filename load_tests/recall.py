@@ -15,30 +15,25 @@ from pathlib import Path
 from typing import Any
 
 from pacellm.config import EngineConfig, PAConfig
-from pacellm.demo import MODEL_PATH
 from pacellm.demo.generator import make_document
-from pacellm.demo.reader import DocumentReader, questions_of
+from pacellm.demo.reader import ask, questions_of, read
 from pacellm.demo.shares import interval
-from pacellm.engine.engine import Engine
-from pacellm.model.load import load
-from pacellm.text.tokenizer import ChatTokenizer
+from pacellm.llm import LLM
 
 DEPTHS = 10
 Outcome = dict[str, Any]
 
 
-def measure(
-    reader: DocumentReader, tokenizer: ChatTokenizer, length: int, seed: int, args: argparse.Namespace, mode: str
-) -> list[Outcome]:
+def measure(llm: LLM, length: int, seed: int, args: argparse.Namespace, mode: str) -> list[Outcome]:
     """Read one document and ask all its questions."""
-    document = make_document(length, max(args.needles, length // 256), seed, tokenizer.backend)
+    document = make_document(length, max(args.needles, length // 256), seed, llm.tokenizer.backend)
     started = time.monotonic()
-    read = reader.read(document, f"{mode} {length} {seed}")
+    opening = read(llm, document, f"{mode} {length} {seed}")
     seconds = time.monotonic() - started
     outcomes = []
     for fact in questions_of(document, args.needles, args.unknown):
-        answer, last = reader.ask(document, fact.question, f"{mode} {length} {seed}")
-        assert last.usage.cached_tokens == read.usage.prompt_tokens
+        answer = ask(llm, document, fact.question, f"{mode} {length} {seed}")
+        assert answer.usage.cached_tokens == opening.usage.prompt_tokens
         outcomes.append(
             {
                 "mode": mode,
@@ -46,8 +41,8 @@ def measure(
                 "seed": seed,
                 "depth": fact.depth,
                 "expected": fact.answer,
-                "answer": answer,
-                "right": answer == fact.answer,
+                "answer": answer.text,
+                "right": answer.text == fact.answer,
                 "read_seconds": round(seconds, 2),
             }
         )
@@ -131,7 +126,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="path without ending")
     args = parser.parse_args()
 
-    log, tokenizer = args.out.with_suffix(".jsonl"), ChatTokenizer(MODEL_PATH)
+    log = args.out.with_suffix(".jsonl")
     outcomes = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     done = {(outcome["mode"], outcome["length"], outcome["seed"]) for outcome in outcomes}
     for length in args.lengths:
@@ -140,8 +135,7 @@ def main() -> None:
             for seed in range(args.documents):
                 if (mode, length, seed) in done:
                     continue
-                engine = Engine(load(MODEL_PATH), config, tokenizer.backend)
-                found = measure(DocumentReader(engine, tokenizer), tokenizer, length, seed, args, mode)
+                found = measure(LLM(config=config), length, seed, args, mode)
                 with log.open("a") as file:
                     file.writelines(json.dumps(outcome) + "\n" for outcome in found)
                 outcomes += found

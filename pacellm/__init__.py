@@ -7,16 +7,19 @@ from typing import TYPE_CHECKING, Any
 from pacellm.config import EngineConfig, PAConfig
 
 if TYPE_CHECKING:
+    from pacellm.llm import LLM
     from pacellm.memory.bank import Bank
+    from pacellm.types import SamplingParams
 
-__all__ = ["Bank", "EngineConfig", "PAConfig", "__version__"]
+__all__ = ["LLM", "Bank", "EngineConfig", "PAConfig", "SamplingParams", "__version__"]
 __version__ = "0.1.0"
+_PLACES = {"LLM": "pacellm.llm", "Bank": "pacellm.memory.bank", "SamplingParams": "pacellm.types"}
 
 
 def __getattr__(name: str) -> Any:
-    """Classes that need torch are loaded when they are asked for: the command line starts without it."""
-    if name == "Bank":
-        from pacellm.memory.bank import Bank
+    """What needs torch is loaded when it is asked for: the command line starts without it."""
+    if name in _PLACES:
+        import importlib
 
-        return Bank
+        return getattr(importlib.import_module(_PLACES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,6 +15,7 @@ from pacellm import EngineConfig, PAConfig
 from pacellm.demo import MODEL_PATH
 from pacellm.demo.probe import Probe
 from pacellm.engine.engine import Engine, run_until_idle
+from pacellm.llm import TENANT
 from pacellm.model.load import load
 from pacellm.types import GenerationRequest, SamplingParams
 
@@ -108,7 +109,7 @@ def test_banks_are_those_of_the_engine(rig, library):
 
     engine = Engine(load(MODEL_PATH), EngineConfig(bank=config, pa_layers=(2, 3), kv_cache_memory=2**26))
     ids = document.head + document.read
-    engine.add(GenerationRequest("read", ids, SamplingParams(max_tokens=0), session=("demo", "s")))
+    engine.add(GenerationRequest("read", ids, SamplingParams(max_tokens=0), session=(TENANT, "s")))
     run_until_idle(engine)
     for layer, state in Probe(engine).banks("s").items():
         assert torch.equal(state.usage, banks[layer].usage)

@@ -94,3 +94,9 @@ def test_unreadable_values_name_the_flag(capsys):
     with pytest.raises(SystemExit):
         main(["serve", "--max-model-len", "long"])
     assert "--max-model-len" in capsys.readouterr().err
+
+
+def test_help_is_there_at_once():
+    code = "import sys, pacellm.cli.main as cli; cli.new_parser(); print({'torch', 'pydantic'} & {*sys.modules})"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert found.stdout.strip() == "set()", found.stderr

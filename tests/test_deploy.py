@@ -16,7 +16,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from pacellm.cli.main import _parser
+from pacellm.cli.main import new_parser
 
 ROOT = Path(__file__).parent.parent
 COMPOSE = ROOT / "deploy" / "compose"
@@ -67,7 +67,7 @@ def of_kind(resources, kind):
 
 
 def serve_options(arguments):
-    return _parser().parse_args(["serve", *arguments])
+    return new_parser().parse_args(["serve", *arguments])
 
 
 def entrypoint(dockerfile):

@@ -22,7 +22,7 @@ PLACES = (
     ("engine",),
     ("calibration", "experts.activity"),
     ("server",),
-    ("demo",),
+    ("llm", "demo"),
     ("cli",),
 )  # fmt: skip
 LEVELS = {f"pacellm.{name}": level for level, names in enumerate(PLACES) for name in names}

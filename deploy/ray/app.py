@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 from deploy.ray.flags import parse_flags
 from deploy.ray.report import held_sessions
 from deploy.ray.table import write_report
-from pacellm.cli.main import build
+from pacellm.cli.serve import build
 from pacellm.server import logs
 from pacellm.server.app import create_admin_app, create_app
 from ray import serve

@@ -28,6 +28,7 @@ class Outcome:
     Attributes:
         texts, ends: by choice. scores: (token, log-probability) in order, by choice.
         bank: reads. cached: tokens that were there. state: of the session. response: its id.
+        is_durable: nothing says that the disk has not taken it.
     """
 
     status: int
@@ -39,6 +40,7 @@ class Outcome:
     cached: int | None = None
     state: str | None = None
     response: str | None = None
+    is_durable: bool = True
 
     def differs(self, other: Outcome) -> str | None:
         """The first thing that is not as in the other, if any; reads of banks where as much was read anew."""
@@ -272,7 +274,7 @@ def _outcome(status: int, content: bytes) -> Outcome:
     if answer.get("object") == "response" and "output" in answer:
         return _response_outcome(answer)
     if "choices" not in answer:
-        return Outcome(status)
+        return Outcome(status, is_durable=answer.get("durable", True))
     parts = _Parts()
     for choice in answer["choices"]:
         text = choice["message"]["content"] if "message" in choice else choice["text"]

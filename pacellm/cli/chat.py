@@ -74,19 +74,8 @@ class Conversation:
         Raises:
             PaceError: the server refuses or fails.
         """
-        is_first = self._document is not None and not self._has_read
         self._is_there = self._is_there or self._look()
-        body = {
-            "messages": [{"role": "user", "content": f"{self._document}\n\n{question}" if is_first else question}],
-            "session_id": self.session,
-            "pacellm": {"append": self._is_there},
-            "temperature": self._temperature,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "return_progress": True,
-            **({} if self._model is None else {"model": self._model}),
-        }
-        for chunk in self._chunks(body):
+        for chunk in self._chunks(self._body(question)):
             if "error" in chunk:
                 raise PaceError(chunk["error"]["message"])
             if "prompt_progress" in chunk:
@@ -101,6 +90,20 @@ class Conversation:
         if not answer.usage:
             raise PaceError("the server closed the connection before the answer was complete")
         self._has_read = self._is_there = True
+
+    def _body(self, question: str) -> dict[str, Any]:
+        """The request; the document goes in front of the first question."""
+        is_first = self._document is not None and not self._has_read
+        return {
+            "messages": [{"role": "user", "content": f"{self._document}\n\n{question}" if is_first else question}],
+            "session_id": self.session,
+            "pacellm": {"append": self._is_there},
+            "temperature": self._temperature,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "return_progress": True,
+            **({} if self._model is None else {"model": self._model}),
+        }
 
     def reset(self) -> None:
         """Begin again; the document goes in front of the next question.

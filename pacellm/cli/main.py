@@ -1,40 +1,23 @@
-"""The command line. The one place, beside layout_cli.py, that puts all packages together."""
+"""The command line: commands and their flags. Each command imports what it needs when it runs."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
-import logging
 import os
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
 
+from pacellm.cli import values
 from pacellm.cli.calibrate import add_calibrate
 from pacellm.cli.cluster import add_cluster, add_experts
-from pacellm.config import ATTENTION_KERNELS, PRESETS, EngineConfig, PAConfig
+from pacellm.cli.serve import add_serve
 from pacellm.errors import ConfigError, PaceError
-
-if TYPE_CHECKING:
-    from pacellm.calibration.file import Calibration
-    from pacellm.model.load import LoadedModel
-    from pacellm.run.launch import Team
-    from pacellm.server.auth import Keys
-    from pacellm.server.service import Service
-    from pacellm.server.settings import Settings
-    from pacellm.server.traces import Traces
-
-logger = logging.getLogger("pacellm")
-_UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options = new_parser().parse_args(arguments)
     try:
         return options.run(options)
     except PaceError as error:
@@ -44,157 +27,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def serve(options: argparse.Namespace) -> int:
-    """Load a model and answer HTTP until told to stop."""
-    from pacellm.server import logs
-
-    logs.configure(options.log_level, options.log_format)
-    service, keys, team = build(options)
-
-    from pacellm.server.listen import run  # after the options and the model's files were looked at: it loads torch
-
-    if not keys and options.host not in _LOOPBACK:
-        logger.warning("listening on %s without API keys: anyone who reaches it can use it", options.host)
-    elif not keys:
-        logger.warning("no API keys: everyone on this machine can use this server, in one namespace of sessions")
-    run(
-        service,
-        keys,
-        host=options.host,
-        port=options.port,
-        log_level=options.log_level,
-        shutdown_timeout=options.shutdown_timeout,
-        tls=(options.ssl_certfile, options.ssl_keyfile),
-    )
-    if team is not None:
-        team.close()
-    return 0
-
-
-def build(options: argparse.Namespace) -> tuple[Service, Keys, Team | None]:
-    """The service of ``serve``'s options, its engine not yet running; who may use it; a split model's processes.
-
-    Raises:
-        PaceError: options, a model or a directory that cannot work.
-    """
-    from pacellm.calibration.gate import Gate
-    from pacellm.demo import MODEL_PATH
-    from pacellm.gguf.check import check_gguf
-    from pacellm.real_models import resolve
-    from pacellm.server.auth import read_keys
-
-    keys = read_keys(options.api_key, options.api_key_file)
-    config = engine_config(options)
-    path = resolve(options.model) if options.model else MODEL_PATH
-    header = check_gguf(path)  # before torch is loaded below: what is wrong with a file is said at once
-
-    from pacellm.engine.describe import describe
-    from pacellm.engine.engine import Engine
-    from pacellm.experts.apply import apply_layout
-    from pacellm.experts.layout import Layout
-    from pacellm.model.checkpoint import check_directory
-    from pacellm.server.service import Service
-    from pacellm.text.tokenizer import ChatTokenizer
-
-    name = options.served_model_name or ("pacellm-demo" if options.model is None else options.model)
-    settings = server_settings(options, name, keys)
-    if header is None:
-        check_directory(path, allow_pickle=options.allow_pickle)
-    else:
-        logger.info("%s is dequantised at every start; `pacellm convert` keeps the result", header.file)
-    traces = _traces(options.otlp_endpoint, name)
-    tokenizer = ChatTokenizer(path, options.chat_template)
-    model, team = _load(str(path), options)
-    known = _calibration(path, options, model)
-    if options.ce_layout is not None:
-        model = apply_layout(model, Layout.load(options.ce_layout))
-    digest = None if model.layout is None else model.layout.digest
-    gate = Gate(*known, config.bank, (), digest, options.accept_worse_answers)
-    if options.pa_layers == "auto" and config.pa:
-        config = dataclasses.replace(config, pa_layers=gate.harmless_layers(config.bank.preset))
-    layers = config.layers_of(model.num_layers, model.patchable_layers) if config.pa else ()
-    gate = dataclasses.replace(gate, layers=tuple(sorted(set(layers))))
-    gate.check_start(config.bank.preset if config.pa else None, config.ce_density)
-    engine = Engine(model, config, tokenizer.backend)
-    if not tokenizer.has_chat_template:
-        logger.warning("%s has no chat template: chat requests are refused; give one with --chat-template FILE", path)
-    describe(engine, str(path), config.max_model_len or model.context_length)
-    return Service(engine, tokenizer, settings, traces, gate), keys, team
-
-
-def _calibration(path: Any, options: argparse.Namespace, model: LoadedModel) -> tuple[Calibration | None, str]:
-    """The model's, or why there is none. Before a layout moves its weights."""
-    from pacellm.calibration.gate import find
-    from pacellm.model.fingerprint import model_sample
-
-    return find(path, options.calibration, lambda: None if model.ranks is not None else model_sample(model.module))
-
-
-def _traces(endpoint: str | None, model_name: str) -> Traces | None:
-    if endpoint is None:
-        return None
-    try:
-        from pacellm.server.traces import Traces, exporter
-    except ModuleNotFoundError:
-        raise ConfigError(
-            "--otlp-endpoint needs OpenTelemetry: pip install 'pacellm[otel]'", param="otlp_endpoint"
-        ) from None
-    return Traces(exporter(endpoint), model_name)
-
-
-def _load(path: str, options: argparse.Namespace) -> tuple[LoadedModel, Team | None]:
-    from pacellm.model.load import load
-
-    device = _device(options.device)
-    if options.tensor_parallel_size == 1:
-        scaling, pickles = options.rope_scaling, options.allow_pickle
-        return load(path, dtype=options.dtype, device=device, rope_scaling=scaling, allow_pickle=pickles), None
-    from pacellm.run import launch
-
-    for name in ("rope_scaling", "allow_pickle", "ce_layout"):
-        if getattr(options, name):
-            raise ConfigError(f"{name} is not for a model split over processes; leave it out", param=name)
-    size = options.tensor_parallel_size
-    team = launch.start(path, size, dtype=options.dtype, device=device, on_lost=launch.end_service)
-    return team.model, team
-
-
 def serve_options(flags: Sequence[str]) -> argparse.Namespace:
     """The options of ``pacellm serve`` with these flags; what is wrong goes to stderr and ends with SystemExit."""
-    return _parser().parse_args(["serve", *flags])
+    return new_parser().parse_args(["serve", *flags])
 
 
-def server_settings(options: argparse.Namespace, model_name: str, keys: Keys) -> Settings:
-    """The HTTP side's settings from the flags. Without keys only names of this machine are served, so that no web page
-    can reach the server under a name of its own.
-
-    Raises:
-        ConfigError: ``--metrics-tenant`` names a tenant without a key.
-    """
-    from pacellm.server.settings import Settings
-
-    hosts = tuple(options.allowed_host)
-    if not keys:
-        hosts += tuple(dict.fromkeys((*_LOOPBACK, options.host, socket.gethostname())))
-    if options.metrics_tenant is not None and not keys.names(options.metrics_tenant):
-        raise ConfigError(f"no API key stands for the tenant {options.metrics_tenant!r}", param="metrics_tenant")
-    return Settings(
-        model_name=model_name,
-        max_body_bytes=options.max_body_bytes,
-        max_snapshot_bytes=options.max_snapshot_bytes,
-        allow_unsigned_snapshots=options.allow_unsigned_snapshots,
-        response_memory=options.response_memory,
-        response_ttl=options.response_ttl,
-        request_timeout=options.request_timeout,
-        max_requests_per_key=options.max_requests_per_key,
-        allowed_hosts=hosts,
-        cors_origins=tuple(options.cors_origin),
-        admin_port=options.admin_port,
-        metrics_tenant=options.metrics_tenant,
-        share_snapshots=options.share_snapshots,
-        max_connections=options.max_connections,
-        max_sessions_per_key=options.max_sessions_per_key or None,
+def new_parser() -> argparse.ArgumentParser:
+    """Of all commands and their flags."""
+    parser = argparse.ArgumentParser(prog="pacellm", description="Long-context inference with working memory.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_serve(commands.add_parser("serve", help="serve a model over OpenAI's API"))
+    _add_chat(commands.add_parser("chat", help="talk to a server in the terminal"))
+    _add_demo(commands.add_parser("demo", help="ask the bundled model about a long document, over HTTP"))
+    _add_convert(commands.add_parser("convert", help="write a checkpoint's directory from a GGUF file"))
+    _add_fetch(commands.add_parser("fetch", help="put a small real model into the user's cache"))
+    add_calibrate(
+        commands.add_parser("calibrate", help="measure what acting banks and fewer experts do to a model's answers")
     )
+    add_cluster(commands.add_parser("cluster", help="put a model's FFN neurons into experts: a layout file"))
+    add_experts(commands.add_parser("experts", help="draw which experts fire over a document"))
+    return parser
 
 
 def demo(options: argparse.Namespace) -> int:
@@ -246,142 +98,6 @@ def fetch(options: argparse.Namespace) -> int:
     return 0
 
 
-def engine_config(options: argparse.Namespace) -> EngineConfig:
-    """The engine's config from the flags.
-
-    Raises:
-        ConfigError: a value that cannot work.
-    """
-    return EngineConfig(
-        max_model_len=options.max_model_len,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        max_num_seqs=options.max_num_seqs,
-        kv_cache_memory=options.kv_cache_memory_bytes,
-        session_memory=options.session_memory,
-        session_host_memory=options.session_host_memory,
-        session_dir=options.session_dir,
-        session_disk_size=options.session_disk_size,
-        session_sync=options.session_sync,
-        session_ttl=options.session_ttl,
-        gpu_memory_utilization=options.gpu_memory_utilization,
-        cuda_graphs=options.cuda_graphs,
-        async_scheduling=options.async_scheduling,
-        deterministic=options.deterministic,
-        attention_kernel=options.attention_kernel,
-        exact_products=options.exact_products,
-        pa_memory=options.pa_memory,
-        pa=options.pa,
-        pa_layers=None if options.pa_layers == "auto" else options.pa_layers,
-        ce_density=options.ce_density,
-        bank=PAConfig(preset=options.pa_preset, bank_size=options.pa_bank_size, segment=options.pa_segment),
-    )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pacellm", description="Long-context inference with working memory.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_serve(commands.add_parser("serve", help="serve a model over OpenAI's API"))
-    _add_chat(commands.add_parser("chat", help="talk to a server in the terminal"))
-    _add_demo(commands.add_parser("demo", help="ask the bundled model about a long document, over HTTP"))
-    _add_convert(commands.add_parser("convert", help="write a checkpoint's directory from a GGUF file"))
-    _add_fetch(commands.add_parser("fetch", help="put a small real model into the user's cache"))
-    add_calibrate(
-        commands.add_parser("calibrate", help="measure what acting banks and fewer experts do to a model's answers"),
-        {"layers": _layers, "object": _object, "device": _device},
-    )
-    add_cluster(commands.add_parser("cluster", help="put a model's FFN neurons into experts: a layout file"))
-    add_experts(commands.add_parser("experts", help="draw which experts fire over a document"))
-    return parser
-
-
-def _add_serve(parser: argparse.ArgumentParser) -> None:
-    defaults, bank = EngineConfig(), PAConfig()
-    add = parser.add_argument
-    add("model", nargs="?", help="checkpoint directory, hub name, GGUF file, or smollm2 or gemma3-270m, which are "
-        "fetched once (default: the bundled model)")  # fmt: skip
-    add("--host", default="127.0.0.1")
-    add("--port", type=int, default=8000)
-    add("--served-model-name", help="the name clients ask for (default: as MODEL is written, or pacellm-demo)")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    add("--device", default="auto", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
-    add("--chat-template", type=Path, help="file with a Jinja chat template (default: the checkpoint's)")
-    add("--rope-scaling", type=_object, help="lengthen the context, as "
-        """'{"rope_type": "yarn", "factor": 4}'""")  # fmt: skip
-    add("--allow-pickle", action="store_true", help="read weights that are not safetensors; only from people you trust")
-    add("--tensor-parallel-size", type=_at_least_one, default=1, help="processes, one device each, that the model is "
-        "split over")  # fmt: skip
-    add("--max-model-len", type=_size, help="longest context in tokens (default: the model's)")
-    add("--max-num-batched-tokens", type=int, default=defaults.max_num_batched_tokens, help="tokens of one step")
-    add("--max-num-seqs", type=int, default=defaults.max_num_seqs, help="requests that run at once")
-    add("--kv-cache-memory-bytes", type=_size, help="bytes of KV memory, as 8G (default: from what is free)")
-    add("--gpu-memory-utilization", type=float, default=defaults.gpu_memory_utilization, help="share of a GPU's memory "
-        "for weights, steps, KV and banks together")  # fmt: skip
-    add("--cuda-graphs", action=argparse.BooleanOptionalAction, default=True, help="capture decode steps on a GPU")
-    add("--async-scheduling", action=argparse.BooleanOptionalAction, default=True,
-        help="with CUDA graphs, launch a decode step before the last one's tokens are read")  # fmt: skip
-    add("--deterministic", action="store_true", help="answers independent of batch mates on a GPU too, at a cost; "
-        "on a CPU they always are")  # fmt: skip
-    add("--attention-kernel", default=defaults.attention_kernel, choices=ATTENTION_KERNELS, help="of prompts on a GPU "
-        "(default: the fastest that is right there, found by a short measurement)")  # fmt: skip
-    add("--exact-products", action=argparse.BooleanOptionalAction, default=True, help="on a CPU, pad steps so that "
-        "answers do not depend on batch mates and chunk sizes")  # fmt: skip
-    add("--session-memory", type=_size, help="bytes of idle sessions' KV kept on the device (default: KV memory)")
-    add("--session-host-memory", type=_size, help="bytes of sessions in host memory, below the device (default: as "
-        "--session-memory beside a GPU, else 0)")  # fmt: skip
-    add("--session-dir", help="directory for sessions below that, and over restarts")
-    add("--session-disk-size", type=_size, help="bytes of their files there (default: no limit)")
-    add("--session-sync", action="store_true", help="sync a session's log to disk before its request's last event")
-    add("--session-ttl", type=float, help="seconds that an unused session lives (default: no limit)")
-    add("--max-snapshot-bytes", type=_size, default=2**30, help="largest session snapshot made or taken")
-    add("--allow-unsigned-snapshots", action="store_true", help="take session snapshots that others made: their "
-        "banks and logs are then whatever the client says")  # fmt: skip
-    add("--share-snapshots", action="store_true", help="take session snapshots of other tenants' sessions")
-    add(
-        "--pa",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="Persistent Activity: memory banks of sessions",
-    )
-    add("--pa-memory", type=_size, help="bytes of banks, those of running requests included (default: for 256 "
-        "sessions at most)")  # fmt: skip
-    add("--pa-layers", type=_layers_or_auto, help="patched layers from 0, as 1,3, or auto: harmless ones by the "
-        "calibration (default: the paper's, scaled)")  # fmt: skip
-    add("--pa-preset", default=bank.preset, choices=PRESETS, help="observe: banks are fed and counted, answers are the "
-        "plain model's; reference (the authors' code) and paper (Algorithm 1) change answers; requests may choose "
-        "another (default: observe)")  # fmt: skip
-    add("--pa-bank-size", type=int, default=bank.bank_size, help="slots of a bank")
-    add("--pa-segment", type=int, default=bank.segment, help="prompt tokens that read the bank as one")
-    add("--ce-layout", type=Path, help="the model's Cortical Experts, from `pacellm cluster`")
-    add("--ce-density", type=float, default=defaults.ce_density, help="part of the experts that decoded tokens use, "
-        "chosen per session from its prompts (default: 1, all)")  # fmt: skip
-    add("--calibration", type=Path, help="the model's, from `pacellm calibrate` (default: pacellm-calibration.json "
-        "beside it)")  # fmt: skip
-    add("--accept-worse-answers", action="store_true", help="serve presets and densities that make this model "
-        "worse, or of which nobody has measured what they do")  # fmt: skip
-    add("--max-body-bytes", type=_size, default=64 * 2**20, help="larger request bodies are refused")
-    add("--response-memory", type=_size, default=256 * 2**20, help="bytes of stored responses and conversations")
-    add("--response-ttl", type=_seconds, default=30 * 86400.0, help="seconds that a stored response lives")
-    add("--request-timeout", type=_seconds, help="seconds from arrival to the end of an answer (default: no deadline)")
-    add("--api-key", action="append", default=[], help="a key that lets callers in; repeatable, each its own tenant")
-    add("--api-key-file", type=Path, help="lines of 'tenant: key'; a tenant is a namespace of sessions")
-    add("--max-requests-per-key", type=int, help="requests that one tenant may have queued or running")
-    add("--max-sessions-per-key", type=int, default=100_000, help="sessions that one tenant may have (0: no limit)")
-    add("--max-connections", type=_at_least_one, default=1024, help="connections that may be open at once")
-    add("--allowed-host", action="append", default=[], help="name to serve beside IP addresses (without keys also "
-        "beside this machine's), *.domain, or * for all; repeatable")  # fmt: skip
-    add("--cors-origin", action="append", default=[], help="origin whose pages may use the server; repeatable")
-    add("--metrics-tenant", metavar="TENANT", help="the tenant whose keys alone may read /metrics (default: all)")
-    add("--admin-port", type=int, help="serve /metrics on this port and not on the main one")
-    add("--otlp-endpoint", metavar="URL", help="send a trace of every request to this OTLP collector, as "
-        "http://127.0.0.1:4318; needs the extra otel")  # fmt: skip
-    add("--ssl-certfile", type=Path, help="TLS certificate chain, PEM")
-    add("--ssl-keyfile", type=Path, help="its private key, PEM")
-    add("--log-format", default="text", choices=("text", "json"))
-    add("--shutdown-timeout", type=int, default=60, help="seconds that running requests get to end")
-    add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
-    parser.set_defaults(run=serve)
-
-
 def _add_chat(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--url", default="http://127.0.0.1:8000", help="of the server")
@@ -395,7 +111,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="another model that chats, as smollm2: ten questions about 4,000 tokens")
-    parser.add_argument("--tokens", type=_size, help="length of the bundled model's document (default: 200,000)")
+    parser.add_argument("--tokens", type=values.size, help="length of the bundled model's document (default: 200,000)")
     parser.add_argument("--seed", type=int, help="of that document (default: 0)")
     parser.add_argument("serve_arguments", nargs="*", help="flags for the server, after --")
     parser.set_defaults(run=demo)
@@ -411,64 +127,6 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 def _add_fetch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="smollm2 or gemma3-270m (default: both)")
     parser.set_defaults(run=fetch)
-
-
-def _size(text: str) -> int:
-    """An integer with an optional K, M, G or T (powers of 1,024)."""
-    unit = _UNITS.get(text[-1:].lower())
-    try:
-        return int(float(text[:-1]) * unit) if unit else int(text.replace(",", "").replace("_", ""))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it as 200000 or 8G") from None
-
-
-def _object(text: str) -> dict[str, object]:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
-    return found
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return seconds
-
-
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return int(text)
-
-
-def _layers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers; write it as 1,3") from None
-
-
-def _layers_or_auto(text: str) -> tuple[int, ...] | Literal["auto"]:
-    return "auto" if text == "auto" else _layers(text)
-
-
-def _device(name: str) -> str:
-    import torch
-
-    found = torch.cuda.device_count()
-    if name == "auto":
-        return "cuda" if found else "cpu"
-    known = {"cpu", *(["cuda"] if found else []), *(f"cuda:{number}" for number in range(found))}
-    if name not in known:
-        raise ConfigError(f"device {name!r} is not here; use one of {', '.join(sorted(known))}", param="device")
-    return name
 
 
 if __name__ == "__main__":

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from pacellm.engine.engine import Engine
 from pacellm.engine.sequence import Sequence
-from pacellm.memory.state import BankState
+from pacellm.llm import TENANT
+from pacellm.memory.state import Banks
 from pacellm.modes import PAChoice
 from pacellm.run import batch
 from pacellm.types import GenerationRequest
-
-Banks = dict[int, BankState]
 
 
 class Probe:
@@ -41,7 +40,7 @@ class Probe:
             density: part of the experts that the answer uses; None is the engine's.
         """
         engine, scheduler = self.engine, self.engine.scheduler
-        request = GenerationRequest("probe", prompt, session=("demo", session), pa=pa, commit=False, ce_density=density)
+        request = GenerationRequest("probe", prompt, session=(TENANT, session), pa=pa, commit=False, ce_density=density)
         sequence = Sequence(
             request, array("i", prompt), max_tokens=len(answer) + 1, seed=0, generated=list(answer[:-1])
         )
@@ -59,7 +58,7 @@ class Probe:
 
     def banks(self, session: str) -> Banks:
         """A session's committed banks; changing the tensors changes the session."""
-        found = self.engine.sessions.get(("demo", session))
+        found = self.engine.sessions.get((TENANT, session))
         if found is None or found.row is None or self.engine.pool is None:
             raise ValueError(f"session {session!r} has no banks in place")
         return self.engine.pool.banks(found.row)

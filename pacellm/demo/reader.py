@@ -1,57 +1,33 @@
-"""A document read once by the engine, and many questions asked from copies of what that left."""
+"""A document read once into a session, and many questions asked from copies of what that left."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from pacellm.demo.generator import NOT_STATED, Document, Fact
-from pacellm.engine.engine import Engine, run_until_idle
+from pacellm.llm import LLM, Answer
 from pacellm.modes import PAChoice
 from pacellm.text.tokenizer import ChatTokenizer
-from pacellm.types import Delta, Failed, Finished, GenerationRequest, SamplingParams
 
 
-class DocumentReader:
-    """Reads documents into sessions of an engine and asks about them, greedily.
+def read(llm: LLM, document: Document, session: str, pa: PAChoice = "on") -> Answer:
+    """Feed a document up to where its questions part, and commit that to a session."""
+    opening = _shared(*(prompt_of(llm.tokenizer, document, question) for question in ("Who?", "What?")))
+    return llm.generate([opening], session=session, pa=pa, max_tokens=0)[0]
+
+
+def ask(
+    llm: LLM, document: Document, question: str, session: str, pa: PAChoice = "on", density: float | None = None
+) -> Answer:
+    """The greedy answer to a question, from a copy of the session that has read the document.
 
     Args:
-        engine: with a tokenizer, used by nobody else meanwhile.
-        tokenizer: of the same model.
-
-    Attributes:
-        ce_density: part of the experts that answers use; None is the engine's.
+        density: part of the experts that the answer uses; None is the engine's.
     """
-
-    def __init__(self, engine: Engine, tokenizer: ChatTokenizer) -> None:
-        self.engine, self._tokenizer = engine, tokenizer
-        self._requests = 0
-        self.ce_density: float | None = None
-
-    def read(self, document: Document, session: str, pa: PAChoice = "on") -> Finished:
-        """Feed a document up to where its questions part, and commit that to a session."""
-        opening = _shared(*(prompt_of(self._tokenizer, document, question) for question in ("Who?", "What?")))
-        return self._run(opening, SamplingParams(max_tokens=0), session, pa, commit=True)[1]
-
-    def ask(self, document: Document, question: str, session: str, pa: PAChoice = "on") -> tuple[str, Finished]:
-        """The answer to a question, from a copy of the session that has read the document."""
-        prompt = prompt_of(self._tokenizer, document, question)
-        return self._run(prompt, SamplingParams(max_tokens=24, temperature=0), session, pa, commit=False)
-
-    def _run(
-        self, ids: list[int], sampling: SamplingParams, session: str, pa: PAChoice, *, commit: bool
-    ) -> tuple[str, Finished]:
-        self._requests += 1
-        name = str(self._requests)
-        key = ("demo", session)
-        self.engine.add(
-            GenerationRequest(name, ids, sampling, session=key, pa=pa, commit=commit, ce_density=self.ce_density)
-        )
-        events = run_until_idle(self.engine)[name]
-        last = events[-1]
-        if isinstance(last, Failed):
-            raise last.error
-        assert isinstance(last, Finished)
-        return "".join(event.text for event in events if isinstance(event, Delta)), last
+    prompt = prompt_of(llm.tokenizer, document, question)
+    return llm.generate(
+        [prompt], session=session, pa=pa, commit=False, ce_density=density, max_tokens=24, temperature=0
+    )[0]
 
 
 def prompt_of(tokenizer: ChatTokenizer, document: Document, question: str) -> list[int]:

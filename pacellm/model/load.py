@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from pacellm.errors import ModelError, PaceError
+from pacellm.errors import ConfigError, ModelError, PaceError
 from pacellm.experts.layout import Layout
 from pacellm.gguf.check import check_gguf
 from pacellm.gguf.header import Header
@@ -73,6 +73,21 @@ class LoadedModel:
         """KV bytes of one token over all layers."""
         numbers = sum(heads * size for shapes in self.kv_shapes for heads, size in shapes)
         return numbers * self.dtype.itemsize
+
+
+def find_device(name: str) -> str:
+    """A device that is here; ``auto`` is CUDA where there is one.
+
+    Raises:
+        ConfigError: it is not here.
+    """
+    found = torch.cuda.device_count()
+    if name == "auto":
+        return "cuda" if found else "cpu"
+    known = {"cpu", *(["cuda"] if found else []), *(f"cuda:{number}" for number in range(found))}
+    if name not in known:
+        raise ConfigError(f"device {name!r} is not here; use one of {', '.join(sorted(known))}", param="device")
+    return name
 
 
 def load(

@@ -11,7 +11,8 @@ from pacellm.calibration import perplexity as measure
 from pacellm.calibration.file import NAME, Calibration
 from pacellm.calibration.gate import FLAG
 from pacellm.calibration.run import ACTING
-from pacellm.cli.main import build, main, serve_options
+from pacellm.cli.main import main, serve_options
+from pacellm.cli.serve import build
 from pacellm.config import EngineConfig, default_pa_layers
 from pacellm.demo import MODEL_PATH
 from pacellm.demo.known_text import known_text

@@ -7,7 +7,8 @@ import socket
 import openai
 import pytest
 
-from pacellm.cli.main import serve_options, server_settings
+from pacellm.cli.main import serve_options
+from pacellm.cli.serve import server_settings
 from pacellm.config import EngineConfig
 from pacellm.errors import ConfigError
 from pacellm.server import logs, routes
