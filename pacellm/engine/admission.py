@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from pacellm.config import EngineConfig
-from pacellm.engine.admission_plan import AdmissionPlan, AdmissionPlanner, describe
+from pacellm.engine.admission_plan import AdmissionPlan, AdmissionPlanner, note_findings
 from pacellm.engine.cache_manager import CacheManager
 from pacellm.engine.deadlines import Deadlines
 from pacellm.engine.queues import RequestQueues
@@ -175,7 +175,7 @@ class Admission:
         elif session is not None:
             self._sessions.touch(session)
             session.wanted = False
-        describe(sequence, session, plan)
+        note_findings(sequence, session, plan)
         sequence.session = None if sequence.is_branch else session
         sequence.table = self._cache.new_table(plan.blocks, plan.position, needed)
         self._cache.new_banks(sequence, plan.row, session)

@@ -91,7 +91,7 @@ class AdmissionPlanner:
         return prefix is None or prefix.index < len(session.log)
 
 
-def describe(sequence: Sequence, session: Session | None, plan: AdmissionPlan) -> None:
+def note_findings(sequence: Sequence, session: Session | None, plan: AdmissionPlan) -> None:
     """Note on the sequence what was found of its session."""
     is_replayed = len(plan.work) > 1
     sequence.replayed = sum(len(turn.ids) for turn in plan.work[:-1]) - (plan.cursor if is_replayed else 0)
