@@ -27,7 +27,7 @@ from pacellm.errors import (
     RequestError,
     UnsupportedParameter,
 )
-from pacellm.sessions.operations import Operation
+from pacellm.sessions.operation_queue import Operation
 from pacellm.text.constraints import Grammar
 from pacellm.text.grammar import PROCESSES, Grammars
 from pacellm.text.tokenizer import ChatTokenizer
