@@ -101,7 +101,7 @@ class Worker:
         mine = await operation.run(self._rough, 0, self._chain, self._rng.random() ** 2 * 0.4 if leaves else None)
         if operation.kind in ("response", "conversation", "forget") and self._kills != self._tally.kills:
             return  # killed meanwhile: what is left is looked at before the next of these
-        if self._volatile & set(operation.touches) and self._kills != self._tally.kills:
+        if self._may_be_rolled_back(operation):
             return  # it may have met what was there before, and is looked at before the next one too
         self._note_durability(operation, mine)
         if not self._compares:
@@ -143,7 +143,7 @@ class Worker:
 
     async def _after_a_cut(self, operation: Operation) -> None:
         self._tally.cuts += 1
-        if await self._has_happened(operation):
+        if await self._has_happened(operation) and not self._may_be_rolled_back(operation):
             if operation.kind == "conversation":
                 self._cut_off.add(operation.touches[0])
             await self._repeat(operation, None)
@@ -152,8 +152,12 @@ class Worker:
         self._tally.refusals[f"{operation.kind}: {mine.status} {mine.code}"] += 1
         if mine.status < 500 and mine.status != 429:
             self._compare(operation, mine, await operation.run(self._calm, 1, self._chain, None))
-        elif await self._has_happened(operation):
+        elif await self._has_happened(operation) and not self._may_be_rolled_back(operation):
             await self._repeat(operation, None)
+
+    def _may_be_rolled_back(self, operation: Operation) -> bool:
+        """The server was killed since it was last looked at, and may have lost what was not durable."""
+        return self._kills != self._tally.kills and bool(self._volatile & set(operation.touches))
 
     async def _repeat(self, operation: Operation, mine: Outcome | None) -> None:
         """What has happened on the disturbed server happens on the other, and is compared."""
