@@ -6,8 +6,10 @@ from torch.nn.functional import linear
 
 from pacellm.config import PRESETS
 from pacellm.experts import kernel as experts_triton
-from pacellm.experts.forward import _ACTIVATIONS, ExpertForward, Weights, activation_name
+from pacellm.experts.forward import ExpertForward
+from pacellm.experts.gated import ACTIVATIONS, Weights, activation_name
 from pacellm.memory import feed, feed_triton
+from pacellm.memory.tokens import Tokens
 from pacellm.model import fused, fused_triton
 from pacellm.model.attention import decode as decode_triton
 from pacellm.model.attention import prefill as prefill_kernels
@@ -64,7 +66,7 @@ def test_tokens_of_all_presets_side_by_side():
     mine, theirs = new_pool(settings).arena[0], new_pool(settings).arena[0]
     for number, (rows, writes, x, y) in enumerate(turns(36)):
         presets = rows % len(PRESETS)
-        tokens = feed.Tokens(rows, torch.ones_like(writes), writes, presets)
+        tokens = Tokens(rows, torch.ones_like(writes), writes, presets)
         expected = feed.feed(theirs, tokens, x, y, settings)
         if number in (29, 35):
             found = feed_triton.feed(mine, tokens, x, y, settings)
@@ -77,7 +79,7 @@ def test_tokens_of_all_presets_side_by_side():
 def decode_rows(lengths, tables, shared=None):
     """A decode step's rows, without banks."""
     nobody = torch.zeros(len(lengths), dtype=torch.int64)
-    tokens = feed.Tokens(nobody, nobody > 0, nobody > 0, nobody)
+    tokens = Tokens(nobody, nobody > 0, nobody > 0, nobody)
     slots = torch.zeros(len(lengths), dtype=torch.int64)
     return DecodeRows(slots, torch.tensor(lengths, dtype=torch.int32), tables, tokens, shared)
 
@@ -145,7 +147,7 @@ def of_sets(batch, hidden, size, experts, dtype=torch.float32, bias=True, down_l
 def masked_ffn(hidden, weights, table, rows, activation):
     """In float64: (inner activations, outputs)."""
     gate, up, down, *biases = (None if tensor is None else tensor.double() for tensor in weights)
-    x = _ACTIVATIONS[activation](linear(hidden.double(), gate, biases[0])) * linear(hidden.double(), up, biases[1])
+    x = ACTIVATIONS[activation](linear(hidden.double(), gate, biases[0])) * linear(hidden.double(), up, biases[1])
     x = x * table[rows].repeat_interleave(len(gate) // table.shape[1], 1)
     return x, linear(x, down, biases[2])
 
@@ -232,7 +234,7 @@ def test_norms():
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 def test_gated_activations(activation):
     both = torch.randn(3, 2 * 1100, generator=torch.Generator().manual_seed(0))
-    expected = _ACTIVATIONS[activation](both[:, :1100]) * both[:, 1100:]
+    expected = ACTIVATIONS[activation](both[:, :1100]) * both[:, 1100:]
     torch.testing.assert_close(fused_triton.gated(both, activation), expected)
 
 

@@ -22,7 +22,7 @@ from pacellm.kv.blocks import BLOCK
 from pacellm.memory.pool import BankPool, bytes_per_row
 from pacellm.model.attention import choice as kernel_choice
 from pacellm.model.attention import cuda as attention_cuda
-from pacellm.model.attention.prefill import Kernel
+from pacellm.model.attention.plan import PrefillKernel
 from pacellm.model.fixed_rows import fix_rows
 from pacellm.model.linear import Products, choose
 from pacellm.model.load import LoadedModel, probe_step
@@ -113,7 +113,9 @@ def new_pool(model: LoadedModel, config: EngineConfig) -> BankPool:
     )
 
 
-def _begin(config: EngineConfig, num_rows: int, num_blocks: int = 0, kernel: Kernel | None = None) -> parallel.Begin:
+def _begin(
+    config: EngineConfig, num_rows: int, num_blocks: int = 0, kernel: PrefillKernel | None = None
+) -> parallel.Begin:
     name = None if kernel is None else kernel.name
     return parallel.Begin(config.bank, num_rows, config.max_num_seqs, num_blocks, config.deterministic, name)
 
@@ -170,7 +172,7 @@ def _check_disk_size(config: EngineConfig) -> None:
         )
 
 
-def attention_kernel(model: LoadedModel, config: EngineConfig) -> Kernel | None:
+def attention_kernel(model: LoadedModel, config: EngineConfig) -> PrefillKernel | None:
     """What attends prompts' chunks on a GPU; None on a CPU, which has one way.
 
     Raises:
@@ -224,7 +226,7 @@ def new_runner(
     pool: BankPool | None,
     num_blocks: int,
     config: EngineConfig,
-    kernel: Kernel | None,
+    kernel: PrefillKernel | None,
     rows: int = ROWS,
 ) -> Runner:
     """The engine's runner; with a tensor-parallel model the other ranks get theirs."""

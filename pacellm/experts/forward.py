@@ -10,14 +10,13 @@ a Triton kernel (``kernel.py``) which finds sets in a table by row, so a decode 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pacellm.errors import ConfigError
+from pacellm.experts.gated import Weights, activation_name
 from pacellm.experts.layout import LayerLayout, Layout
 from pacellm.kernels import has_triton
 from pacellm.memory import expert_counts as activity
@@ -27,23 +26,7 @@ from pacellm.model.neurons import FFN, ffns, original
 from pacellm.transfer import to_device
 
 _TOLERANCE = 0.03  # of the kernel on CUDA, as a part of the largest output
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
 _tried: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
-
-
-class Weights(NamedTuple):
-    """A gated FFN's parameters: gate and up [F, H], down [H, F], biases [F], [F], [H] where there are any."""
-
-    gate: Tensor
-    up: Tensor
-    down: Tensor
-    gate_bias: Tensor | None
-    up_bias: Tensor | None
-    down_bias: Tensor | None
 
 
 def why_no_sets(model: nn.Module) -> str | None:
@@ -86,16 +69,6 @@ def _try_out(model: nn.Module, layout: Layout) -> str | None:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return next((f"the kernel is off by {found:.2g}" for found in errors if not found <= _TOLERANCE), None)
-
-
-def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
-    """``silu``, ``gelu`` or ``gelu_tanh``, by what it does to numbers; None for another one."""
-    x = torch.linspace(-6, 6, 97)
-    try:
-        found = activation(x)
-    except (RuntimeError, TypeError):
-        return None
-    return next((name for name, form in _ACTIVATIONS.items() if torch.allclose(found, form(x), atol=1e-5)), None)
 
 
 def attach(model: nn.Module, layout: Layout) -> None:

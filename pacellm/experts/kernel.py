@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pacellm.experts.forward import Weights
+from pacellm.experts.gated import Weights
 
 _ROWS = 16  # rows of a tile
 _NEURONS = 32  # of gate and up that one program works out

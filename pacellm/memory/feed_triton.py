@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pacellm.config import PAConfig
-from pacellm.memory.feed import OBSERVE, PAPER, Tokens, rules
 from pacellm.memory.state import BankState
+from pacellm.memory.tokens import OBSERVE, PAPER, Tokens, rules
 
 _SPLIT = 2048  # inner activations that one program multiplies
 _SLOTS = 32  # keys of one program

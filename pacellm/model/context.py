@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,14 +20,12 @@ from torch import Tensor
 from pacellm.config import PRESETS, PAConfig, Preset
 from pacellm.memory.bank import Total
 from pacellm.memory.expert_counts import ActivityState
-from pacellm.memory.feed import Tokens
 from pacellm.memory.state import BankState, Stage
+from pacellm.memory.tokens import Tokens
 from pacellm.memory.working_set import SetTable
+from pacellm.model.attention.plan import PrefillKernel
 from pacellm.modes import PAMode, preset_of, writes
 from pacellm.rows import ROWS
-
-if TYPE_CHECKING:
-    from pacellm.model.attention.prefill import Kernel
 
 KVShape = tuple[tuple[int, int], tuple[int, int]]
 """(kv heads, key size), (kv heads, value size) of a layer."""
@@ -223,7 +221,7 @@ class StepContext:
     decode: DecodeRows | None = None
     deterministic: bool = False
     total: Total | None = None
-    kernel: Kernel | None = None
+    kernel: PrefillKernel | None = None
     beside: torch.cuda.Stream | None = None
     rows: int = ROWS
     observed: list[Observed] = field(default_factory=list)

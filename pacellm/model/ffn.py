@@ -19,7 +19,8 @@ from pacellm.memory import bank
 from pacellm.memory import decode as decoded
 from pacellm.memory.bank import Total
 from pacellm.memory.decode import Token
-from pacellm.memory.feed import Feed, Tokens, best_feed, feed
+from pacellm.memory.feed import Feed, best_feed, feed
+from pacellm.memory.tokens import Tokens
 from pacellm.model.context import Banks, Chunk, Observed, Piece, StepContext, current_step
 from pacellm.model.side_stream import beside
 from pacellm.transfer import to_device

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pacellm.experts.forward import activation_name
+from pacellm.experts.gated import activation_name
 from pacellm.kernels import has_triton
 from pacellm.model.neurons import FFN, decoder_layers, ffns
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from pacellm.config import PRESETS
 from pacellm.engine.step import Step, Work
 from pacellm.kv.blocks import BLOCK
-from pacellm.memory.feed import Tokens
+from pacellm.memory.tokens import Tokens
 from pacellm.model.context import DecodeRows, Shared
 from pacellm.modes import preset_of, writes
 from pacellm.run.batch import is_changed, uses_set

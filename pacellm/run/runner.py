@@ -16,7 +16,7 @@ from pacellm.errors import EngineError
 from pacellm.kv.blocks import BLOCK, KVTable, blocks_for
 from pacellm.memory.pool import BankPool
 from pacellm.model.attention.dispatch import slab
-from pacellm.model.attention.prefill import Kernel
+from pacellm.model.attention.plan import PrefillKernel
 from pacellm.model.context import Chunk, DecodeRows, StepContext, step_context
 from pacellm.model.ffn import observe
 from pacellm.model.load import LoadedModel
@@ -78,7 +78,7 @@ class Runner:
         pa: PAConfig,
         *,
         deterministic: bool = False,
-        kernel: Kernel | None = None,
+        kernel: PrefillKernel | None = None,
         rows: int = ROWS,
     ) -> None:
         self.rows = rows

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from pacellm.errors import ConfigError
 from pacellm.experts import forward as experts
 from pacellm.experts.apply import apply_layout
-from pacellm.experts.forward import activation_name, check_density
+from pacellm.experts.forward import check_density
+from pacellm.experts.gated import activation_name
 from pacellm.memory.expert_counts import EXPERTS
 from pacellm.memory.working_set import SetTable, choose
 from pacellm.model.load import prepare

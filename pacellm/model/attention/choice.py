@@ -14,7 +14,8 @@ from torch import Tensor
 from pacellm.config import ATTENTION_KERNELS
 from pacellm.errors import ConfigError
 from pacellm.model.attention import prefill
-from pacellm.model.attention.prefill import Kernel, new_plan
+from pacellm.model.attention.plan import PrefillKernel
+from pacellm.model.attention.prefill import new_plan
 from pacellm.model.context import Chunk, KVShape, Run
 
 #: a layer's query heads, and ((kv heads, key size), (kv heads, value size))
@@ -35,7 +36,7 @@ class Trial:
         refused: by name, why it is not used.
     """
 
-    kernel: Kernel
+    kernel: PrefillKernel
     seconds: dict[str, float] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
@@ -47,7 +48,7 @@ def choose(wanted: str, shapes: list[Shape], dtype: torch.dtype, device: torch.d
     Raises:
         ConfigError: none, or not the one that is asked for, can be used.
     """
-    right: dict[str, Kernel] = {}
+    right: dict[str, PrefillKernel] = {}
     refused: dict[str, str] = {}
     for name in NAMES if wanted == "auto" else (wanted,):
         try:
@@ -84,7 +85,7 @@ def reason(problem: Exception) -> str:
     return f"{type(problem).__name__}: {text[0][:200]}" if text else type(problem).__name__
 
 
-def error(kernel: Kernel, shape: Shape, dtype: torch.dtype, device: torch.device) -> float:
+def error(kernel: PrefillKernel, shape: Shape, dtype: torch.dtype, device: torch.device) -> float:
     """The largest error of outputs and log-sum-exps on random numbers; not a number where any is none.
 
     Two chunks of 1,100 and 1,030 queries, one behind 3,200 keys and one behind none; the same over keys that all of
@@ -114,7 +115,7 @@ def error(kernel: Kernel, shape: Shape, dtype: torch.dtype, device: torch.device
 
 
 def seconds_of(
-    kernel: Kernel,
+    kernel: PrefillKernel,
     shape: Shape,
     dtype: torch.dtype,
     device: torch.device,

@@ -18,8 +18,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pacellm.memory.feed import Tokens
-from pacellm.model.attention.prefill import CUDNN_STEP, FLASH, Kernel, Plan, merge, merge_copies, new_plan
+from pacellm.memory.tokens import Tokens
+from pacellm.model.attention.plan import AttentionPlan, PrefillKernel
+from pacellm.model.attention.prefill import CUDNN_STEP, FLASH, merge, merge_copies, new_plan
 from pacellm.model.context import Chunk, DecodeRows, KVShape, Run, StepContext
 from pacellm.transfer import to_device
 
@@ -177,7 +178,9 @@ def _used_runs(chunk: Chunk) -> list[Run]:
     return [Run(run.start, run.slot, min(run.length, end - run.start)) for run in chunk.runs if run.start < end]
 
 
-def _plans(step: StepContext, chunks: list[Chunk], heads: int, window: int | None, device: torch.device) -> list[Plan]:
+def _plans(
+    step: StepContext, chunks: list[Chunk], heads: int, window: int | None, device: torch.device
+) -> list[AttentionPlan]:
     """Built once a step for each window, because that decides which chunks are read in place; kept in scratch."""
     name = f"cuda plans, window {window}"
     kept = step.scratch.get(name)
@@ -215,7 +218,7 @@ def _own(chunk: Chunk) -> Run:
     return Run(chunk.position, last.slot + chunk.position - last.start, chunk.stop - chunk.start)
 
 
-def _build_plans(chunks: list[Chunk], least: int, device: torch.device) -> list[Plan]:
+def _build_plans(chunks: list[Chunk], least: int, device: torch.device) -> list[AttentionPlan]:
     """One for each i-th run of the sequences; chunks of fewer queries than ``least`` apart from the others."""
     used = [_used_runs(chunk) for chunk in chunks]
     plans = []
@@ -235,7 +238,13 @@ def _build_plans(chunks: list[Chunk], least: int, device: torch.device) -> list[
 
 
 def _call(
-    kernel: Kernel, queries: Tensor, keys: Tensor, values: Tensor, plan: Plan, scale: float, window: int | None
+    kernel: PrefillKernel,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """([n, H, D], lse [n, H]) of the plan's rows over the plan's runs."""
     able = kernel if kernel.takes(plan, window) else FLASH
@@ -271,7 +280,7 @@ def _scatter(output: Tensor, total: Tensor | None, chunks: list[Chunk], everythi
 
 
 def _attend_gathered(
-    kernel: Kernel,
+    kernel: PrefillKernel,
     chunk: Chunk,
     queries: Tensor,
     keys: Tensor,
