@@ -8,15 +8,17 @@ from pacellm.config import PRESETS
 from pacellm.experts import kernel as experts_triton
 from pacellm.experts.forward import ExpertForward
 from pacellm.experts.gated import ACTIVATIONS, Weights, activation_name
-from pacellm.memory import feed, feed_triton
+from pacellm.memory import decode_device, decode_triton
 from pacellm.memory.tokens import Tokens
 from pacellm.model import fused, fused_triton
-from pacellm.model.attention import decode as decode_triton
+from pacellm.model.attention import decode as attention_decode
 from pacellm.model.attention import prefill as prefill_kernels
 from pacellm.model.context import DecodeRows, Shared
 from pacellm.model.neurons import ffns
 from tests.experts.test_layout import random_layout
-from tests.memory.test_feed import ROWS, assert_same_rows, config, new_pool, new_sets, told, turns
+from tests.memory.algorithm1 import Algorithm1
+from tests.memory.test_bank import data
+from tests.memory.test_decode_device import ROWS, assert_same_rows, config, new_pool, new_sets, told, turns
 from tests.memory.test_working_set import logprobs_by_kernel
 from tests.models import tiny
 
@@ -31,16 +33,36 @@ def test_feed(preset, ties):
         if number in (17, 29):
             tokens.live[0] = False
             before = mine.counters[:ROWS].sum(0)
-            expected = feed.feed(theirs, tokens, x, y, settings)
-            found = feed_triton.feed(mine, tokens, x, y, settings)
+            expected = decode_device.feed(theirs, tokens, x, y, settings)
+            found = decode_triton.feed(mine, tokens, x, y, settings)
             if settings.acts:
                 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
             assert (mine.counters[:ROWS].sum(0) > before).any()
         else:
             for arena in (mine, theirs):
-                feed.feed(arena, tokens, x, y, settings)
+                decode_device.feed(arena, tokens, x, y, settings)
     assert_same_rows(mine, theirs, close={"rtol": 1e-4, "atol": 1e-4})
     assert mine.counters[:ROWS].sum(0).gt(0).sum() >= 5
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_feed_is_algorithm_1(preset):
+    """Two sequences, their tokens segments of one."""
+    settings = config(preset=preset, ties="age", bank_size=8, top_k=3)
+    arena, rules = new_pool(settings).arena[0], [Algorithm1(settings) for _ in range(2)]
+    rows = torch.arange(2)
+    tokens = told(rows, rows >= 0, preset)
+    x, y = data(60, 48, 16, seed=1)
+    for at in range(0, 60, 2):
+        pair = x[at : at + 2], y[at : at + 2]
+        found = decode_triton.feed(arena, tokens, *pair, settings)
+        expected = torch.cat([rule.segment(*(part[row : row + 1] for part in pair)) for row, rule in enumerate(rules)])
+        if settings.acts:
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for row, rule in enumerate(rules):
+        rule.assert_holds(type(arena)(*(tensor[row] for tensor in arena)), rtol=1e-4, atol=1e-4)
+        assert rule.counts[4]
+        assert rule.counts[5]
 
 
 def test_feed_with_working_sets():
@@ -51,11 +73,11 @@ def test_feed_with_working_sets():
         tokens = told(rows, writes, "reference", rows)
         if number < 27:
             for arena in (mine, theirs):
-                feed.feed(arena, tokens, x, y, settings)
+                decode_device.feed(arena, tokens, x, y, settings)
         else:
             x = x * table[rows].repeat_interleave(x.shape[1] // table.shape[1], 1)
-            expected = feed.feed(theirs, tokens, x, y, settings, table)
-            found = feed_triton.feed(mine, tokens, x, y, settings, table)
+            expected = decode_device.feed(theirs, tokens, x, y, settings, table)
+            found = decode_triton.feed(mine, tokens, x, y, settings, table)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert_same_rows(mine, theirs, close={"rtol": 1e-4, "atol": 1e-4})
     assert mine.counters[:ROWS].sum(0).gt(0).sum() >= 4
@@ -67,12 +89,12 @@ def test_tokens_of_all_presets_side_by_side():
     for number, (rows, writes, x, y) in enumerate(turns(36)):
         presets = rows % len(PRESETS)
         tokens = Tokens(rows, torch.ones_like(writes), writes, presets)
-        expected = feed.feed(theirs, tokens, x, y, settings)
+        expected = decode_device.feed(theirs, tokens, x, y, settings)
         if number in (29, 35):
-            found = feed_triton.feed(mine, tokens, x, y, settings)
+            found = decode_triton.feed(mine, tokens, x, y, settings)
             torch.testing.assert_close(found[tokens.acts], expected[tokens.acts], rtol=1e-4, atol=1e-4)
         else:
-            feed.feed(mine, tokens, x, y, settings)
+            decode_device.feed(mine, tokens, x, y, settings)
     assert_same_rows(mine, theirs, close={"rtol": 1e-4, "atol": 1e-4})
 
 
@@ -100,7 +122,7 @@ def test_decode_attention(window):
     keys, values = (torch.randn(2, 4 * 512, 24, generator=generator) for _ in range(2))
     tables = torch.tensor([[512, 0], [1536, 0], [1024, 512]], dtype=torch.int32)
     lengths = [130, 1, 700]
-    found = decode_triton.attend(query, keys, values, decode_rows(lengths, tables), 0.3, window, splits=3)
+    found = attention_decode.attend(query, keys, values, decode_rows(lengths, tables), 0.3, window, splits=3)
     for row, length in enumerate(lengths):
         first = 0 if window is None else max(0, length - window)
         expected = plain(query[:, row], keys, values, tables[row], first, length, 0.3)
@@ -119,7 +141,7 @@ def test_a_shared_beginning_is_read_once():
         lengths=torch.tensor([0, 512], dtype=torch.int32),
         group=torch.tensor([1, 0, 1, 1]),
     )
-    found = decode_triton.attend(query, keys, values, decode_rows(lengths, tables, shared), 0.3, None, splits=2)
+    found = attention_decode.attend(query, keys, values, decode_rows(lengths, tables, shared), 0.3, None, splits=2)
     for row, length in enumerate(lengths):
         expected = plain(query[:, row], keys, values, tables[row], 0, length, 0.3)
         torch.testing.assert_close(found[row].double(), expected, rtol=1e-4, atol=1e-4)

@@ -142,15 +142,11 @@ class ExpertForward:
                 whole, is_whole = self._inner(hidden), (rows == step.sets.everything)[:, None]
                 inner = torch.where(is_whole, whole, inner)
                 plain = torch.where(is_whole, original(down)(whole), plain)
-        if isinstance(down, PersistentDown) and step.arenas:
-            return down.remember_static(step, inner, plain)
-        return plain
+        return self._remember(step, inner, plain)
 
     def _remember(self, step: StepContext, inner: Tensor, plain: Tensor) -> Tensor:
         down = self._ffn.down
-        if isinstance(down, PersistentDown) and any(chunk.banks for chunk in step.chunks):
-            return down.remember(step, inner, plain)
-        return plain
+        return down.remember(step, inner, plain) if isinstance(down, PersistentDown) else plain
 
     def _inner(self, hidden: Tensor) -> Tensor:
         """[T, H] -> [T, F]."""
@@ -165,7 +161,7 @@ class ExpertForward:
         """Stage the prompt's tokens, and add them to the session's activity where their segment ends."""
         owned, layer = _experts(chunk), self._ffn.layer
         total, staged = owned.state.activity[layer], owned.stage.activity[layer]
-        for piece in chunk.pieces[: len(chunk.pieces) - chunk.num_decoded]:
+        for piece in chunk.prompt_pieces:
             staged += activity.count(inner[piece.start : piece.stop], self._num_experts)
             if piece.ends:
                 total += staged

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pacellm.config import PAConfig, Preset
 from pacellm.errors import EngineError
-from pacellm.memory.bank import effective_rank
+from pacellm.memory.effective_rank import effective_rank
 from pacellm.memory.expert_counts import EXPERTS, ActivityState
 from pacellm.memory.state import COUNTERS, BankState, Stage, copy_banks, new_stage
 from pacellm.memory.working_set import SetTable

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pacellm.config import PRESETS, PAConfig
-from pacellm.memory.bank import Rule
+from pacellm.memory.rule import Rule
 
 OBSERVE, PAPER = PRESETS.index("observe"), PRESETS.index("paper")
 

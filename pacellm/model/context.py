@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from pacellm.config import PRESETS, PAConfig, Preset
-from pacellm.memory.bank import Total
 from pacellm.memory.expert_counts import ActivityState
+from pacellm.memory.similarity import Total
 from pacellm.memory.state import BankState, Stage
 from pacellm.memory.tokens import Tokens
 from pacellm.memory.working_set import SetTable
@@ -129,6 +129,11 @@ class Chunk:
     experts: Experts | None = None
 
     @property
+    def prompt_pieces(self) -> tuple[Piece, ...]:
+        """Those of its prompt's tokens; each decoded token is a piece of its own behind them."""
+        return self.pieces[: len(self.pieces) - self.num_decoded]
+
+    @property
     def set_row(self) -> int | None:
         """The row of the table of sets that its decoded tokens use; None where they use all experts."""
         if self.experts is None or self.experts.density == 1.0 or not self.num_decoded:
@@ -203,7 +208,7 @@ class StepContext:
     None is all of them. ``arenas`` are all sessions' banks by layer, ``sets`` their working sets. With ``decode`` the
     step is one token of each sequence; a CPU's attention still goes by the chunks. ``deterministic`` fixes how sums are
     split, whatever else is in the step. ``total`` sums over the ranks of a tensor-parallel model. ``kernel`` attends
-    prompts' chunks on CUDA; None is flash. ``beside`` is a stream for what the step's result does not need.
+    prompts' chunks on CUDA; None is flash. ``side_stream`` is for what the step's result does not need.
     A CPU's products have a multiple of ``rows`` rows. ``observed`` is what the banks of decoded tokens that
     are only observed are fed at the end of the step.
     """
@@ -222,7 +227,7 @@ class StepContext:
     deterministic: bool = False
     total: Total | None = None
     kernel: PrefillKernel | None = None
-    beside: torch.cuda.Stream | None = None
+    side_stream: torch.cuda.Stream | None = None
     rows: int = ROWS
     observed: list[Observed] = field(default_factory=list)
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from pacellm.model.context import StepContext, current_step
 from pacellm.rows import missing_rows
 
-_KEY = "narrow"
+_KEY = "last rows"
 
 
-def narrow(ffn: nn.Module, layer: int) -> None:
+def keep_last_rows(ffn: nn.Module, layer: int) -> None:
     """Have the last layer's FFN work on few rows where a step wants few. Other rows of its output are zero.
 
     Args:

@@ -22,7 +22,7 @@ from pacellm.model.attention.temperature import take_over
 from pacellm.model.checkpoint import check_directory, check_head, check_loaded
 from pacellm.model.context import KVShape, LayerProbe, StepContext, step_context
 from pacellm.model.families import family_of
-from pacellm.model.last_rows import narrow
+from pacellm.model.last_rows import keep_last_rows
 from pacellm.model.neurons import decoder_layers, ffns
 from pacellm.model.patch import patchable_layers
 from pacellm.model.ranks import Ranks
@@ -198,7 +198,7 @@ def prepare(module: nn.Module) -> LoadedModel:
     kv_shapes = [layer.shapes for layer in probed]
     last = ffns(module)[-1]
     if last is not None and last.module is not decoder_layers(module)[-1]:
-        narrow(last.module, last.layer)
+        keep_last_rows(last.module, last.layer)
     if weight.device.type == "cuda":
         _check_cuda(weight.dtype, probed)
     return LoadedModel(

@@ -8,8 +8,9 @@ from safetensors import safe_open
 
 from pacellm import Bank, PAConfig
 from pacellm.errors import ConfigError
-from pacellm.memory.bank import effective_rank, read, stage, write
-from pacellm.memory.decode import Token, feed
+from pacellm.memory.decode_cpu import Token, feed
+from pacellm.memory.effective_rank import effective_rank
+from pacellm.memory.segment import read, stage, write
 from pacellm.memory.state import COUNTERS, new_bank, new_stage
 
 DATA = Path(__file__).parent.parent / "data"

@@ -20,7 +20,7 @@ from pacellm.run import batch, graphs
 from pacellm.types import SamplingParams
 from tests.engine.helpers import new_engine, prompt, request, run
 from tests.experts.test_layout import random_layout
-from tests.memory.test_feed import NoWaiting
+from tests.memory.test_decode_device import NoWaiting
 from tests.models import tiny
 
 

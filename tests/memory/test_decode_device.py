@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pacellm import PAConfig
 from pacellm.config import PRESETS
-from pacellm.memory import feed
+from pacellm.memory import decode_device
 from pacellm.memory.pool import BankPool, BankShape
 from pacellm.memory.tokens import Tokens
 from tests.memory.test_bank import data, feed_rows
@@ -78,7 +78,7 @@ def test_masked_equals_one_by_one_to_the_bit(preset, ties, dtype):
             presets=torch.full((len(rows) + 3,), PRESETS.index(preset)),
         )
         extra_x, extra_y = data(3, INNER, HIDDEN, seed=99, dtype=dtype)
-        found = feed.feed(arena, tokens, torch.cat([x, extra_x]), torch.cat([y, extra_y]), settings)
+        found = decode_device.feed(arena, tokens, torch.cat([x, extra_x]), torch.cat([y, extra_y]), settings)
         if settings.acts:
             assert torch.equal(found[: len(rows)], expected)
     assert_same_rows(arena, theirs.arena[0])
@@ -95,7 +95,7 @@ def test_presets_side_by_side_are_each_alone_to_the_bit(ties, dtype):
     for rows, writes, x, y in turns(60, dtype):
         presets = rows % len(PRESETS)
         tokens = Tokens(rows, torch.ones_like(writes), writes, presets)
-        found = feed.feed(arena, tokens, x, y, settings)
+        found = decode_device.feed(arena, tokens, x, y, settings)
         assert tokens.acts.tolist() == [row % 3 > 0 for row in rows.tolist()]
         for number, row in enumerate(rows.tolist()):
             one, part = settings.of(PRESETS[presets[number]]), slice(number, number + 1)
@@ -116,7 +116,7 @@ def test_sets_by_row_are_masks(dtype):
         banks = [theirs.banks(row)[0] for row in rows.tolist()]
         expected = feed_rows(banks, writes.tolist(), x, y, settings, masks=masks)
         tokens = told(rows, writes, settings.preset, rows)
-        assert torch.equal(feed.feed(arena, tokens, x, y, settings, table), expected)
+        assert torch.equal(decode_device.feed(arena, tokens, x, y, settings, table), expected)
     assert_same_rows(arena, theirs.arena[0])
 
 
@@ -130,11 +130,11 @@ def test_a_token_that_does_not_live_changes_nothing():
     pool = new_pool(settings)
     arena = pool.arena[0]
     for rows, writes, x, y in turns(20):
-        feed.feed(arena, told(rows, writes, settings.preset), x, y, settings)
+        decode_device.feed(arena, told(rows, writes, settings.preset), x, y, settings)
     before = [tensor.clone() for tensor in arena]
     x, y = data(ROWS, INNER, HIDDEN, seed=50)
     nobody = torch.zeros(ROWS, dtype=torch.bool)
-    feed.feed(arena, Tokens(torch.arange(ROWS), nobody, ~nobody, torch.arange(ROWS) * 0), x, y, settings)
+    decode_device.feed(arena, Tokens(torch.arange(ROWS), nobody, ~nobody, torch.arange(ROWS) * 0), x, y, settings)
     assert_same_rows(arena, type(arena)(*before))
 
 
@@ -143,11 +143,13 @@ def test_nothing_waits_for_the_device(preset, monkeypatch):
     """On CPU the two products are done row by row; the form of a device takes their place here."""
     settings = config(preset=preset)
     arena = new_pool(settings).arena[0]
-    monkeypatch.setattr(feed, "_cosines", lambda keys, rows, x, masks, total: _device_cosines(keys, rows, x, masks))
-    monkeypatch.setattr(feed, "_recall", lambda w, values, rows: torch.bmm(w[:, None], values[rows])[:, 0])
+    monkeypatch.setattr(
+        decode_device, "_cosines", lambda keys, rows, x, masks, total: _device_cosines(keys, rows, x, masks)
+    )
+    monkeypatch.setattr(decode_device, "_recall", lambda w, values, rows: torch.bmm(w[:, None], values[rows])[:, 0])
     for rows, writes, x, y in turns(12):
         with NoWaiting():
-            feed.feed(arena, told(rows, writes, preset, rows), x, y, settings, new_sets())
+            decode_device.feed(arena, told(rows, writes, preset, rows), x, y, settings, new_sets())
 
 
 def _device_cosines(keys, rows, x, masks):
