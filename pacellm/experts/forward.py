@@ -105,25 +105,35 @@ class ExpertForward:
     def __call__(self, hidden: Tensor) -> Tensor:
         """[1, T, H] or [T, H], as the FFN itself."""
         step = current_step()
-        if step is not None and step.decode is not None and step.decode.tokens.sets is not None:
-            return self._static(step, step.decode.tokens.sets, hidden.flatten(0, -2)).view(hidden.shape)
-        chunks = [chunk for chunk in step.chunks if chunk.experts is not None] if step is not None else []
-        thin = [chunk for chunk in chunks if chunk.num_decoded and _experts(chunk).density < 1.0]
-        reads = [chunk for chunk in chunks if chunk.stop - chunk.start > chunk.num_decoded]
-        if step is None or not (thin or reads):
+        if step is None:
             return self._plain(hidden)
-        flat, is_thin = hidden.flatten(0, -2), len(thin) == len(step.chunks) and not reads
-        inner = None if is_thin and self.kernel is not None else self._inner(flat)
-        for chunk in reads:
+        flat = hidden.flatten(0, -2)
+        if step.decode is not None and step.decode.tokens.sets is not None:
+            return self._static(step, step.decode.tokens.sets, flat).view(hidden.shape)
+        chunks = [chunk for chunk in step.chunks if chunk.experts is not None]
+        reading = [chunk for chunk in chunks if chunk.stop - chunk.start > chunk.num_decoded]
+        thin = [chunk for chunk in chunks if chunk.set_row is not None]
+        if not (thin or reading):
+            return self._plain(hidden)
+        is_thin = len(thin) == len(step.chunks) and not reading
+        return self._mixed(step, flat, reading, thin, is_thin).view(hidden.shape)
+
+    def _mixed(
+        self, step: StepContext, hidden: Tensor, reading: list[Chunk], thin: list[Chunk], is_thin: bool
+    ) -> Tensor:
+        """A step of prompts and decoded tokens, [T, H]: prompts of ``reading`` are counted, decoded tokens of ``thin``
+        use sets; ``is_thin`` where all rows do."""
+        inner = None if is_thin and self.kernel is not None else self._inner(hidden)
+        for chunk in reading:
             assert inner is not None
             self._count(chunk, inner)
         self._choose_sets(thin)
         if thin and self.kernel is not None:
-            return self._remember(step, *self._by_kernel(step, thin, flat, inner)).view(hidden.shape)
+            return self._remember(step, *self._by_kernel(step, thin, hidden, inner))
         assert inner is not None
         if thin:
             inner = self._masked(step, thin, inner)
-        return self._remember(step, inner, original(self._ffn.down)(inner)).view(hidden.shape)
+        return self._remember(step, inner, original(self._ffn.down)(inner))
 
     def _static(self, step: StepContext, rows: Tensor, hidden: Tensor) -> Tensor:
         """A step of one token for each sequence, whose sets are known: [B, H], by rows [B] of the table of sets.

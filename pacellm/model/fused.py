@@ -49,15 +49,13 @@ def fuse(model: nn.Module, *, joins: bool = True) -> Counter[str]:
         return Counter()
     found: Counter[str] = Counter()
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm") and _replace(module, _norm(module)):
-            found["norms"] += 1
-    for layer in decoder_layers(model):
-        for module in layer.modules():
-            found["projections"] += joins and _join(module)
-            found["rotary"] += _replace(module, _rotary(module, model))
-    for ffn in ffns(model) if joins else ():
-        if ffn is not None and _replace(ffn.module, _gated(ffn)):
-            found["ffns"] += 1
+        if type(module).__name__.endswith("RMSNorm"):
+            found["norms"] += _replace(module, _norm(module))
+    for module in [module for layer in decoder_layers(model) for module in layer.modules()]:
+        found["projections"] += joins and _join(module)
+        found["rotary"] += _replace(module, _rotary(module, model))
+    for ffn in [ffn for ffn in ffns(model) if joins and ffn is not None]:
+        found["ffns"] += _replace(ffn.module, _gated(ffn))
     if found:
         logger.info("fused: %s", ", ".join(f"{count} {name}" for name, count in found.items() if count))
     return found
@@ -111,11 +109,11 @@ class _Norm:
 
 
 def _norm(module: nn.Module) -> _Norm | None:
-    weight = getattr(module, "weight", None)
+    parameters, weight = list(module.parameters()), getattr(module, "weight", None)
     epsilon = next((getattr(module, name) for name in _EPSILONS if hasattr(module, name)), None)
-    if not _is_free(module) or not isinstance(weight, nn.Parameter) or weight.ndim != 1 or epsilon is None:
+    if not _is_free(module) or weight is None or epsilon is None:
         return None
-    if len(list(module.parameters())) > 1:
+    if len(parameters) > 1 or not isinstance(weight, nn.Parameter) or weight.ndim != 1:
         return None
     hidden = [scale * _random(weight, 1, _ROWS, weight.shape[0]) for scale in _SCALES]
     for plus_one in (False, True):
@@ -176,7 +174,7 @@ class _Part:
 def _join(module: nn.Module) -> bool:
     """Join a module's query, key and value projections, where it has such."""
     layers = [getattr(module, name, None) for name in _PROJECTIONS]
-    if not all(type(layer) is nn.Linear and _is_free(layer) and not _has_hooks(layer) for layer in layers):
+    if not all(map(_is_plain, layers)):
         return False
     linears: list[Any] = layers
     if len({(layer.in_features, layer.bias is None, layer.weight.dtype) for layer in linears}) > 1:
@@ -249,18 +247,25 @@ class _Gated:
 
 
 def _gated(ffn: FFN) -> _Gated | None:
-    module, layout = ffn.module, ffn.layout
-    if not _is_free(module) or not layout.is_gated or layout.norm is not None:
-        return None
-    names = [name for name in (layout.gate, layout.up) if name is not None]
-    layers: list[Any] = [getattr(module, name) for name in names]
-    if not all(type(layer) is nn.Linear and _is_free(layer) and layer.bias is None for layer in layers):
-        return None
-    if any(_has_hooks(layer) for layer in layers) or (activation := activation_name(ffn.activation())) is None:
+    layers = _gated_projections(ffn)
+    if layers is None or (activation := activation_name(ffn.activation())) is None:
         return None
     inputs = [scale * _random(layers[0].weight, 1, _ROWS, ffn.hidden) for scale in _SCALES]
-    outputs = [module(hidden) for hidden in inputs]
+    outputs = [ffn.module(hidden) for hidden in inputs]
     weight = layers[0].weight.data if len(layers) == 1 else _Joined(layers).weight
     gated = _Gated(ffn, weight, activation)
     are_plain = all(isinstance(output, Tensor) for output in outputs)
     return gated if are_plain and _agree([gated(hidden) for hidden in inputs], outputs) else None
+
+
+def _gated_projections(ffn: FFN) -> list[nn.Linear] | None:
+    """Gate and up, or what holds both, where they are plain linear layers that nobody listens to."""
+    layout = ffn.layout
+    if not _is_free(ffn.module) or not layout.is_gated or layout.norm is not None:
+        return None
+    layers = [getattr(ffn.module, name) for name in (layout.gate, layout.up) if name is not None]
+    return layers if all(_is_plain(layer) and layer.bias is None for layer in layers) else None
+
+
+def _is_plain(layer: Any) -> bool:
+    return type(layer) is nn.Linear and _is_free(layer) and not _has_hooks(layer)

@@ -99,6 +99,7 @@ class FFN:
         dim = 1 if role == "down" else 0
         if not isinstance(projection, nn.Linear):  # Conv1D holds [in, out]
             shape, dim = shape[::-1], 1 - dim
+        has_bias = role != "down" and bias is not None
         if tuple(weight.shape) != shape or not weight.is_floating_point():
             raise ModelError(
                 f"{name} of layer {self.layer} holds {tuple(weight.shape)} {weight.dtype}, not {shape}: neurons of a "
@@ -107,7 +108,7 @@ class FFN:
         found = []
         for number, part in enumerate(parts):
             found.append(NeuronAxis(part, f"{name}.weight", weight, dim, number * self.inner, self.inner))
-            if role != "down" and bias is not None:
+            if has_bias:
                 found.append(NeuronAxis(part, f"{name}.bias", bias, 0, number * self.inner, self.inner))
         return found
 
@@ -128,7 +129,7 @@ def ffn_of(layer: nn.Module, number: int, family: Family) -> FFN | None:
         layout = Layout(layout.down, layout.up, layout.gate, layout.fused, family.norm)
     for path, is_shared in ((family.ffn, False), (family.shared, True)):
         module = None if path is None else _below(layer, path)
-        if module is not None and all(isinstance(getattr(module, n, None), nn.Module) for n in layout.projections):
+        if module is not None and _has_projections(module, layout):
             inner, hidden = _sizes(original(getattr(module, layout.down)))
             return FFN(number, module, layout, is_shared, inner, hidden)
     if family.routed and (module := _below(layer, family.ffn)) is not None and _has_experts(module):
@@ -137,6 +138,10 @@ def ffn_of(layer: nn.Module, number: int, family: Family) -> FFN | None:
         f"layer {number} ({type(layer).__name__}) has no {family.ffn or 'projections'} with "
         f"{', '.join(layout.projections)}; its FFN is not understood"
     )
+
+
+def _has_projections(module: nn.Module, layout: Layout) -> bool:
+    return all(isinstance(getattr(module, name, None), nn.Module) for name in layout.projections)
 
 
 def ffns(model: nn.Module) -> list[FFN | None]:
