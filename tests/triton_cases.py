@@ -122,7 +122,7 @@ def test_decode_attention(window):
     keys, values = (torch.randn(2, 4 * 512, 24, generator=generator) for _ in range(2))
     tables = torch.tensor([[512, 0], [1536, 0], [1024, 512]], dtype=torch.int32)
     lengths = [130, 1, 700]
-    found = attention_decode.attend(query, keys, values, decode_rows(lengths, tables), 0.3, window, splits=3)
+    found = attention_decode.decode_attention(query, keys, values, decode_rows(lengths, tables), 0.3, window, splits=3)
     for row, length in enumerate(lengths):
         first = 0 if window is None else max(0, length - window)
         expected = plain(query[:, row], keys, values, tables[row], first, length, 0.3)
@@ -141,7 +141,9 @@ def test_a_shared_beginning_is_read_once():
         lengths=torch.tensor([0, 512], dtype=torch.int32),
         group=torch.tensor([1, 0, 1, 1]),
     )
-    found = attention_decode.attend(query, keys, values, decode_rows(lengths, tables, shared), 0.3, None, splits=2)
+    found = attention_decode.decode_attention(
+        query, keys, values, decode_rows(lengths, tables, shared), 0.3, None, splits=2
+    )
     for row, length in enumerate(lengths):
         expected = plain(query[:, row], keys, values, tables[row], 0, length, 0.3)
         torch.testing.assert_close(found[row].double(), expected, rtol=1e-4, atol=1e-4)

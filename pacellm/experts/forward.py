@@ -110,9 +110,8 @@ class ExpertForward:
         flat = hidden.flatten(0, -2)
         if step.decode is not None and step.decode.tokens.sets is not None:
             return self._static(step, step.decode.tokens.sets, flat).view(hidden.shape)
-        chunks = [chunk for chunk in step.chunks if chunk.experts is not None]
-        reading = [chunk for chunk in chunks if chunk.stop - chunk.start > chunk.num_decoded]
-        thin = [chunk for chunk in chunks if chunk.set_row is not None]
+        reading = [chunk for chunk in step.chunks if chunk.counts_experts]
+        thin = [chunk for chunk in step.chunks if chunk.set_row is not None]
         if not (thin or reading):
             return self._plain(hidden)
         is_thin = len(thin) == len(step.chunks) and not reading

@@ -101,8 +101,6 @@ class Layout:
             ConfigError: missing, damaged, or no layout; says what is wrong and what to do.
         """
         metadata, tensors = _read(path)
-        if (found := metadata.pop("format", "unnamed")) != FORMAT:
-            raise _bad(path, f"has the format {found[:40]!r}, not {FORMAT!r}")
         try:
             objective = {int(layer): float(value) for layer, value in json.loads(metadata.pop("objective")).items()}
             known = {name: metadata.pop(name) for name in ("method", "features", "fingerprint", "digest", "seed")}
@@ -123,9 +121,13 @@ class Layout:
 def _read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError) as error:
         raise _bad(path, f"cannot be read ({error})") from None
+    if (found := metadata.pop("format", "unnamed")) != FORMAT:
+        raise _bad(path, f"has the format {found[:40]!r}, not {FORMAT!r}")
+    return metadata, tensors
 
 
 def _tensors(layout: Layout) -> dict[str, Tensor]:

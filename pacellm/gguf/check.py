@@ -158,8 +158,7 @@ def _why(name: str) -> str:
 
 
 def _check_keys(header: Header) -> None:
-    begin = f"{header.architecture}."
-    given = {key.removeprefix(begin): value for key, value in header.metadata.items() if key.startswith(begin)}
+    begin, given = f"{header.architecture}.", header.own_keys
     # for this one transformers would leave keys in llama.cpp's order where the number of their heads is not said
     needed = (*_NEEDED, "attention.head_count_kv") if header.architecture == "llama" else _NEEDED
     if missing := [key for key in needed if key not in given]:
@@ -169,7 +168,8 @@ def _check_keys(header: Header) -> None:
     if header.architecture in ("llama", "phi3") and given.get("expert_count"):
         raise ModelError(f"{header.file} has routed experts in an architecture ({header.architecture}) that is served "
                          f"dense; use its original checkpoint")  # fmt: skip
-    if given.get("rope.scaling.type") not in _ROPE_SCALINGS or any("rope_factors_" in t.name for t in header.tensors):
+    has_factors = any("rope_factors_" in tensor.name for tensor in header.tensors)
+    if has_factors or given.get("rope.scaling.type") not in _ROPE_SCALINGS:
         kind = given.get("rope.scaling.type", "longrope")
         raise ModelError(f"{header.file} lengthens its context by {kind!r}, which is not served (linear and yarn are)")
 

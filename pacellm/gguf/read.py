@@ -43,8 +43,8 @@ def read_config(header: Header) -> PreTrainedConfig:
     Raises:
         ModelError: they do not fit together.
     """
-    begin, kind = f"{header.architecture}.", ARCHITECTURES[header.architecture]
-    given = {key.removeprefix(begin): _one(value) for key, value in header.metadata.items() if key.startswith(begin)}
+    kind = ARCHITECTURES[header.architecture]
+    given = {key: _one(value) for key, value in header.own_keys.items()}
     fields: dict[str, Any] = {FIELDS[key]: value for key, value in given.items() if key in FIELDS}
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
     head = given.get("attention.key_length") or fields["hidden_size"] // fields["num_attention_heads"]

@@ -134,6 +134,11 @@ class Chunk:
         return self.pieces[: len(self.pieces) - self.num_decoded]
 
     @property
+    def counts_experts(self) -> bool:
+        """It has prompt tokens, and their experts' activity is counted."""
+        return self.experts is not None and self.stop - self.start > self.num_decoded
+
+    @property
     def set_row(self) -> int | None:
         """The row of the table of sets that its decoded tokens use; None where they use all experts."""
         if self.experts is None or self.experts.density == 1.0 or not self.num_decoded:
@@ -254,8 +259,7 @@ class StepContext:
         to a bank of that layer. At 200K tokens that is half of the bundled model's work, which has two full layers.
         """
         is_read = chunk.banks is not None and layer in chunk.banks.banks
-        is_read = is_read or (chunk.experts is not None and chunk.stop - chunk.start > chunk.num_decoded)
-        if self.wanted is None or is_read or layer + 1 < len(self.keys):
+        if self.wanted is None or is_read or chunk.counts_experts or layer + 1 < len(self.keys):
             return chunk.start
         place = bisect_left(self.wanted, chunk.start)
         return min(self.wanted[place], chunk.stop) if place < len(self.wanted) else chunk.stop

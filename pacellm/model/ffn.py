@@ -65,20 +65,23 @@ class PersistentDown(nn.Module):
             return plain
         output = plain.clone() if step.acting else plain  # what is only observed is never written to
         for chunk in step.chunks:
-            if chunk.banks is not None and chunk.prompt_pieces:
-                step.failing = chunk
-                self._remember_prompt(step, chunk, inner, plain, output)
+            if chunk.banks is not None:
+                self._remember_prompt(step, chunk, chunk.banks, inner, plain, output)
         step.failing = None
         if step.decoding:
             remember = self._remember_tokens if inner.device.type == "cpu" else self._remember_rows
             remember(step, inner, plain, output)
         return output
 
-    def _remember_prompt(self, step: StepContext, chunk: Chunk, inner: Tensor, plain: Tensor, output: Tensor) -> None:
+    def _remember_prompt(
+        self, step: StepContext, chunk: Chunk, owned: Banks, inner: Tensor, plain: Tensor, output: Tensor
+    ) -> None:
         """Read, and where the request may write, stage and write, piece by piece in order."""
-        owned, bias = chunk.banks, self.bias
-        assert owned is not None
-        config, state, staged = step.pa.of(owned.preset), owned.banks[self.layer], owned.stages[self.layer]
+        if not chunk.prompt_pieces:
+            return
+        step.failing = chunk
+        config, bias = step.pa.of(owned.preset), self.bias
+        state, staged = owned.banks[self.layer], owned.stages[self.layer]
         for piece in chunk.prompt_pieces:
             rows = slice(piece.start, piece.stop)
             x, y = inner[rows], _without(bias, plain[rows])

@@ -48,15 +48,13 @@ def fuse(model: nn.Module, *, joins: bool = True) -> Counter[str]:
     if not has_triton(next(model.parameters()).device):
         return Counter()
     found: Counter[str] = Counter()
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            found["norms"] += _replace(module, _norm(module))
-    for module in [module for layer in decoder_layers(model) for module in layer.modules()]:
+    found["norms"] = sum(_replace(module, _norm(module)) for module in model.modules())
+    for module in (module for layer in decoder_layers(model) for module in layer.modules()):
         found["projections"] += joins and _join(module)
         found["rotary"] += _replace(module, _rotary(module, model))
-    for ffn in [ffn for ffn in ffns(model) if joins and ffn is not None]:
-        found["ffns"] += _replace(ffn.module, _gated(ffn))
-    if found:
+    if joins:
+        found["ffns"] = sum(_replace(ffn.module, _gated(ffn)) for ffn in ffns(model) if ffn is not None)
+    if found.total():
         logger.info("fused: %s", ", ".join(f"{count} {name}" for name, count in found.items() if count))
     return found
 
@@ -109,18 +107,16 @@ class _Norm:
 
 
 def _norm(module: nn.Module) -> _Norm | None:
-    parameters, weight = list(module.parameters()), getattr(module, "weight", None)
-    epsilon = next((getattr(module, name) for name in _EPSILONS if hasattr(module, name)), None)
-    if not _is_free(module) or weight is None or epsilon is None:
+    if not type(module).__name__.endswith("RMSNorm") or not _is_free(module):
         return None
-    if len(parameters) > 1 or not isinstance(weight, nn.Parameter) or weight.ndim != 1:
+    parameters = dict(module.named_parameters())
+    weight = parameters.get("weight")
+    epsilon = next((getattr(module, name) for name in _EPSILONS if hasattr(module, name)), None)
+    if weight is None or len(parameters) > 1 or weight.ndim != 1 or epsilon is None:
         return None
     hidden = [scale * _random(weight, 1, _ROWS, weight.shape[0]) for scale in _SCALES]
-    for plus_one in (False, True):
-        norm = _Norm(weight.data, float(epsilon), plus_one=plus_one)
-        if all(_agree([norm(one)], [module(one)]) for one in hidden):
-            return norm
-    return None
+    norms = (_Norm(weight.data, float(epsilon), plus_one=plus_one) for plus_one in (False, True))
+    return next((norm for norm in norms if _agree(list(map(norm, hidden)), list(map(module, hidden)))), None)
 
 
 # -- projections of one input ------------------------------------------------------------------------------------------

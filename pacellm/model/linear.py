@@ -63,16 +63,22 @@ def choose(module: nn.Module, memory: int) -> Products:
     kinds = _kinds(module)
     packs = sum(layer.weight.nbytes for layers in kinds.values() for layer in layers) <= memory
     trials = {kind: _Trial(layers[0], packs) for kind, layers in kinds.items()}
-    rows = next(
-        (rows for rows in _FEW if _fits(module, rows) and all(one.kernel(rows) for one in trials.values())), ROWS
-    )
-    kernels = {kind: trial.kernel(rows) for kind, trial in trials.items()}
-    by_onednn = [kind for kind, kernel in kernels.items() if kernel == "onednn"]
-    packed = sum(_use_onednn(kinds[kind], trials[kind].packs) for kind in by_onednn)
-    inexact = {size for (size, _, _), kernel in kernels.items() if kernel is None}
-    products = Products("onednn" if by_onednn else "torch", rows, tuple(sorted(inexact)), packed, not inexact)
+    rows = _fewest_rows(module, list(trials.values()))
+    kernel, packed, inexact = "torch", 0, set()
+    for kind, trial in trials.items():
+        match trial.kernel(rows):
+            case None:
+                inexact.add(kind[0])
+            case "onednn":
+                kernel, packed = "onednn", packed + _use_onednn(kinds[kind], trial.packs)
+    products = Products(kernel, rows, tuple(sorted(inexact)), packed, not inexact)
     _chosen[module] = torch.get_num_threads(), products
     return products
+
+
+def _fewest_rows(module: nn.Module, trials: list[_Trial]) -> int:
+    """With which every layer is exact by one of the kernels."""
+    return next((rows for rows in _FEW if _fits(module, rows) and all(one.kernel(rows) for one in trials)), ROWS)
 
 
 def _kinds(module: nn.Module) -> dict[Kind, list[nn.Linear]]:

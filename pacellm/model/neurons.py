@@ -93,13 +93,10 @@ class FFN:
     def _axes_of(self, role: Role, name: str) -> list[NeuronAxis]:
         projection = original(getattr(self.module, name))
         parts: tuple[Role, ...] = ("gate", "up") if self.layout.fused and role == "up" else (role,)
-        rows = len(parts) * self.inner
         weight, bias = projection.weight, projection.bias
-        shape = (self.hidden, self.inner) if role == "down" else (rows, self.hidden)
-        dim = 1 if role == "down" else 0
+        shape, dim = ((self.hidden, self.inner), 1) if role == "down" else ((len(parts) * self.inner, self.hidden), 0)
         if not isinstance(projection, nn.Linear):  # Conv1D holds [in, out]
             shape, dim = shape[::-1], 1 - dim
-        has_bias = role != "down" and bias is not None
         if tuple(weight.shape) != shape or not weight.is_floating_point():
             raise ModelError(
                 f"{name} of layer {self.layer} holds {tuple(weight.shape)} {weight.dtype}, not {shape}: neurons of a "
@@ -108,7 +105,7 @@ class FFN:
         found = []
         for number, part in enumerate(parts):
             found.append(NeuronAxis(part, f"{name}.weight", weight, dim, number * self.inner, self.inner))
-            if has_bias:
+            if role != "down" and bias is not None:
                 found.append(NeuronAxis(part, f"{name}.bias", bias, 0, number * self.inner, self.inner))
         return found
 

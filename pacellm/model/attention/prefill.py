@@ -45,13 +45,9 @@ def new_plan(members: list[tuple[Chunk, Run]], causal: bool, device: torch.devic
         count = chunk.stop - chunk.start
         parts.append(PlanPart(cumulative[-1], count, run.slot, run.length))
         cumulative.append(cumulative[-1] + count)
-    last = parts[-1]
-    chunks = [chunk for chunk, _ in members]
-    rows: Tensor | slice = slice(chunks[0].start, chunks[-1].stop)
-    if any(before.stop != after.start for before, after in itertools.pairwise(chunks)):
-        rows = upload([row for chunk in chunks for row in range(chunk.start, chunk.stop)], torch.int64)
+    last, rows = parts[-1], _rows([chunk for chunk, _ in members])
     return AttentionPlan(
-        rows=rows,
+        rows=rows if isinstance(rows, slice) else upload(rows, torch.int64),
         cu_queries=upload(cumulative),
         starts=upload([*(part.slot for part in parts), last.slot + last.length]),
         lengths=upload([part.length for part in parts]),
@@ -61,6 +57,13 @@ def new_plan(members: list[tuple[Chunk, Run]], causal: bool, device: torch.devic
         parts=tuple(parts),
         copies=copies,
     )
+
+
+def _rows(chunks: list[Chunk]) -> slice | list[int]:
+    """The packed rows of chunks; a slice where they are neighbours."""
+    if all(before.stop == after.start for before, after in itertools.pairwise(chunks)):
+        return slice(chunks[0].start, chunks[-1].stop)
+    return [row for chunk in chunks for row in range(chunk.start, chunk.stop)]
 
 
 def merge(total: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +139,7 @@ def _flash_attn_2() -> PrefillKernel:
 
     _parameters(flash_attn_func, "softmax_scale", "causal", "window_size", "return_attn_probs")
 
-    def attend(
+    def one_part(
         queries: Tensor, keys: Tensor, values: Tensor, causal: bool, scale: float, window: int | None
     ) -> tuple[Tensor, Tensor]:
         result = flash_attn_func(
@@ -145,7 +148,7 @@ def _flash_attn_2() -> PrefillKernel:
         )  # fmt: skip
         return result[0][0], result[1][0, :, : len(queries)].transpose(0, 1)
 
-    return PrefillKernel("flash-attn-2", _each(attend), least=64)
+    return PrefillKernel("flash-attn-2", _each(one_part), least=64)
 
 
 def _parameters(function: Callable[..., Any], *wanted: str) -> frozenset[str]:
@@ -169,15 +172,15 @@ def _cudnn() -> PrefillKernel:
         lse = result[1].reshape(queries.shape[1], len(queries))
         return result[0][0].transpose(0, 1), lse.transpose(0, 1)
 
-    def attend(
+    def one_part(
         queries: Tensor, keys: Tensor, values: Tensor, causal: bool, scale: float, window: int | None
     ) -> tuple[Tensor, Tensor]:
         return _split(square, queries, keys, values, causal, scale)
 
-    return PrefillKernel("cudnn", _each(attend), least=CUDNN_STEP, windows=False)
+    return PrefillKernel("cudnn", _each(one_part), least=CUDNN_STEP, windows=False)
 
 
-def _each(attend: Callable[..., tuple[Tensor, Tensor]]) -> Call:
+def _each(one_part: Callable[..., tuple[Tensor, Tensor]]) -> Call:
     """A plan's parts one after another."""
 
     def call(
@@ -186,7 +189,7 @@ def _each(attend: Callable[..., tuple[Tensor, Tensor]]) -> Call:
         found = []
         for part in plan.parts:
             rows, slots = slice(part.first, part.first + part.count), slice(part.slot, part.slot + part.length)
-            found.append(attend(queries[rows], keys[slots], values[slots], plan.causal, scale, window))
+            found.append(one_part(queries[rows], keys[slots], values[slots], plan.causal, scale, window))
         if len(found) == 1:
             return found[0]
         return torch.cat([output for output, _ in found]), torch.cat([lse for _, lse in found])
