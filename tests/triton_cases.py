@@ -9,7 +9,7 @@ from pacellm.experts import kernel as experts_triton
 from pacellm.experts.forward import ExpertForward
 from pacellm.experts.gated import ACTIVATIONS, Weights, activation_name
 from pacellm.memory import decode_device, decode_triton
-from pacellm.memory.tokens import Tokens
+from pacellm.memory.tokens import DecodedTokens
 from pacellm.model import fused, fused_triton
 from pacellm.model.attention import decode as attention_decode
 from pacellm.model.attention import prefill as prefill_kernels
@@ -88,7 +88,7 @@ def test_tokens_of_all_presets_side_by_side():
     mine, theirs = new_pool(settings).arena[0], new_pool(settings).arena[0]
     for number, (rows, writes, x, y) in enumerate(turns(36)):
         presets = rows % len(PRESETS)
-        tokens = Tokens(rows, torch.ones_like(writes), writes, presets)
+        tokens = DecodedTokens(rows, torch.ones_like(writes), writes, presets)
         expected = decode_device.feed(theirs, tokens, x, y, settings)
         if number in (29, 35):
             found = decode_triton.feed(mine, tokens, x, y, settings)
@@ -101,7 +101,7 @@ def test_tokens_of_all_presets_side_by_side():
 def decode_rows(lengths, tables, shared=None):
     """A decode step's rows, without banks."""
     nobody = torch.zeros(len(lengths), dtype=torch.int64)
-    tokens = Tokens(nobody, nobody > 0, nobody > 0, nobody)
+    tokens = DecodedTokens(nobody, nobody > 0, nobody > 0, nobody)
     slots = torch.zeros(len(lengths), dtype=torch.int64)
     return DecodeRows(slots, torch.tensor(lengths, dtype=torch.int32), tables, tokens, shared)
 

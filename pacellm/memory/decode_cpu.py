@@ -22,7 +22,7 @@ from pacellm.memory.similarity import TOGETHER, Total, cosines
 from pacellm.memory.state import EMPTY, FUSES, HITS, MERGES, MISSES, REPLACEMENTS, BankState, compute_dtype
 
 
-class Token(NamedTuple):
+class DecodedToken(NamedTuple):
     """A decoded token of one sequence in one layer.
 
     Attributes:
@@ -44,7 +44,7 @@ class Token(NamedTuple):
 
 
 @np.errstate(all="ignore")  # as torch
-def feed(tokens: Sequence[Token], config: PAConfig, total: Total | None = None) -> list[Tensor]:
+def feed(tokens: Sequence[DecodedToken], config: PAConfig, total: Total | None = None) -> list[Tensor]:
     """Read each token against its bank and, where asked, write it.
 
     Args:
@@ -104,7 +104,7 @@ def _judge(similarity: Tensor, banks: Sequence[BankState], config: PAConfig) -> 
     return found
 
 
-def _recalled(token: Token, similarity: Tensor, found: _Found, config: PAConfig) -> Tensor:
+def _recalled(token: DecodedToken, similarity: Tensor, found: _Found, config: PAConfig) -> Tensor:
     """[H] output of a token that recalls: what :func:`pacellm.memory.rule.weigh` and ``mix`` do."""
     weights = torch.zeros(TOGETHER, len(similarity), dtype=similarity.dtype)
     _weigh(weights.numpy()[0], similarity, int(token.bank.filled), found, config)
@@ -130,7 +130,7 @@ def _weigh(weights: np.ndarray, similarity: Tensor, filled: int, found: _Found, 
         weights[worst] += number(config.negative_weight) / number(len(worst))
 
 
-def _write(token: Token, found: _Found, output: Tensor, config: PAConfig) -> None:
+def _write(token: DecodedToken, found: _Found, output: Tensor, config: PAConfig) -> None:
     """A segment of one token."""
     bank, x = token.bank, token.inner[token.row]
     bank.clock.add_(1)

@@ -18,7 +18,7 @@ from pacellm.kernels import has_triton
 from pacellm.memory.rule import Rule, Verdict, judge, merge, mix, replace, replacement_key, weigh
 from pacellm.memory.similarity import Total, cosines, cosines_of_parts, together
 from pacellm.memory.state import EMPTY, FUSES, HITS, MERGES, MISSES, REPLACEMENTS, BankState, compute_dtype
-from pacellm.memory.tokens import PAPER, Tokens, rules
+from pacellm.memory.tokens import PAPER, DecodedTokens, rules
 
 Feed = Callable[..., Tensor]
 """As :func:`feed`; only torch's form takes ``total``."""
@@ -36,7 +36,7 @@ def best_feed(device: torch.device) -> Feed:
 
 def feed(
     arena: BankState,
-    tokens: Tokens,
+    tokens: DecodedTokens,
     x: Tensor,
     y: Tensor,
     config: PAConfig,
@@ -99,14 +99,19 @@ def _recall(weights: Tensor, values: Tensor, rows: Tensor) -> Tensor:
     return torch.bmm(weights[:, None], values[rows].to(weights.dtype))[:, 0]
 
 
-def _count(arena: BankState, tokens: Tokens, found: Verdict) -> None:
+def _count(arena: BankState, tokens: DecodedTokens, found: Verdict) -> None:
     codes = torch.where(found.empty, EMPTY, torch.where(found.hit, HITS, torch.where(found.fuse, FUSES, MISSES)))
     kinds = arena.counters.shape[1]
     arena.counters.view(-1).index_add_(0, tokens.rows * kinds + codes, tokens.live.long())
 
 
 def _merge(
-    arena: BankState, tokens: Tokens, writes: Tensor, found: Verdict, new: tuple[Tensor, Tensor], config: PAConfig
+    arena: BankState,
+    tokens: DecodedTokens,
+    writes: Tensor,
+    found: Verdict,
+    new: tuple[Tensor, Tensor],
+    config: PAConfig,
 ) -> None:
     """Mid tokens into the slots that they resemble; with ``paper`` a high token counts as a use of its slots."""
     slots, rows = arena.usage.shape[1], tokens.rows

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pacellm.config import PAConfig
 from pacellm.memory.state import BankState
-from pacellm.memory.tokens import OBSERVE, PAPER, Tokens, rules
+from pacellm.memory.tokens import OBSERVE, PAPER, DecodedTokens, rules
 
 _SPLIT = 2048  # inner activations that one program multiplies
 _SLOTS = 32  # keys of one program
@@ -24,7 +24,7 @@ _WIDTH = 128  # columns of one program
 
 
 def feed(
-    arena: BankState, tokens: Tokens, x: Tensor, y: Tensor, config: PAConfig, sets: Tensor | None = None
+    arena: BankState, tokens: DecodedTokens, x: Tensor, y: Tensor, config: PAConfig, sets: Tensor | None = None
 ) -> Tensor:
     """As :func:`pacellm.memory.decode_device.feed`, equal up to rounding; where neither the answer nor the bank needs a
     token's output, it is the plain one."""

@@ -94,11 +94,6 @@ class BankPool:
         """Rows that nobody holds."""
         return len(self._free)
 
-    @property
-    def num_stages_free(self) -> int:
-        """Stages that no running request holds."""
-        return len(self._free_stages)
-
     def check_out(self, source: int | None = None) -> int:
         """A working row with a stage: a copy of row ``source``, or empty banks."""
         if not self._free or not self._free_stages:

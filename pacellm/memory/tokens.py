@@ -14,7 +14,7 @@ from pacellm.memory.rule import Rule
 OBSERVE, PAPER = PRESETS.index("observe"), PRESETS.index("paper")
 
 
-class Tokens(NamedTuple):
+class DecodedTokens(NamedTuple):
     """One decoded token of each of B sequences.
 
     Attributes:

@@ -21,7 +21,7 @@ from pacellm.config import PRESETS, PAConfig, Preset
 from pacellm.memory.expert_counts import ActivityState
 from pacellm.memory.similarity import Total
 from pacellm.memory.state import BankState, Stage
-from pacellm.memory.tokens import Tokens
+from pacellm.memory.tokens import DecodedTokens
 from pacellm.memory.working_set import SetTable
 from pacellm.model.attention.plan import PrefillKernel
 from pacellm.modes import PAMode, preset_of, writes
@@ -188,7 +188,7 @@ class DecodeRows:
     slots: Tensor
     lengths: Tensor
     tables: Tensor
-    tokens: Tokens
+    tokens: DecodedTokens
     shared: Shared | None = None
     acts: bool = True
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from pacellm.config import PRESETS, Preset
 from pacellm.memory import decode_cpu, decode_device, segment
-from pacellm.memory.decode_cpu import Token
+from pacellm.memory.decode_cpu import DecodedToken
 from pacellm.memory.decode_device import best_feed
 from pacellm.memory.similarity import Total
-from pacellm.memory.tokens import Tokens
+from pacellm.memory.tokens import DecodedTokens
 from pacellm.model.context import Banks, Chunk, DecodeRows, Observed, StepContext, current_step
 from pacellm.model.side_stream import on_side_stream
 from pacellm.transfer import to_device
@@ -131,7 +131,7 @@ class PersistentDown(nn.Module):
         found = self._feed_rows(step, decode.tokens, inner, plain)
         return torch.where(decode.tokens.acts[:, None], found, plain)
 
-    def _feed_rows(self, step: StepContext, tokens: Tokens, inner: Tensor, plain: Tensor) -> Tensor:
+    def _feed_rows(self, step: StepContext, tokens: DecodedTokens, inner: Tensor, plain: Tensor) -> Tensor:
         """[B, H] outputs of one token for each row of the arena that ``tokens`` names."""
         device, total = inner.device, self._total(step)
         feed = best_feed(device) if total is None else partial(decode_device.feed, total=total)
@@ -174,24 +174,26 @@ def _turns(decoding: list[tuple[Chunk, Banks]]) -> Iterator[Turn]:
         left = [(chunk, banks) for chunk, banks in left if chunk.num_decoded > turn]
 
 
-def _tokens(step: StepContext, preset: Preset, layers: list[Observed]) -> Iterator[list[Token]]:
+def _tokens(step: StepContext, preset: Preset, layers: list[Observed]) -> Iterator[list[DecodedToken]]:
     """A preset's decoded tokens in these layers, turn by turn."""
     for turn in _turns([(chunk, banks) for chunk, banks in step.decoding if banks.preset == preset]):
         yield [
-            Token(owned.banks[layer], owned.writes, inner, row, y[row - first], chunk.mask(layer, inner.shape[1]))
+            DecodedToken(
+                owned.banks[layer], owned.writes, inner, row, y[row - first], chunk.mask(layer, inner.shape[1])
+            )
             for layer, inner, y, first, _ in layers
             for row, chunk, owned in turn
         ]
 
 
-def _uploaded(step: StepContext, device: torch.device) -> list[tuple[Tensor, Tokens, bool]]:
+def _uploaded(step: StepContext, device: torch.device) -> list[tuple[Tensor, DecodedTokens, bool]]:
     """For each turn rows of the step, whose banks they meet, and whether any of these act."""
     has_sets = any(chunk.set_row is not None for chunk, _ in step.decoding)
     everything = 0 if step.sets is None else step.sets.everything
     return [_upload(turn, device, has_sets, everything) for turn in _turns(step.decoding)]
 
 
-def _upload(turn: Turn, device: torch.device, has_sets: bool, everything: int) -> tuple[Tensor, Tokens, bool]:
+def _upload(turn: Turn, device: torch.device, has_sets: bool, everything: int) -> tuple[Tensor, DecodedTokens, bool]:
     numbers = [
         (
             row,
@@ -204,11 +206,11 @@ def _upload(turn: Turn, device: torch.device, has_sets: bool, everything: int) -
     ]
     rows, owned, writes, presets, sets = to_device(torch.tensor(numbers, dtype=torch.int64).T.contiguous(), device)
     live = torch.ones_like(owned, dtype=torch.bool)
-    tokens = Tokens(owned, live, writes.bool(), presets, sets if has_sets else None)
+    tokens = DecodedTokens(owned, live, writes.bool(), presets, sets if has_sets else None)
     return rows, tokens, any(banks.acts for _, _, banks in turn)
 
 
-def _whole_sets(step: StepContext, tokens: Tokens) -> Tokens:
+def _whole_sets(step: StepContext, tokens: DecodedTokens) -> DecodedTokens:
     """Where no token has a set but in other steps some may, sets of everything: a kernel with and one without sets may
     sum in another order."""
     if not step.deterministic or step.sets is None or tokens.sets is not None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from pacellm.errors import ModelError
-from pacellm.model.families import LAYOUTS, Family, Layout, family_of
+from pacellm.model.families import FFN_LAYOUTS, Family, FFNLayout, family_of
 
 Role = Literal["gate", "up", "down", "norm"]
 _ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")
@@ -51,7 +51,7 @@ class FFN:
 
     layer: int
     module: nn.Module
-    layout: Layout
+    layout: FFNLayout
     is_shared: bool
     inner: int
     hidden: int
@@ -121,9 +121,9 @@ def ffn_of(layer: nn.Module, number: int, family: Family) -> FFN | None:
     Raises:
         ModelError: the layer does not look like its family.
     """
-    layout = LAYOUTS[family.layout]
+    layout = FFN_LAYOUTS[family.layout]
     if family.norm is not None:
-        layout = Layout(layout.down, layout.up, layout.gate, layout.fused, family.norm)
+        layout = FFNLayout(layout.down, layout.up, layout.gate, layout.fused, family.norm)
     for path, is_shared in ((family.ffn, False), (family.shared, True)):
         module = None if path is None else _below(layer, path)
         if module is not None and _has_projections(module, layout):
@@ -137,7 +137,7 @@ def ffn_of(layer: nn.Module, number: int, family: Family) -> FFN | None:
     )
 
 
-def _has_projections(module: nn.Module, layout: Layout) -> bool:
+def _has_projections(module: nn.Module, layout: FFNLayout) -> bool:
     return all(isinstance(getattr(module, name, None), nn.Module) for name in layout.projections)
 
 

@@ -1,4 +1,7 @@
-"""Work whose result the step does not need, beside the step on a CUDA stream of its own: observing banks."""
+"""Work whose result the step does not need, on a CUDA stream of its own beside the step's: observing banks.
+
+A candidate: what it saves was not measured on a GPU; it stays until it is.
+"""
 
 from __future__ import annotations
 

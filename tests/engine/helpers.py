@@ -90,4 +90,4 @@ def assert_nothing_held(engine):
     assert not engine.scheduler.running
     assert not engine.scheduler.waiting
     if engine.pool is not None:
-        assert engine.pool.num_stages_free == engine.config.max_num_seqs
+        assert len(engine.pool._free_stages) == engine.config.max_num_seqs

@@ -7,7 +7,7 @@ from pacellm import PAConfig
 from pacellm.config import PRESETS
 from pacellm.memory import decode_cpu, decode_device
 from pacellm.memory.pool import BankPool, BankShape
-from pacellm.memory.tokens import Tokens
+from pacellm.memory.tokens import DecodedTokens
 from tests.memory.algorithm1 import Algorithm1
 from tests.memory.test_bank import GOLDEN, data, load, run
 
@@ -59,11 +59,11 @@ def test_decoded_tokens_are_segments_of_one(preset, numbers, form):
         settings, [BankShape(0, 48, 16)], num_rows=2, num_stages=1, dtype=torch.float64, device=torch.device("cpu")
     )
     rows, everyone = torch.arange(2), torch.ones(2, dtype=torch.bool)
-    told = Tokens(rows, everyone, everyone, torch.full((2,), PRESETS.index(preset)))
+    told = DecodedTokens(rows, everyone, everyone, torch.full((2,), PRESETS.index(preset)))
     for at in range(120):
         x, y = (torch.stack([pair[which][at] for pair in inputs]) for which in (0, 1))
         if form == "cpu":
-            tokens = [decode_cpu.Token(pool.banks(row)[0], True, x, row, y[row]) for row in range(2)]
+            tokens = [decode_cpu.DecodedToken(pool.banks(row)[0], True, x, row, y[row]) for row in range(2)]
             found = torch.stack(decode_cpu.feed(tokens, settings))
         else:
             found = decode_device.feed(pool.arena[0], told, x, y, settings)

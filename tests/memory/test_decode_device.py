@@ -8,7 +8,7 @@ from pacellm import PAConfig
 from pacellm.config import PRESETS
 from pacellm.memory import decode_device
 from pacellm.memory.pool import BankPool, BankShape
-from pacellm.memory.tokens import Tokens
+from pacellm.memory.tokens import DecodedTokens
 from tests.memory.test_bank import data, feed_rows
 
 INNER, HIDDEN, ROWS = 48, 16, 6
@@ -47,7 +47,7 @@ def turns(count, dtype=torch.float32):
 def told(rows, writes, preset, sets=None):
     """Tokens that all live, of one preset."""
     presets = torch.full_like(rows, PRESETS.index(preset))
-    return Tokens(rows, torch.ones_like(writes), writes, presets, sets)
+    return DecodedTokens(rows, torch.ones_like(writes), writes, presets, sets)
 
 
 def assert_same_rows(mine, theirs, close=None):
@@ -71,7 +71,7 @@ def test_masked_equals_one_by_one_to_the_bit(preset, ties, dtype):
         banks = [theirs.banks(row)[0] for row in rows.tolist()]
         expected = feed_rows(banks, writes.tolist(), x, y, settings)
         # padding and a token that was fed in vain stand beside them
-        tokens = Tokens(
+        tokens = DecodedTokens(
             rows=torch.cat([rows, torch.full((3,), mine.scratch_row)]),
             live=torch.cat([torch.ones_like(rows, dtype=torch.bool), torch.zeros(3, dtype=torch.bool)]),
             writes=torch.cat([writes, torch.ones(3, dtype=torch.bool)]),
@@ -94,7 +94,7 @@ def test_presets_side_by_side_are_each_alone_to_the_bit(ties, dtype):
     arena = mine.arena[0]
     for rows, writes, x, y in turns(60, dtype):
         presets = rows % len(PRESETS)
-        tokens = Tokens(rows, torch.ones_like(writes), writes, presets)
+        tokens = DecodedTokens(rows, torch.ones_like(writes), writes, presets)
         found = decode_device.feed(arena, tokens, x, y, settings)
         assert tokens.acts.tolist() == [row % 3 > 0 for row in rows.tolist()]
         for number, row in enumerate(rows.tolist()):
@@ -134,7 +134,9 @@ def test_a_token_that_does_not_live_changes_nothing():
     before = [tensor.clone() for tensor in arena]
     x, y = data(ROWS, INNER, HIDDEN, seed=50)
     nobody = torch.zeros(ROWS, dtype=torch.bool)
-    decode_device.feed(arena, Tokens(torch.arange(ROWS), nobody, ~nobody, torch.arange(ROWS) * 0), x, y, settings)
+    decode_device.feed(
+        arena, DecodedTokens(torch.arange(ROWS), nobody, ~nobody, torch.arange(ROWS) * 0), x, y, settings
+    )
     assert_same_rows(arena, type(arena)(*before))
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pacellm.memory.tokens import Tokens
+from pacellm.memory.tokens import DecodedTokens
 from pacellm.model.attention.plan import AttentionPlan, PrefillKernel
 from pacellm.model.attention.prefill import CUDNN_STEP, FLASH, merge, merge_copies, new_plan
 from pacellm.model.context import Chunk, DecodeRows, KVShape, Run, StepContext
@@ -132,7 +132,7 @@ def _error(kernel: DecodeKernel, shape: KVShape, dtype: torch.dtype, device: tor
         index,
         torch.tensor(lengths, dtype=torch.int32, device=device),
         tables,
-        Tokens(index, index > 1, index > 1, index),
+        DecodedTokens(index, index > 1, index > 1, index),
     )
     found = kernel(query, keys, values, rows, size**-0.5, None, None)
     for row, length in enumerate(lengths):
@@ -176,7 +176,7 @@ def _build_decoded(chunks: list[Chunk], device: torch.device) -> tuple[Tensor, D
         index,
         to_device(torch.tensor(lengths, dtype=torch.int32), device),
         to_device(numbers, device),
-        Tokens(index, nothing, nothing, index),
+        DecodedTokens(index, nothing, nothing, index),
     )
     return index, told
 
@@ -211,7 +211,7 @@ def _plans(
 def _cut(chunk: Chunk, heads: int) -> list[Run]:
     """The keys before a short chunk in so many pieces that the device is full; [] where it is so anyway. A kernel's
     program takes the queries of one head over all keys it is given: behind 200,000 of them a short chunk would have few
-    programs, each a long way to go."""
+    programs, each a long way to go. A candidate: not measured on a GPU yet; it stays until it is."""
     count = chunk.stop - chunk.start
     pieces = min(_PROGRAMS // (heads * -(-count // _QUERIES)), chunk.position // _LEAST_PIECE)
     if count >= CUDNN_STEP or pieces < 2:

@@ -7,7 +7,8 @@ the lower right of each part. Every kernel reads keys and values where they lie.
   parts in one call: ``cu_seqlens_k`` tells where each one's keys start in the slab, ``seqused_k`` how many there are.
 - ``flash-attn-3``: ``flash_attn_interface.flash_attn_varlen_func`` (Shah et al. 2024), called the same way.
 - ``flash-attn-2``: ``flash_attn.flash_attn_func`` for one part after another, since its variable-length function takes
-  no ``seqused_k``, and a part's keys end before the next one's start.
+  no ``seqused_k``, and a part's keys end before the next one's start. Both are candidates that were not measured on a
+  GPU yet; they stay until they are.
 - ``cudnn``: ``aten::_scaled_dot_product_cudnn_attention``. Its causal mask is aligned to the upper left, and it
   compiles every new shape (for about 0.4 s, sgl-project/sglang#4650), so :func:`_split` makes calls of few shapes.
 """
