@@ -114,14 +114,12 @@ class ExpertForward:
         thin = [chunk for chunk in step.chunks if chunk.set_row is not None]
         if not (thin or reading):
             return self._plain(hidden)
-        is_thin = len(thin) == len(step.chunks) and not reading
-        return self._mixed(step, flat, reading, thin, is_thin).view(hidden.shape)
+        return self._mixed(step, flat, reading, thin).view(hidden.shape)
 
-    def _mixed(
-        self, step: StepContext, hidden: Tensor, reading: list[Chunk], thin: list[Chunk], is_thin: bool
-    ) -> Tensor:
+    def _mixed(self, step: StepContext, hidden: Tensor, reading: list[Chunk], thin: list[Chunk]) -> Tensor:
         """A step of prompts and decoded tokens, [T, H]: prompts of ``reading`` are counted, decoded tokens of ``thin``
-        use sets; ``is_thin`` where all rows do."""
+        use sets."""
+        is_thin = len(thin) == len(step.chunks) and not reading
         inner = None if is_thin and self.kernel is not None else self._inner(hidden)
         for chunk in reading:
             assert inner is not None

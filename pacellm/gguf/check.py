@@ -52,6 +52,8 @@ FIELDS = {
 }
 _INTEGERS = FIELDS.keys() - {"attn_logit_softcapping", "final_logit_softcapping"}
 _NEEDED = ("context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count")
+# for this one transformers would leave keys in llama.cpp's order where the number of their heads is not said
+_NEEDED_TOO = {"llama": ("attention.head_count_kv",)}
 _NORMS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
 _HEADS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 _ROPE = ("rope.freq_base", "rope.freq_base_swa", "rope.scaling.type", "rope.scaling.factor",
@@ -159,9 +161,7 @@ def _why(name: str) -> str:
 
 def _check_keys(header: Header) -> None:
     begin, given = f"{header.architecture}.", header.own_keys
-    # for this one transformers would leave keys in llama.cpp's order where the number of their heads is not said
-    needed = (*_NEEDED, "attention.head_count_kv") if header.architecture == "llama" else _NEEDED
-    if missing := [key for key in needed if key not in given]:
+    if missing := [key for key in (*_NEEDED, *_NEEDED_TOO.get(header.architecture, ())) if key not in given]:
         raise ModelError(f"{header.file} lacks {begin}{missing[0]}")
     for key, value in given.items():
         _check_key(header, begin, key, value)

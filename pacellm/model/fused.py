@@ -13,7 +13,7 @@ import inspect
 import logging
 import types
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -49,13 +49,13 @@ def fuse(model: nn.Module, *, joins: bool = True) -> Counter[str]:
         return Counter()
     found: Counter[str] = Counter()
     found["norms"] = sum(_replace(module, _norm(module)) for module in model.modules())
-    for module in (module for layer in decoder_layers(model) for module in layer.modules()):
+    for module in _in_layers(model):
         found["projections"] += joins and _join(module)
         found["rotary"] += _replace(module, _rotary(module, model))
     if joins:
         found["ffns"] = sum(_replace(ffn.module, _gated(ffn)) for ffn in ffns(model) if ffn is not None)
-    if found.total():
-        logger.info("fused: %s", ", ".join(f"{count} {name}" for name, count in found.items() if count))
+    if kept := +found:
+        logger.info("fused: %s", ", ".join(f"{count} {name}" for name, count in kept.items()))
     return found
 
 
@@ -64,6 +64,11 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         if getattr(module.__dict__.get("forward"), _OWN, False):
             del module.forward
+
+
+def _in_layers(model: nn.Module) -> Iterator[nn.Module]:
+    for layer in decoder_layers(model):
+        yield from layer.modules()
 
 
 def _replace(module: nn.Module, forward: Callable[..., Any] | None) -> bool:
@@ -109,14 +114,21 @@ class _Norm:
 def _norm(module: nn.Module) -> _Norm | None:
     if not type(module).__name__.endswith("RMSNorm") or not _is_free(module):
         return None
+    weight, epsilon = _norm_parameters(module)
+    if weight is None or epsilon is None:
+        return None
+    hidden = [scale * _random(weight, 1, _ROWS, weight.shape[0]) for scale in _SCALES]
+    norms = (_Norm(weight.data, epsilon, plus_one=plus_one) for plus_one in (False, True))
+    return next((norm for norm in norms if _agree(list(map(norm, hidden)), list(map(module, hidden)))), None)
+
+
+def _norm_parameters(module: nn.Module) -> tuple[Tensor | None, float | None]:
+    """Its weight, where that is all that it has, and its epsilon."""
     parameters = dict(module.named_parameters())
     weight = parameters.get("weight")
     epsilon = next((getattr(module, name) for name in _EPSILONS if hasattr(module, name)), None)
-    if weight is None or len(parameters) > 1 or weight.ndim != 1 or epsilon is None:
-        return None
-    hidden = [scale * _random(weight, 1, _ROWS, weight.shape[0]) for scale in _SCALES]
-    norms = (_Norm(weight.data, float(epsilon), plus_one=plus_one) for plus_one in (False, True))
-    return next((norm for norm in norms if _agree(list(map(norm, hidden)), list(map(module, hidden)))), None)
+    is_alone = weight is not None and len(parameters) == 1 and weight.ndim == 1
+    return weight if is_alone else None, None if epsilon is None else float(epsilon)
 
 
 # -- projections of one input ------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from pacellm.engine.pace import Pace
 from pacellm.errors import ConfigError
 from pacellm.experts import forward as experts
 from pacellm.experts.apply import apply_layout
@@ -52,6 +53,7 @@ def logprobs_by_kernel(kernel, static, new=6):
     """Log-probabilities of four requests' tokens, of several densities, decoded together, and of a second turn."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs, "BUCKETS", (16,))
+        patch.setattr(Pace, "seconds", lambda self, *, decodes, several=False: None)  # chunks by the budget alone
         engine = kernel_engine(kernel, static, max_num_batched_tokens=64)
         sampling = SamplingParams(max_tokens=new, temperature=0, logprobs=0, ignore_eos=True)
         asked = [

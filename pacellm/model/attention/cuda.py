@@ -51,8 +51,7 @@ def attend_on_cuda(step: StepContext, layer: int, query: Tensor, scale: float, w
     if decoded is not None:
         chunks = [chunk for chunk in chunks if not chunk.num_decoded]
         rows, told = decoded
-        splits = DETERMINISTIC_SPLITS if step.deterministic else None
-        found = _attend_rows(query[:, rows], step.keys[layer], step.values[layer], told, scale, window, splits)
+        found = _attend_rows(step, layer, query[:, rows], told, scale, window)
         output.index_copy_(0, rows, found)
     in_place = [chunk for chunk in chunks if _in_place(chunk, window)]
     if in_place:
@@ -86,13 +85,15 @@ def _attend_in_place(
 def attend_decoded_on_cuda(step: StepContext, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
     """[H, B, D] queries of a step that only decodes, told by ``step.decode`` -> [B, H, D]."""
     assert step.decode is not None
-    splits = DETERMINISTIC_SPLITS if step.deterministic else None
-    return _attend_rows(query, step.keys[layer], step.values[layer], step.decode, scale, window, splits)
+    return _attend_rows(step, layer, query, step.decode, scale, window)
 
 
-def _attend_rows(query: Tensor, *arguments: object) -> Tensor:
+def _attend_rows(
+    step: StepContext, layer: int, query: Tensor, rows: DecodeRows, scale: float, window: int | None
+) -> Tensor:
     assert _decode_kernel is not None
-    return _decode_kernel(query, *arguments)
+    splits = DETERMINISTIC_SPLITS if step.deterministic else None
+    return _decode_kernel(query, step.keys[layer], step.values[layer], rows, scale, window, splits)
 
 
 def no_decode_kernel(shapes: list[KVShape], dtype: torch.dtype, device: torch.device) -> str | None:
@@ -201,11 +202,17 @@ def _plans(
         cuts = [(chunk, _cut(chunk, heads) if are_cut else []) for chunk in chunks]
         plans = _build_plans([chunk for chunk, pieces in cuts if not pieces], (step.kernel or FLASH).least, device)
         for chunk, pieces in cuts:
-            if pieces:
-                plans.append(new_plan([(chunk, piece) for piece in pieces], False, device, copies=len(pieces)))
-                plans.append(new_plan([(chunk, _own(chunk))], True, device))
+            plans += _plans_of_pieces(chunk, pieces, device)
         step.scratch[name] = plans
     return step.scratch[name]  # type: ignore[return-value]
+
+
+def _plans_of_pieces(chunk: Chunk, pieces: list[Run], device: torch.device) -> list[AttentionPlan]:
+    """The pieces of the keys before a chunk side by side, then its own tokens; nothing where it is not cut."""
+    if not pieces:
+        return []
+    before = new_plan([(chunk, piece) for piece in pieces], False, device, copies=len(pieces))
+    return [before, new_plan([(chunk, _own(chunk))], True, device)]
 
 
 def _cut(chunk: Chunk, heads: int) -> list[Run]:
