@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
-from pacellm.config import PAConfig
+from pacellm.config import PRESETS, PAConfig
 from pacellm.memory.state import COUNTERS, new_bank, new_stage
 from pacellm.model.context import Banks, Chunk, Piece, StepContext, step_context
 from pacellm.model.ffn import PersistentDown
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--inner", type=int, default=4864)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--bank-size", type=int, default=100)
-    parser.add_argument("--preset", choices=("reference", "paper"), default="reference")
+    parser.add_argument("--preset", choices=PRESETS, default="reference")
     parser.add_argument("--pairs", type=int, default=21)
     parser.add_argument("--peer", type=Path, help="checkout of the authors' released code")
     args = parser.parse_args()
@@ -75,7 +75,7 @@ def main() -> None:
     sizes = (config, args.inner, args.hidden, torch.float32, cpu)
     bank, stage = new_bank(*sizes), new_stage(*sizes)
     pieces = (Piece(0, args.tokens, ends=True),)
-    chunk = Chunk(0, args.tokens, 0, (), pieces, Banks({0: bank}, {0: stage}, "on"))
+    chunk = Chunk(0, args.tokens, 0, (), pieces, Banks({0: bank}, {0: stage}, args.preset))
     patched = Qwen2MLP(mlp.config).eval().requires_grad_(False)
     patched.load_state_dict(mlp.state_dict())
     patched.down_proj = PersistentDown(patched.down_proj, 0)

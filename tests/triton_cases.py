@@ -6,15 +6,19 @@ from torch.nn.functional import linear
 
 from pacellm.config import PRESETS
 from pacellm.experts import kernel as experts_triton
-from pacellm.experts.forward import _ACTIVATIONS, ExpertForward, Weights, activation_name
-from pacellm.memory import feed, feed_triton
+from pacellm.experts.forward import ExpertForward
+from pacellm.experts.gated import ACTIVATIONS, Weights, activation_name
+from pacellm.memory import decode_device, decode_triton
+from pacellm.memory.tokens import DecodedTokens
 from pacellm.model import fused, fused_triton
-from pacellm.model.attention import decode as decode_triton
+from pacellm.model.attention import decode as attention_decode
 from pacellm.model.attention import prefill as prefill_kernels
 from pacellm.model.context import DecodeRows, Shared
 from pacellm.model.neurons import ffns
 from tests.experts.test_layout import random_layout
-from tests.memory.test_feed import ROWS, assert_same_rows, config, new_pool, new_sets, told, turns
+from tests.memory.algorithm1 import Algorithm1
+from tests.memory.test_bank import data
+from tests.memory.test_decode_device import ROWS, assert_same_rows, config, new_pool, new_sets, told, turns
 from tests.memory.test_working_set import logprobs_by_kernel
 from tests.models import tiny
 
@@ -29,16 +33,36 @@ def test_feed(preset, ties):
         if number in (17, 29):
             tokens.live[0] = False
             before = mine.counters[:ROWS].sum(0)
-            expected = feed.feed(theirs, tokens, x, y, settings)
-            found = feed_triton.feed(mine, tokens, x, y, settings)
+            expected = decode_device.feed(theirs, tokens, x, y, settings)
+            found = decode_triton.feed(mine, tokens, x, y, settings)
             if settings.acts:
                 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
             assert (mine.counters[:ROWS].sum(0) > before).any()
         else:
             for arena in (mine, theirs):
-                feed.feed(arena, tokens, x, y, settings)
+                decode_device.feed(arena, tokens, x, y, settings)
     assert_same_rows(mine, theirs, close={"rtol": 1e-4, "atol": 1e-4})
     assert mine.counters[:ROWS].sum(0).gt(0).sum() >= 5
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_feed_is_algorithm_1(preset):
+    """Two sequences, their tokens segments of one."""
+    settings = config(preset=preset, ties="age", bank_size=8, top_k=3)
+    arena, rules = new_pool(settings).arena[0], [Algorithm1(settings) for _ in range(2)]
+    rows = torch.arange(2)
+    tokens = told(rows, rows >= 0, preset)
+    x, y = data(60, 48, 16, seed=1)
+    for at in range(0, 60, 2):
+        pair = x[at : at + 2], y[at : at + 2]
+        found = decode_triton.feed(arena, tokens, *pair, settings)
+        expected = torch.cat([rule.segment(*(part[row : row + 1] for part in pair)) for row, rule in enumerate(rules)])
+        if settings.acts:
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for row, rule in enumerate(rules):
+        rule.assert_holds(type(arena)(*(tensor[row] for tensor in arena)), rtol=1e-4, atol=1e-4)
+        assert rule.counts[4]
+        assert rule.counts[5]
 
 
 def test_feed_with_working_sets():
@@ -49,11 +73,11 @@ def test_feed_with_working_sets():
         tokens = told(rows, writes, "reference", rows)
         if number < 27:
             for arena in (mine, theirs):
-                feed.feed(arena, tokens, x, y, settings)
+                decode_device.feed(arena, tokens, x, y, settings)
         else:
             x = x * table[rows].repeat_interleave(x.shape[1] // table.shape[1], 1)
-            expected = feed.feed(theirs, tokens, x, y, settings, table)
-            found = feed_triton.feed(mine, tokens, x, y, settings, table)
+            expected = decode_device.feed(theirs, tokens, x, y, settings, table)
+            found = decode_triton.feed(mine, tokens, x, y, settings, table)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert_same_rows(mine, theirs, close={"rtol": 1e-4, "atol": 1e-4})
     assert mine.counters[:ROWS].sum(0).gt(0).sum() >= 4
@@ -64,20 +88,20 @@ def test_tokens_of_all_presets_side_by_side():
     mine, theirs = new_pool(settings).arena[0], new_pool(settings).arena[0]
     for number, (rows, writes, x, y) in enumerate(turns(36)):
         presets = rows % len(PRESETS)
-        tokens = feed.Tokens(rows, torch.ones_like(writes), writes, presets)
-        expected = feed.feed(theirs, tokens, x, y, settings)
+        tokens = DecodedTokens(rows, torch.ones_like(writes), writes, presets)
+        expected = decode_device.feed(theirs, tokens, x, y, settings)
         if number in (29, 35):
-            found = feed_triton.feed(mine, tokens, x, y, settings)
+            found = decode_triton.feed(mine, tokens, x, y, settings)
             torch.testing.assert_close(found[tokens.acts], expected[tokens.acts], rtol=1e-4, atol=1e-4)
         else:
-            feed.feed(mine, tokens, x, y, settings)
+            decode_device.feed(mine, tokens, x, y, settings)
     assert_same_rows(mine, theirs, close={"rtol": 1e-4, "atol": 1e-4})
 
 
 def decode_rows(lengths, tables, shared=None):
     """A decode step's rows, without banks."""
     nobody = torch.zeros(len(lengths), dtype=torch.int64)
-    tokens = feed.Tokens(nobody, nobody > 0, nobody > 0, nobody)
+    tokens = DecodedTokens(nobody, nobody > 0, nobody > 0, nobody)
     slots = torch.zeros(len(lengths), dtype=torch.int64)
     return DecodeRows(slots, torch.tensor(lengths, dtype=torch.int32), tables, tokens, shared)
 
@@ -98,7 +122,7 @@ def test_decode_attention(window):
     keys, values = (torch.randn(2, 4 * 512, 24, generator=generator) for _ in range(2))
     tables = torch.tensor([[512, 0], [1536, 0], [1024, 512]], dtype=torch.int32)
     lengths = [130, 1, 700]
-    found = decode_triton.attend(query, keys, values, decode_rows(lengths, tables), 0.3, window, splits=3)
+    found = attention_decode.decode_attention(query, keys, values, decode_rows(lengths, tables), 0.3, window, splits=3)
     for row, length in enumerate(lengths):
         first = 0 if window is None else max(0, length - window)
         expected = plain(query[:, row], keys, values, tables[row], first, length, 0.3)
@@ -117,7 +141,9 @@ def test_a_shared_beginning_is_read_once():
         lengths=torch.tensor([0, 512], dtype=torch.int32),
         group=torch.tensor([1, 0, 1, 1]),
     )
-    found = decode_triton.attend(query, keys, values, decode_rows(lengths, tables, shared), 0.3, None, splits=2)
+    found = attention_decode.decode_attention(
+        query, keys, values, decode_rows(lengths, tables, shared), 0.3, None, splits=2
+    )
     for row, length in enumerate(lengths):
         expected = plain(query[:, row], keys, values, tables[row], 0, length, 0.3)
         torch.testing.assert_close(found[row].double(), expected, rtol=1e-4, atol=1e-4)
@@ -145,7 +171,7 @@ def of_sets(batch, hidden, size, experts, dtype=torch.float32, bias=True, down_l
 def masked_ffn(hidden, weights, table, rows, activation):
     """In float64: (inner activations, outputs)."""
     gate, up, down, *biases = (None if tensor is None else tensor.double() for tensor in weights)
-    x = _ACTIVATIONS[activation](linear(hidden.double(), gate, biases[0])) * linear(hidden.double(), up, biases[1])
+    x = ACTIVATIONS[activation](linear(hidden.double(), gate, biases[0])) * linear(hidden.double(), up, biases[1])
     x = x * table[rows].repeat_interleave(len(gate) // table.shape[1], 1)
     return x, linear(x, down, biases[2])
 
@@ -232,7 +258,7 @@ def test_norms():
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 def test_gated_activations(activation):
     both = torch.randn(3, 2 * 1100, generator=torch.Generator().manual_seed(0))
-    expected = _ACTIVATIONS[activation](both[:, :1100]) * both[:, 1100:]
+    expected = ACTIVATIONS[activation](both[:, :1100]) * both[:, 1100:]
     torch.testing.assert_close(fused_triton.gated(both, activation), expected)
 
 

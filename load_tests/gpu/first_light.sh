@@ -38,7 +38,7 @@ limit_of() {
 
 command_of() {
   if [ "$1" = tests ] && [ -n "$small" ]; then
-    echo python3 -m pytest -p load_tests.gpu.recorder tests/memory/test_feed.py
+    echo python3 -m pytest -p load_tests.gpu.recorder tests/memory/test_decode_device.py
   elif [ "$1" = sanitizer ]; then
     echo compute-sanitizer --tool memcheck --error-exitcode 9 python3 -m pytest -m gpu -p load_tests.gpu.recorder \
       tests/gpu/test_fused.py tests/gpu/test_decode.py tests/gpu/test_sets.py

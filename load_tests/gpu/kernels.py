@@ -9,7 +9,7 @@ import torch
 from load_tests.gpu.rig import Rig
 from pacellm.model.attention import choice as kernel_choice
 from pacellm.model.attention import prefill as prefill_kernels
-from pacellm.model.attention.prefill import Kernel
+from pacellm.model.attention.plan import PrefillKernel
 
 Cells = dict[str, Any]
 
@@ -29,7 +29,7 @@ def kernels(rig: Rig, limits: Cells) -> Cells:
     return cells
 
 
-def _measured(rig: Rig, limits: Cells, kernel: Kernel, queries: int, depths: tuple[int, ...]) -> Cells:
+def _measured(rig: Rig, limits: Cells, kernel: PrefillKernel, queries: int, depths: tuple[int, ...]) -> Cells:
     model = rig.model
     heads, kv_shape = shape = model.query_heads[0], model.kv_shapes[0]
     cell: Cells = {"error": kernel_choice.error(kernel, shape, model.dtype, model.device)}

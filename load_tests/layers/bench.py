@@ -15,7 +15,8 @@ from load_tests.layers.documents import Document
 from load_tests.layers.rig import Pass, Rig, branch
 from pacellm.config import PAConfig
 from pacellm.demo.probe import copies, emptied, overwrite, with_random_values
-from pacellm.memory.bank import Bank, effective_rank
+from pacellm.memory.bank import Bank
+from pacellm.memory.effective_rank import effective_rank
 from pacellm.memory.state import COUNTERS
 
 OTHERS = ("off", "emptied", "foreign", "random")

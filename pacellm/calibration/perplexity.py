@@ -40,7 +40,7 @@ OnWork = Callable[[float], None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class ReadingPlan:
     """How a text of ``length`` tokens is read.
 
     Attributes:
@@ -74,11 +74,11 @@ class Plan:
         return [row for row in range(max(start, self.first), last) if (row - self.first) % stride == 0]
 
 
-def plan(length: int, segment: int) -> Plan:
+def plan(length: int, segment: int) -> ReadingPlan:
     """Two prompts and an answer, a third of the text each."""
     turns = length // 3, 2 * length // 3
     cuts = sorted({*range(segment, turns[1], segment), *turns})
-    return Plan(length, cuts[0], turns[1], tuple(cuts))
+    return ReadingPlan(length, cuts[0], turns[1], tuple(cuts))
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class Meter:
 
     # -- what it takes -------------------------------------------------------------------------------------
 
-    def plan(self, length: int | None = None) -> Plan:
+    def plan(self, length: int | None = None) -> ReadingPlan:
         """How the first ``length`` tokens are read, or all."""
         return plan(len(self._ids) if length is None else length, self._segment)
 
@@ -237,7 +237,7 @@ class Meter:
         start: int,
         stop: int,
         rows: Sequence[int],
-        found: Plan | None = None,
+        found: ReadingPlan | None = None,
         banks: Banks | None = None,
         experts: Experts | None = None,
         **more: Any,
@@ -268,6 +268,6 @@ class Meter:
         return (logits.logsumexp(1) - known).double().cpu()
 
 
-def _split(found: Plan, rows: Sequence[int], scores: Tensor) -> Scores:
+def _split(found: ReadingPlan, rows: Sequence[int], scores: Tensor) -> Scores:
     count = sum(row < found.answer for row in rows)
     return Scores(scores[:count], scores[count:])

@@ -15,7 +15,7 @@ from pacellm.experts.forward import attach, why_no_kernel, why_no_sets
 from pacellm.memory.pool import BankPool, bytes_per_row
 from pacellm.model.attention import choice as kernel_choice
 from pacellm.model.attention import cuda as attention_cuda
-from pacellm.model.attention.prefill import Kernel
+from pacellm.model.attention.plan import PrefillKernel
 from pacellm.model.fixed_rows import fix_rows
 from pacellm.model.linear import Products, choose
 from pacellm.model.load import LoadedModel
@@ -86,12 +86,14 @@ def _session_rows(config: EngineConfig, row_bytes: int) -> int:
     return rows
 
 
-def _begin(config: EngineConfig, num_rows: int, num_blocks: int = 0, kernel: Kernel | None = None) -> parallel.Begin:
+def _begin(
+    config: EngineConfig, num_rows: int, num_blocks: int = 0, kernel: PrefillKernel | None = None
+) -> parallel.Begin:
     name = None if kernel is None else kernel.name
     return parallel.Begin(config.bank, num_rows, config.max_num_seqs, num_blocks, config.deterministic, name)
 
 
-def attention_kernel(model: LoadedModel, config: EngineConfig) -> Kernel | None:
+def attention_kernel(model: LoadedModel, config: EngineConfig) -> PrefillKernel | None:
     """What attends prompts' chunks on a GPU; None on a CPU, which has one way.
 
     Raises:
@@ -145,7 +147,7 @@ def new_runner(
     pool: BankPool | None,
     num_blocks: int,
     config: EngineConfig,
-    kernel: Kernel | None,
+    kernel: PrefillKernel | None,
     rows: int = ROWS,
 ) -> Runner:
     """The engine's runner; with a tensor-parallel model the other ranks get theirs."""

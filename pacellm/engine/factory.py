@@ -42,7 +42,7 @@ from pacellm.faults import Faults
 from pacellm.kv.blocks import BLOCK, BlockAllocator
 from pacellm.kv.prefix_cache import PrefixCache
 from pacellm.memory.pool import BankPool
-from pacellm.model.attention.prefill import Kernel
+from pacellm.model.attention.plan import PrefillKernel
 from pacellm.model.fused import fuse
 from pacellm.model.linear import Products
 from pacellm.model.load import LoadedModel
@@ -81,7 +81,7 @@ class Device:
 
     model: LoadedModel
     config: EngineConfig
-    kernel: Kernel | None
+    kernel: PrefillKernel | None
     products: Products
     allocator: BlockAllocator
     pool: BankPool | None

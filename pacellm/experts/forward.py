@@ -10,14 +10,13 @@ a Triton kernel (``kernel.py``) which finds sets in a table by row, so a decode 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pacellm.errors import ConfigError
+from pacellm.experts.gated import Weights, activation_name
 from pacellm.experts.layout import LayerLayout, Layout
 from pacellm.kernels import has_triton
 from pacellm.memory import expert_counts as activity
@@ -27,23 +26,7 @@ from pacellm.model.neurons import FFN, ffns, original
 from pacellm.transfer import to_device
 
 _TOLERANCE = 0.03  # of the kernel on CUDA, as a part of the largest output
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
 _tried: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
-
-
-class Weights(NamedTuple):
-    """A gated FFN's parameters: gate and up [F, H], down [H, F], biases [F], [F], [H] where there are any."""
-
-    gate: Tensor
-    up: Tensor
-    down: Tensor
-    gate_bias: Tensor | None
-    up_bias: Tensor | None
-    down_bias: Tensor | None
 
 
 def why_no_sets(model: nn.Module) -> str | None:
@@ -88,16 +71,6 @@ def _try_out(model: nn.Module, layout: Layout) -> str | None:
     return next((f"the kernel is off by {found:.2g}" for found in errors if not found <= _TOLERANCE), None)
 
 
-def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
-    """``silu``, ``gelu`` or ``gelu_tanh``, by what it does to numbers; None for another one."""
-    x = torch.linspace(-6, 6, 97)
-    try:
-        found = activation(x)
-    except (RuntimeError, TypeError):
-        return None
-    return next((name for name, form in _ACTIVATIONS.items() if torch.allclose(found, form(x), atol=1e-5)), None)
-
-
 def attach(model: nn.Module, layout: Layout) -> None:
     """Let the model's FFNs count and use experts; it computes the same until a step brings a working set."""
     on_device = next(model.parameters()).device.type == "cuda" and why_no_kernel(model, layout) is None
@@ -132,25 +105,32 @@ class ExpertForward:
     def __call__(self, hidden: Tensor) -> Tensor:
         """[1, T, H] or [T, H], as the FFN itself."""
         step = current_step()
-        if step is not None and step.decode is not None and step.decode.tokens.sets is not None:
-            return self._static(step, step.decode.tokens.sets, hidden.flatten(0, -2)).view(hidden.shape)
-        chunks = [chunk for chunk in step.chunks if chunk.experts is not None] if step is not None else []
-        thin = [chunk for chunk in chunks if chunk.num_decoded and _experts(chunk).density < 1.0]
-        reads = [chunk for chunk in chunks if chunk.stop - chunk.start > chunk.num_decoded]
-        if step is None or not (thin or reads):
+        if step is None:
             return self._plain(hidden)
-        flat, is_thin = hidden.flatten(0, -2), len(thin) == len(step.chunks) and not reads
-        inner = None if is_thin and self.kernel is not None else self._inner(flat)
-        for chunk in reads:
+        flat = hidden.flatten(0, -2)
+        if step.decode is not None and step.decode.tokens.sets is not None:
+            return self._static(step, step.decode.tokens.sets, flat).view(hidden.shape)
+        reading = [chunk for chunk in step.chunks if chunk.counts_experts]
+        thin = [chunk for chunk in step.chunks if chunk.set_row is not None]
+        if not (thin or reading):
+            return self._plain(hidden)
+        return self._mixed(step, flat, reading, thin).view(hidden.shape)
+
+    def _mixed(self, step: StepContext, hidden: Tensor, reading: list[Chunk], thin: list[Chunk]) -> Tensor:
+        """A step of prompts and decoded tokens, [T, H]: prompts of ``reading`` are counted, decoded tokens of ``thin``
+        use sets."""
+        is_thin = len(thin) == len(step.chunks) and not reading
+        inner = None if is_thin and self.kernel is not None else self._inner(hidden)
+        for chunk in reading:
             assert inner is not None
             self._count(chunk, inner)
         self._choose_sets(thin)
         if thin and self.kernel is not None:
-            return self._remember(step, *self._by_kernel(step, thin, flat, inner)).view(hidden.shape)
+            return self._remember(step, *self._by_kernel(step, thin, hidden, inner))
         assert inner is not None
         if thin:
             inner = self._masked(step, thin, inner)
-        return self._remember(step, inner, original(self._ffn.down)(inner)).view(hidden.shape)
+        return self._remember(step, inner, original(self._ffn.down)(inner))
 
     def _static(self, step: StepContext, rows: Tensor, hidden: Tensor) -> Tensor:
         """A step of one token for each sequence, whose sets are known: [B, H], by rows [B] of the table of sets.
@@ -169,15 +149,11 @@ class ExpertForward:
                 whole, is_whole = self._inner(hidden), (rows == step.sets.everything)[:, None]
                 inner = torch.where(is_whole, whole, inner)
                 plain = torch.where(is_whole, original(down)(whole), plain)
-        if isinstance(down, PersistentDown) and step.arenas:
-            return down.remember_static(step, inner, plain)
-        return plain
+        return self._remember(step, inner, plain)
 
     def _remember(self, step: StepContext, inner: Tensor, plain: Tensor) -> Tensor:
         down = self._ffn.down
-        if isinstance(down, PersistentDown) and any(chunk.banks for chunk in step.chunks):
-            return down.remember(step, inner, plain)
-        return plain
+        return down.remember(step, inner, plain) if isinstance(down, PersistentDown) else plain
 
     def _inner(self, hidden: Tensor) -> Tensor:
         """[T, H] -> [T, F]."""
@@ -192,7 +168,7 @@ class ExpertForward:
         """Stage the prompt's tokens, and add them to the session's activity where their segment ends."""
         owned, layer = _experts(chunk), self._ffn.layer
         total, staged = owned.state.activity[layer], owned.stage.activity[layer]
-        for piece in chunk.pieces[: len(chunk.pieces) - chunk.num_decoded]:
+        for piece in chunk.prompt_pieces:
             staged += activity.count(inner[piece.start : piece.stop], self._num_experts)
             if piece.ends:
                 total += staged

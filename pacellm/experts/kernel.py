@@ -5,6 +5,7 @@ experts, in parts of a fixed number of experts, each in the experts' order. An e
 exact zero to it whether it is skipped or not, and a tile's products have one shape in one program for any number of
 rows, so a row's bits do not depend on the other rows. Sets are read from a table by row; nothing waits for the device.
 
+A candidate: right on a GPU, its speed there not measured; it stays until it is.
 Only imported where Triton is there; under ``TRITON_INTERPRET=1`` it runs on a CPU.
 """
 
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pacellm.experts.forward import Weights
+from pacellm.experts.gated import Weights
 
 _ROWS = 16  # rows of a tile
 _NEURONS = 32  # of gate and up that one program works out

@@ -100,14 +100,7 @@ class Layout:
         Raises:
             ConfigError: missing, damaged, or no layout; says what is wrong and what to do.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = dict(file.metadata() or {})
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (OSError, SafetensorError) as error:
-            raise _bad(path, f"cannot be read ({error})") from None
-        if metadata.get("format") != FORMAT:
-            raise _bad(path, f"has the format {metadata.get('format', 'unnamed')[:40]!r}, not {FORMAT!r}")
+        metadata, tensors = _read(path)
         try:
             objective = {int(layer): float(value) for layer, value in json.loads(metadata.pop("objective")).items()}
             known = {name: metadata.pop(name) for name in ("method", "features", "fingerprint", "digest", "seed")}
@@ -119,11 +112,22 @@ class Layout:
             raise _bad(path, "describes other tensors than it holds")
         if len({one.num_experts for one in layers.values()}) != 1:
             raise _bad(path, "has layers with different numbers of experts")
-        metadata.pop("format")
         layout = cls(layers, known["method"], known["features"], seed, known["fingerprint"], metadata)
         if layout.digest != known["digest"]:
             raise _bad(path, "is damaged: its numbers do not give its digest")
         return layout
+
+
+def _read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError) as error:
+        raise _bad(path, f"cannot be read ({error})") from None
+    if (found := metadata.pop("format", "unnamed")) != FORMAT:
+        raise _bad(path, f"has the format {found[:40]!r}, not {FORMAT!r}")
+    return metadata, tensors
 
 
 def _tensors(layout: Layout) -> dict[str, Tensor]:
@@ -151,19 +155,25 @@ def _take(tensors: dict[str, Tensor], layer: int, objective: float) -> LayerLayo
         KeyError, ValueError: parts missing or impossible.
     """
     permutation, bounds, heat = (tensors.pop(f"{name}.{layer}") for name in ("permutation", "bounds", "heat"))
-    if any(tensor.ndim != 1 for tensor in (permutation, bounds, heat)) or heat.dtype != torch.float32:
+    if (permutation.ndim, bounds.ndim, heat.ndim) != (1, 1, 1):
         raise ValueError(f"layer {layer} has tensors of another shape")
-    if permutation.dtype != torch.int32 or bounds.dtype != torch.int32:
+    if (permutation.dtype, bounds.dtype, heat.dtype) != (torch.int32, torch.int32, torch.float32):
         raise ValueError(f"layer {layer} has numbers of another type")
     neurons = len(permutation)
     if not torch.equal(permutation.sort().values, torch.arange(neurons, dtype=torch.int32)):
         raise ValueError(f"layer {layer} does not name every neuron once")
-    steps = bounds.diff()
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != neurons or bool((steps != steps[0]).any()) or steps[0] < 1:
+    if not _are_even(bounds.tolist(), neurons):
         raise ValueError(f"layer {layer} has experts of different sizes")
     if len(heat) != len(bounds) - 1 or not bool(torch.isfinite(heat).all()):
         raise ValueError(f"layer {layer} has no heat for every expert")
     return LayerLayout(permutation.long(), bounds.long(), heat, objective)
+
+
+def _are_even(bounds: list[int], neurons: int) -> bool:
+    """Experts begin at equal steps from 0 to ``neurons``."""
+    count = len(bounds) - 1
+    is_whole = count > 0 and neurons > 0 and neurons % count == 0
+    return is_whole and bounds == list(range(0, neurons + 1, neurons // count))
 
 
 def _bad(path: str | Path, problem: str) -> ConfigError:

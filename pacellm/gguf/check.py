@@ -52,6 +52,8 @@ FIELDS = {
 }
 _INTEGERS = FIELDS.keys() - {"attn_logit_softcapping", "final_logit_softcapping"}
 _NEEDED = ("context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count")
+# for this one transformers would leave keys in llama.cpp's order where the number of their heads is not said
+_NEEDED_TOO = {"llama": ("attention.head_count_kv",)}
 _NORMS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
 _HEADS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 _ROPE = ("rope.freq_base", "rope.freq_base_swa", "rope.scaling.type", "rope.scaling.factor",
@@ -62,6 +64,7 @@ _IDLE = (
     "tensor_data_layout",
     "use_parallel_residual",
 )  # told by tensors, or no matter
+_KNOWN = frozenset((*FIELDS, *_NORMS, *_HEADS, *_ROPE, *_IDLE))
 _ROPE_SCALINGS = (None, "none", "linear", "yarn")
 
 
@@ -157,29 +160,28 @@ def _why(name: str) -> str:
 
 
 def _check_keys(header: Header) -> None:
-    begin = f"{header.architecture}."
-    known = {*FIELDS, *_NORMS, *_HEADS, *_ROPE, *_IDLE}
-    given = {key.removeprefix(begin): value for key, value in header.metadata.items() if key.startswith(begin)}
-    # for this one transformers would leave keys in llama.cpp's order where the number of their heads is not said
-    needed = (*_NEEDED, "attention.head_count_kv") if header.architecture == "llama" else _NEEDED
-    if missing := [key for key in needed if key not in given]:
+    begin, given = f"{header.architecture}.", header.own_keys
+    if missing := [key for key in (*_NEEDED, *_NEEDED_TOO.get(header.architecture, ())) if key not in given]:
         raise ModelError(f"{header.file} lacks {begin}{missing[0]}")
     for key, value in given.items():
-        values = value if isinstance(value, list) else [value]
-        if key not in known:
-            raise ModelError(
-                f"{header.file} sets {begin}{key} to {value!r}, which is not known here, so it is not served"
-            )
-        if not values or (key in _INTEGERS and not all(isinstance(one, int) and one >= 0 for one in values)):
-            raise ModelError(f"{header.file} is damaged: {begin}{key} is {value!r}")
-        if len(set(values)) > 1:
-            raise ModelError(f"{header.file} sets {begin}{key} by layer, which is not served")
+        _check_key(header, begin, key, value)
     if header.architecture in ("llama", "phi3") and given.get("expert_count"):
         raise ModelError(f"{header.file} has routed experts in an architecture ({header.architecture}) that is served "
                          f"dense; use its original checkpoint")  # fmt: skip
-    if given.get("rope.scaling.type") not in _ROPE_SCALINGS or any("rope_factors_" in t.name for t in header.tensors):
+    has_factors = any("rope_factors_" in tensor.name for tensor in header.tensors)
+    if has_factors or given.get("rope.scaling.type") not in _ROPE_SCALINGS:
         kind = given.get("rope.scaling.type", "longrope")
         raise ModelError(f"{header.file} lengthens its context by {kind!r}, which is not served (linear and yarn are)")
+
+
+def _check_key(header: Header, begin: str, key: str, value: object) -> None:
+    if key not in _KNOWN:
+        raise ModelError(f"{header.file} sets {begin}{key} to {value!r}, which is not known here, so it is not served")
+    values = value if isinstance(value, list) else [value]
+    if not values or (key in _INTEGERS and not all(isinstance(one, int) and one >= 0 for one in values)):
+        raise ModelError(f"{header.file} is damaged: {begin}{key} is {value!r}")
+    if len(set(values)) > 1:
+        raise ModelError(f"{header.file} sets {begin}{key} by layer, which is not served")
 
 
 def _check_vocabulary(header: Header) -> None:
@@ -190,16 +192,21 @@ def _check_vocabulary(header: Header) -> None:
                          f"are read")  # fmt: skip
     if types is not None and len(types) != len(tokens):
         raise ModelError(f"{header.file} is damaged: {len(tokens):,} tokens have {len(types):,} types")
-    rows = next(tensor.shape for tensor in header.tensors if tensor.name == "token_embd.weight")
-    if rows[0] != header.metadata[f"{header.architecture}.embedding_length"] or len(tokens) > rows[-1]:
-        raise ModelError(f"{header.file} is damaged: {len(tokens):,} tokens have embeddings of the shape {rows}")
-    for name in ("bos", "eos", "eot", "eom", "padding", "unknown"):
-        token = data.get(f"tokenizer.ggml.{name}_token_id", 0)
-        if not isinstance(token, int) or not 0 <= token < len(tokens):
-            raise ModelError(f"{header.file} is damaged: tokenizer.ggml.{name}_token_id is {token!r}")
+    _check_token_ids(header, len(tokens))
     split = data.get("tokenizer.ggml.pre")
     if kind == "gpt2" and split not in SPLITS:
         raise ModelError(
             f"{header.file} cuts text by tokenizer.ggml.pre {split!r}, which is not known here; these are: "
             f"{', '.join(SPLITS)}"
         )
+
+
+def _check_token_ids(header: Header, count: int) -> None:
+    """Every token has an embedding, and those that mean something are tokens."""
+    rows = next(tensor.shape for tensor in header.tensors if tensor.name == "token_embd.weight")
+    if rows[0] != header.metadata[f"{header.architecture}.embedding_length"] or count > rows[-1]:
+        raise ModelError(f"{header.file} is damaged: {count:,} tokens have embeddings of the shape {rows}")
+    for name in ("bos", "eos", "eot", "eom", "padding", "unknown"):
+        token = header.metadata.get(f"tokenizer.ggml.{name}_token_id", 0)
+        if not isinstance(token, int) or not 0 <= token < count:
+            raise ModelError(f"{header.file} is damaged: tokenizer.ggml.{name}_token_id is {token!r}")

@@ -77,6 +77,12 @@ class Header:
         """llama.cpp's name of it."""
         return str(self.metadata.get("general.architecture", ""))
 
+    @property
+    def own_keys(self) -> dict[str, Any]:
+        """What the file says of its architecture, by the keys below that."""
+        begin = f"{self.architecture}."
+        return {key.removeprefix(begin): value for key, value in self.metadata.items() if key.startswith(begin)}
+
 
 def is_gguf(path: str | Path) -> bool:
     """A file is meant that is, or is called, a GGUF file."""

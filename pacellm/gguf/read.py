@@ -4,7 +4,7 @@ from the file's own keys, of which that reader leaves out some that change the m
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from pacellm.gguf.header import Header
 from pacellm.model.checkpoint import check_loaded
 
 _NORM_FIELDS = {"nemotron": "norm_eps", "stablelm": "layer_norm_eps", "starcoder2": "norm_epsilon"}
+_LARGEST_GEMMA = {"gemma2": 46, "gemma3_text": 62}  # layers of the 27B models, which scale by another size
 # turns end with these too, whatever the file's eos is (llama.cpp's list)
 _ENDS = frozenset(("<|endoftext|>", "<|im_end|>", "<|end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<EOT>"))
 _CONTROL, _USER_DEFINED = 3, 4  # types of tokens
@@ -42,8 +43,8 @@ def read_config(header: Header) -> PreTrainedConfig:
     Raises:
         ModelError: they do not fit together.
     """
-    begin, kind = f"{header.architecture}.", ARCHITECTURES[header.architecture]
-    given = {key.removeprefix(begin): _one(value) for key, value in header.metadata.items() if key.startswith(begin)}
+    kind = ARCHITECTURES[header.architecture]
+    given = {key: _one(value) for key, value in header.own_keys.items()}
     fields: dict[str, Any] = {FIELDS[key]: value for key, value in given.items() if key in FIELDS}
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
     head = given.get("attention.key_length") or fields["hidden_size"] // fields["num_attention_heads"]
@@ -59,20 +60,28 @@ def read_config(header: Header) -> PreTrainedConfig:
         "vocab_size": shapes["token_embd.weight"][1],
         "tie_word_embeddings": "output.weight" not in shapes,
     }
-    if kind in ("gemma2", "gemma3_text"):
-        largest = {"gemma2": 46, "gemma3_text": 62}[kind]  # layers of the 27B models, which scale by another size
-        is_largest = fields["num_hidden_layers"] == largest
-        fields["query_pre_attn_scalar"] = fields["hidden_size"] // fields["num_attention_heads"] if is_largest else head
-    if kind == "qwen3_moe":
-        fields["norm_topk_prob"] = True  # as llama.cpp always has it
-    if kind == "stablelm":
-        fields["use_qkv_bias"] = "blk.0.attn_q.bias" in shapes
-        fields["use_parallel_residual"] = "blk.0.ffn_norm.weight" not in shapes
-        fields["qk_layernorm"] = "blk.0.attn_q_norm.weight" in shapes
+    fields |= _own_fields(kind, fields, head, shapes.keys())
     for name in ("bos", "eos"):
         fields[f"{name}_token_id"] = header.metadata.get(f"tokenizer.ggml.{name}_token_id")
     fields["pad_token_id"] = header.metadata.get("tokenizer.ggml.padding_token_id")
     return AutoConfig.for_model(kind, **fields)
+
+
+def _own_fields(kind: str, fields: dict[str, Any], head: int, tensors: Set[str]) -> dict[str, Any]:
+    """What only one kind of model has, told by its size and the names of its tensors."""
+    if kind in _LARGEST_GEMMA:
+        is_largest = fields["num_hidden_layers"] == _LARGEST_GEMMA[kind]
+        width = fields["hidden_size"] // fields["num_attention_heads"] if is_largest else head
+        return {"query_pre_attn_scalar": width}
+    if kind == "qwen3_moe":
+        return {"norm_topk_prob": True}  # as llama.cpp always has it
+    if kind == "stablelm":
+        return {
+            "use_qkv_bias": "blk.0.attn_q.bias" in tensors,
+            "use_parallel_residual": "blk.0.ffn_norm.weight" not in tensors,
+            "qk_layernorm": "blk.0.attn_q_norm.weight" in tensors,
+        }
+    return {}
 
 
 def _one(value: Any) -> Any:

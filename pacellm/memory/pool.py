@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pacellm.config import PAConfig, Preset
 from pacellm.errors import EngineError
-from pacellm.memory.bank import effective_rank
+from pacellm.memory.effective_rank import effective_rank
 from pacellm.memory.expert_counts import EXPERTS, ActivityState
 from pacellm.memory.state import COUNTERS, BankState, Stage, copy_banks, new_stage
 from pacellm.memory.working_set import SetTable
@@ -64,10 +64,7 @@ class BankPool:
         ]
         self._paper_stages: dict[int, dict[int, Any]] = {}
         if heat is not None:
-            counts = torch.zeros(num_rows + 1, *heat.shape, dtype=torch.int64, device=device)
-            self._arena[EXPERTS] = ActivityState(counts)
-            for stage in self._stages:
-                stage[EXPERTS] = ActivityState(torch.zeros_like(counts[0]))
+            self._add_activity(heat.shape, device)
         self._free = list(reversed(range(num_rows)))
         self._free_stages = list(range(num_stages))
         self._stage_of: dict[int, int] = {}
@@ -75,6 +72,12 @@ class BankPool:
             {layer: type(arena)(*(tensor[row] for tensor in arena)) for layer, arena in self._arena.items()}
             for row in range(num_rows)
         ]
+
+    def _add_activity(self, shape: torch.Size, device: torch.device) -> None:
+        counts = torch.zeros(self.num_rows + 1, *shape, dtype=torch.int64, device=device)
+        self._arena[EXPERTS] = ActivityState(counts)
+        for stage in self._stages:
+            stage[EXPERTS] = ActivityState(torch.zeros_like(counts[0]))
 
     @property
     def arena(self) -> dict[int, BankState]:

@@ -18,6 +18,15 @@ HITS, FUSES, MISSES, EMPTY, MERGES, REPLACEMENTS = range(6)
 COUNTERS = ("hits", "fuses", "misses", "empty", "merges", "replacements")
 
 
+class Slots(NamedTuple):
+    """Slots of one bank, or those of many in one row: keys [N, F], values [N, H], usage [N], stamp [N]."""
+
+    keys: Tensor
+    values: Tensor
+    usage: Tensor
+    stamp: Tensor
+
+
 class BankState(NamedTuple):
     """One bank. The functions below change the tensors in place.
 
@@ -38,6 +47,14 @@ class BankState(NamedTuple):
     filled: Tensor
     clock: Tensor
     counters: Tensor
+
+    @property
+    def slots(self) -> Slots:
+        """All slots side by side, in place; of a bank, or of an arena."""
+        if self.usage.ndim == 1:
+            return Slots(*self[:4])
+        keys, values = (stored.view(-1, stored.shape[-1]) for stored in (self.keys, self.values))
+        return Slots(keys, values, self.usage.view(-1), self.stamp.view(-1))
 
     def clear(self) -> None:
         """Empty the bank; every tensor is overwritten."""

@@ -35,23 +35,36 @@ def check_directory(path: str | Path, *, allow_pickle: bool) -> None:
         raise ModelError(f"{directory / 'config.json'} names no model_type; it is not a checkpoint of transformers")
     files = sorted(directory.glob("*.safetensors"))
     if not files and not allow_pickle:
-        if any(next(directory.glob(pattern), None) for pattern in _PICKLES):
-            raise ModelError(
-                f"{path} holds its weights as pickles, which can run code when they are read; convert them to "
-                f"safetensors (save_pretrained of transformers does), or pass --allow-pickle if you trust them"
-            )
-        raise ModelError(f"{path} holds no weights (*.safetensors); it may be downloaded in part")
+        raise _no_weights(directory)
     for file in files:
-        try:
-            with safe_open(file, "pt") as opened:
-                opened.keys()
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file} is damaged or cut short ({error}); download it again") from error
+        _check_weights(file)
+    _check_index(directory, {file.name for file in files})
+
+
+def _no_weights(directory: Path) -> ModelError:
+    if any(next(directory.glob(pattern), None) for pattern in _PICKLES):
+        return ModelError(
+            f"{directory} holds its weights as pickles, which can run code when they are read; convert them to "
+            f"safetensors (save_pretrained of transformers does), or pass --allow-pickle if you trust them"
+        )
+    return ModelError(f"{directory} holds no weights (*.safetensors); it may be downloaded in part")
+
+
+def _check_weights(file: Path) -> None:
+    try:
+        with safe_open(file, "pt") as opened:
+            opened.keys()
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} is damaged or cut short ({error}); download it again") from error
+
+
+def _check_index(directory: Path, names: set[str]) -> None:
+    """Every file that the index names is there."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
         wanted = set(read_json(index).get("weight_map", {}).values())
-        if missing := sorted(wanted - {file.name for file in files}):
-            raise ModelError(f"{path} lacks {missing[0]}, which {index.name} names; it may be downloaded in part")
+        if missing := sorted(wanted - names):
+            raise ModelError(f"{directory} lacks {missing[0]}, which {index.name} names; it may be downloaded in part")
 
 
 def read_json(file: Path) -> dict[str, Any]:

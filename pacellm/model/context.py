@@ -12,22 +12,20 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pacellm.config import PRESETS, PAConfig, Preset
-from pacellm.memory.bank import Total
 from pacellm.memory.expert_counts import ActivityState
-from pacellm.memory.feed import Tokens
+from pacellm.memory.similarity import Total
 from pacellm.memory.state import BankState, Stage
+from pacellm.memory.tokens import DecodedTokens
 from pacellm.memory.working_set import SetTable
+from pacellm.model.attention.plan import PrefillKernel
 from pacellm.modes import PAMode, preset_of, writes
 from pacellm.rows import ROWS
-
-if TYPE_CHECKING:
-    from pacellm.model.attention.prefill import Kernel
 
 KVShape = tuple[tuple[int, int], tuple[int, int]]
 """(kv heads, key size), (kv heads, value size) of a layer."""
@@ -131,6 +129,16 @@ class Chunk:
     experts: Experts | None = None
 
     @property
+    def prompt_pieces(self) -> tuple[Piece, ...]:
+        """Those of its prompt's tokens; each decoded token is a piece of its own behind them."""
+        return self.pieces[: len(self.pieces) - self.num_decoded]
+
+    @property
+    def counts_experts(self) -> bool:
+        """It has prompt tokens, and their experts' activity is counted."""
+        return self.experts is not None and self.stop - self.start > self.num_decoded
+
+    @property
     def set_row(self) -> int | None:
         """The row of the table of sets that its decoded tokens use; None where they use all experts."""
         if self.experts is None or self.experts.density == 1.0 or not self.num_decoded:
@@ -180,7 +188,7 @@ class DecodeRows:
     slots: Tensor
     lengths: Tensor
     tables: Tensor
-    tokens: Tokens
+    tokens: DecodedTokens
     shared: Shared | None = None
     acts: bool = True
 
@@ -205,7 +213,7 @@ class StepContext:
     None is all of them. ``arenas`` are all sessions' banks by layer, ``sets`` their working sets. With ``decode`` the
     step is one token of each sequence; a CPU's attention still goes by the chunks. ``deterministic`` fixes how sums are
     split, whatever else is in the step. ``total`` sums over the ranks of a tensor-parallel model. ``kernel`` attends
-    prompts' chunks on CUDA; None is flash. ``beside`` is a stream for what the step's result does not need.
+    prompts' chunks on CUDA; None is flash. ``side_stream`` is for what the step's result does not need.
     A CPU's products have a multiple of ``rows`` rows. ``observed`` is what the banks of decoded tokens that
     are only observed are fed at the end of the step.
     """
@@ -223,8 +231,8 @@ class StepContext:
     decode: DecodeRows | None = None
     deterministic: bool = False
     total: Total | None = None
-    kernel: Kernel | None = None
-    beside: torch.cuda.Stream | None = None
+    kernel: PrefillKernel | None = None
+    side_stream: torch.cuda.Stream | None = None
     rows: int = ROWS
     observed: list[Observed] = field(default_factory=list)
 
@@ -251,8 +259,7 @@ class StepContext:
         to a bank of that layer. At 200K tokens that is half of the bundled model's work, which has two full layers.
         """
         is_read = chunk.banks is not None and layer in chunk.banks.banks
-        is_read = is_read or (chunk.experts is not None and chunk.stop - chunk.start > chunk.num_decoded)
-        if self.wanted is None or is_read or layer + 1 < len(self.keys):
+        if self.wanted is None or is_read or chunk.counts_experts or layer + 1 < len(self.keys):
             return chunk.start
         place = bisect_left(self.wanted, chunk.start)
         return min(self.wanted[place], chunk.stop) if place < len(self.wanted) else chunk.stop

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pacellm.errors import ModelError
 
-LayoutName = Literal[
+FFNLayoutName = Literal[
     "gate_up_down",
     "fused_gate_up",
     "up_down",
@@ -25,7 +25,7 @@ LayoutName = Literal[
 
 
 @dataclass(frozen=True)
-class Layout:
+class FFNLayout:
     """How one FFN is laid out. Names are of modules below the one that holds the FFN.
 
     Attributes:
@@ -53,16 +53,16 @@ class Layout:
         return tuple(name for name in (self.gate, self.up, self.down) if name is not None)
 
 
-LAYOUTS: dict[LayoutName, Layout] = {
-    "gate_up_down": Layout(gate="gate_proj", up="up_proj", down="down_proj"),
-    "fused_gate_up": Layout(up="gate_up_proj", down="down_proj", fused=True),
-    "up_down": Layout(up="up_proj", down="down_proj"),
-    "fc1_fc2": Layout(up="fc1", down="fc2"),
-    "c_fc_c_proj": Layout(up="c_fc", down="c_proj"),
-    "h_to_4h": Layout(up="dense_h_to_4h", down="dense_4h_to_h"),
-    "fc_in_out": Layout(up="fc_in", down="fc_out"),
-    "wi_wo": Layout(up="Wi", down="Wo", fused=True),
-    "input_output": Layout(up="input_linear", down="output_linear", fused=True),
+FFN_LAYOUTS: dict[FFNLayoutName, FFNLayout] = {
+    "gate_up_down": FFNLayout(gate="gate_proj", up="up_proj", down="down_proj"),
+    "fused_gate_up": FFNLayout(up="gate_up_proj", down="down_proj", fused=True),
+    "up_down": FFNLayout(up="up_proj", down="down_proj"),
+    "fc1_fc2": FFNLayout(up="fc1", down="fc2"),
+    "c_fc_c_proj": FFNLayout(up="c_fc", down="c_proj"),
+    "h_to_4h": FFNLayout(up="dense_h_to_4h", down="dense_4h_to_h"),
+    "fc_in_out": FFNLayout(up="fc_in", down="fc_out"),
+    "wi_wo": FFNLayout(up="Wi", down="Wo", fused=True),
+    "input_output": FFNLayout(up="input_linear", down="output_linear", fused=True),
 }
 
 
@@ -81,7 +81,7 @@ class Family:
         window_in_mask: a sliding window that the model tells its mask but not its attention function.
     """
 
-    layout: LayoutName = "gate_up_down"
+    layout: FFNLayoutName = "gate_up_down"
     ffn: str = "mlp"
     layers: str = "model.layers"
     shared: str | None = None

@@ -13,14 +13,14 @@ import inspect
 import logging
 import types
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pacellm.experts.forward import activation_name
+from pacellm.experts.gated import activation_name
 from pacellm.kernels import has_triton
 from pacellm.model.neurons import FFN, decoder_layers, ffns
 
@@ -48,18 +48,14 @@ def fuse(model: nn.Module, *, joins: bool = True) -> Counter[str]:
     if not has_triton(next(model.parameters()).device):
         return Counter()
     found: Counter[str] = Counter()
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm") and _replace(module, _norm(module)):
-            found["norms"] += 1
-    for layer in decoder_layers(model):
-        for module in layer.modules():
-            found["projections"] += joins and _join(module)
-            found["rotary"] += _replace(module, _rotary(module, model))
-    for ffn in ffns(model) if joins else ():
-        if ffn is not None and _replace(ffn.module, _gated(ffn)):
-            found["ffns"] += 1
-    if found:
-        logger.info("fused: %s", ", ".join(f"{count} {name}" for name, count in found.items() if count))
+    found["norms"] = sum(_replace(module, _norm(module)) for module in model.modules())
+    for module in _in_layers(model):
+        found["projections"] += joins and _join(module)
+        found["rotary"] += _replace(module, _rotary(module, model))
+    if joins:
+        found["ffns"] = sum(_replace(ffn.module, _gated(ffn)) for ffn in ffns(model) if ffn is not None)
+    if kept := +found:
+        logger.info("fused: %s", ", ".join(f"{count} {name}" for name, count in kept.items()))
     return found
 
 
@@ -68,6 +64,11 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         if getattr(module.__dict__.get("forward"), _OWN, False):
             del module.forward
+
+
+def _in_layers(model: nn.Module) -> Iterator[nn.Module]:
+    for layer in decoder_layers(model):
+        yield from layer.modules()
 
 
 def _replace(module: nn.Module, forward: Callable[..., Any] | None) -> bool:
@@ -111,18 +112,23 @@ class _Norm:
 
 
 def _norm(module: nn.Module) -> _Norm | None:
-    weight = getattr(module, "weight", None)
-    epsilon = next((getattr(module, name) for name in _EPSILONS if hasattr(module, name)), None)
-    if not _is_free(module) or not isinstance(weight, nn.Parameter) or weight.ndim != 1 or epsilon is None:
+    if not type(module).__name__.endswith("RMSNorm") or not _is_free(module):
         return None
-    if len(list(module.parameters())) > 1:
+    weight, epsilon = _norm_parameters(module)
+    if weight is None or epsilon is None:
         return None
     hidden = [scale * _random(weight, 1, _ROWS, weight.shape[0]) for scale in _SCALES]
-    for plus_one in (False, True):
-        norm = _Norm(weight.data, float(epsilon), plus_one=plus_one)
-        if all(_agree([norm(one)], [module(one)]) for one in hidden):
-            return norm
-    return None
+    norms = (_Norm(weight.data, epsilon, plus_one=plus_one) for plus_one in (False, True))
+    return next((norm for norm in norms if _agree(list(map(norm, hidden)), list(map(module, hidden)))), None)
+
+
+def _norm_parameters(module: nn.Module) -> tuple[Tensor | None, float | None]:
+    """Its weight, where that is all that it has, and its epsilon."""
+    parameters = dict(module.named_parameters())
+    weight = parameters.get("weight")
+    epsilon = next((getattr(module, name) for name in _EPSILONS if hasattr(module, name)), None)
+    is_alone = weight is not None and len(parameters) == 1 and weight.ndim == 1
+    return weight if is_alone else None, None if epsilon is None else float(epsilon)
 
 
 # -- projections of one input ------------------------------------------------------------------------------------------
@@ -176,7 +182,7 @@ class _Part:
 def _join(module: nn.Module) -> bool:
     """Join a module's query, key and value projections, where it has such."""
     layers = [getattr(module, name, None) for name in _PROJECTIONS]
-    if not all(type(layer) is nn.Linear and _is_free(layer) and not _has_hooks(layer) for layer in layers):
+    if not all(map(_is_plain, layers)):
         return False
     linears: list[Any] = layers
     if len({(layer.in_features, layer.bias is None, layer.weight.dtype) for layer in linears}) > 1:
@@ -249,18 +255,25 @@ class _Gated:
 
 
 def _gated(ffn: FFN) -> _Gated | None:
-    module, layout = ffn.module, ffn.layout
-    if not _is_free(module) or not layout.is_gated or layout.norm is not None:
-        return None
-    names = [name for name in (layout.gate, layout.up) if name is not None]
-    layers: list[Any] = [getattr(module, name) for name in names]
-    if not all(type(layer) is nn.Linear and _is_free(layer) and layer.bias is None for layer in layers):
-        return None
-    if any(_has_hooks(layer) for layer in layers) or (activation := activation_name(ffn.activation())) is None:
+    layers = _gated_projections(ffn)
+    if layers is None or (activation := activation_name(ffn.activation())) is None:
         return None
     inputs = [scale * _random(layers[0].weight, 1, _ROWS, ffn.hidden) for scale in _SCALES]
-    outputs = [module(hidden) for hidden in inputs]
+    outputs = [ffn.module(hidden) for hidden in inputs]
     weight = layers[0].weight.data if len(layers) == 1 else _Joined(layers).weight
     gated = _Gated(ffn, weight, activation)
     are_plain = all(isinstance(output, Tensor) for output in outputs)
     return gated if are_plain and _agree([gated(hidden) for hidden in inputs], outputs) else None
+
+
+def _gated_projections(ffn: FFN) -> list[nn.Linear] | None:
+    """Gate and up, or what holds both, where they are plain linear layers that nobody listens to."""
+    layout = ffn.layout
+    if not _is_free(ffn.module) or not layout.is_gated or layout.norm is not None:
+        return None
+    layers = [getattr(ffn.module, name) for name in (layout.gate, layout.up) if name is not None]
+    return layers if all(_is_plain(layer) and layer.bias is None for layer in layers) else None
+
+
+def _is_plain(layer: Any) -> bool:
+    return type(layer) is nn.Linear and _is_free(layer) and not _has_hooks(layer)

@@ -54,7 +54,7 @@ def _rms_norm(
 
 def gated(both: Tensor, activation: str) -> Tensor:
     """act(gate) * up, [T, F] from [T, 2 F] that holds the gates, then the ups; ``activation`` as
-    :func:`pacellm.experts.forward.activation_name` has it."""
+    :func:`pacellm.experts.gated.activation_name` has it."""
     rows, size = both.shape[0], both.shape[1] // 2
     output = both.new_empty(rows, size)
     _gated[(rows, triton.cdiv(size, _COLUMNS))](

@@ -11,13 +11,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pacellm.model.context import StepContext, current_step
+from pacellm.model.context import Chunk, StepContext, current_step
 from pacellm.rows import missing_rows
 
-_KEY = "narrow"
+_KEY = "last rows"
 
 
-def narrow(ffn: nn.Module, layer: int) -> None:
+def keep_last_rows(ffn: nn.Module, layer: int) -> None:
     """Have the last layer's FFN work on few rows where a step wants few. Other rows of its output are zero.
 
     Args:
@@ -50,12 +50,15 @@ def narrow(ffn: nn.Module, layer: int) -> None:
 
 def _rows(step: StepContext, layer: int, hidden: Tensor) -> Tensor | None:
     """The rows to work on, or None for all of them."""
-    if step.wanted is None or any(chunk.banks is not None and layer in chunk.banks.banks for chunk in step.chunks):
-        return None
-    if any(chunk.experts is not None for chunk in step.chunks):  # they are counted in every row
+    if step.wanted is None or any(_needs_all(chunk, layer) for chunk in step.chunks):
         return None
     length = len(step.wanted) + missing_rows(len(step.wanted), step.rows) or step.rows
     if hidden.ndim != 3 or hidden.shape[0] != 1 or 2 * length > hidden.shape[1]:
         return None
     rows = [*step.wanted, *[0] * (length - len(step.wanted))]
     return torch.tensor(rows, device=hidden.device)
+
+
+def _needs_all(chunk: Chunk, layer: int) -> bool:
+    """Its rows are read by a bank, or its experts counted in every row."""
+    return chunk.experts is not None or (chunk.banks is not None and layer in chunk.banks.banks)

@@ -22,6 +22,8 @@ _MANY = 512
 _FEW = (4, 8, ROWS)
 
 Size = tuple[int, int]
+Kind = tuple[Size, bool, type]
+"""Size, whether there is a bias, and class of a layer."""
 
 
 @dataclass(frozen=True)
@@ -58,27 +60,41 @@ def choose(module: nn.Module, memory: int) -> Products:
     if kept is not None and kept[0] == torch.get_num_threads():
         return kept[1]
     give_back(module)
-    kinds: dict[tuple[Size, bool, type], list[nn.Linear]] = {}
-    for layer in _linears(module):
-        kinds.setdefault(((layer.in_features, layer.out_features), layer.bias is not None, type(layer)), []).append(
-            layer
-        )
+    kinds = _kinds(module)
     packs = sum(layer.weight.nbytes for layers in kinds.values() for layer in layers) <= memory
-    trials = [_Trial(layers[0], packs) for layers in kinds.values()]
-    rows = next((rows for rows in _FEW if _fits(module, rows) and all(one.kernel(rows) for one in trials)), ROWS)
-    packed, inexact, by_onednn = 0, set(), False
-    for ((size, _, _), layers), trial in zip(kinds.items(), trials, strict=True):
-        kernel = trial.kernel(rows)
-        if kernel is None:
-            inexact.add(size)
-        elif kernel == "onednn":
-            by_onednn = True
-            for layer in layers:
-                layer.forward = OneDNN(layer, packs=trial.packs)  # type: ignore[method-assign,assignment]
-                packed += layer.weight.nbytes if trial.packs else 0
-    products = Products("onednn" if by_onednn else "torch", rows, tuple(sorted(inexact)), packed, not inexact)
+    trials = {kind: _Trial(layers[0], packs) for kind, layers in kinds.items()}
+    rows = _fewest_rows(module, list(trials.values()))
+    kernel, packed, inexact = "torch", 0, set()
+    for kind, trial in trials.items():
+        match trial.kernel(rows):
+            case None:
+                inexact.add(kind[0])
+            case "onednn":
+                kernel, packed = "onednn", packed + _use_onednn(kinds[kind], trial.packs)
+    products = Products(kernel, rows, tuple(sorted(inexact)), packed, not inexact)
     _chosen[module] = torch.get_num_threads(), products
     return products
+
+
+def _fewest_rows(module: nn.Module, trials: list[_Trial]) -> int:
+    """With which every layer is exact by one of the kernels."""
+    return next((rows for rows in _FEW if _fits(module, rows) and all(one.kernel(rows) for one in trials)), ROWS)
+
+
+def _kinds(module: nn.Module) -> dict[Kind, list[nn.Linear]]:
+    """Layers whose products are computed alike."""
+    kinds: dict[Kind, list[nn.Linear]] = {}
+    for layer in _linears(module):
+        kind = (layer.in_features, layer.out_features), layer.bias is not None, type(layer)
+        kinds.setdefault(kind, []).append(layer)
+    return kinds
+
+
+def _use_onednn(layers: list[nn.Linear], packs: bool) -> int:
+    """Bytes of the weights that are there a second time."""
+    for layer in layers:
+        layer.forward = OneDNN(layer, packs=packs)  # type: ignore[method-assign,assignment]
+    return sum(layer.weight.nbytes for layer in layers) if packs else 0
 
 
 def give_back(module: nn.Module) -> None:
@@ -177,12 +193,11 @@ def _fits(module: nn.Module, rows: int) -> bool:
     of a step's numbers must have no remainder (``loops.py``)."""
     if rows == ROWS:
         return True
-    for owner in module.modules():
-        if type(owner) is nn.Linear:
-            if rows * owner.in_features % LANES:
-                return False
-        elif not isinstance(owner, nn.Embedding):
-            tensors = [*owner.parameters(recurse=False), *owner.buffers(recurse=False)]
-            if any(tensor.ndim > 1 for tensor in tensors):
-                return False
-    return True
+    return all(_suits(owner, rows) for owner in module.modules())
+
+
+def _suits(owner: nn.Module, rows: int) -> bool:
+    if type(owner) is nn.Linear:
+        return rows * owner.in_features % LANES == 0
+    tensors = [*owner.parameters(recurse=False), *owner.buffers(recurse=False)]
+    return isinstance(owner, nn.Embedding) or all(tensor.ndim <= 1 for tensor in tensors)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from pacellm.model.attention.temperature import take_over
 from pacellm.model.checkpoint import check_directory, check_head, check_loaded
 from pacellm.model.context import KVShape, LayerProbe, StepContext, step_context
 from pacellm.model.families import family_of
-from pacellm.model.last_rows import narrow
+from pacellm.model.last_rows import keep_last_rows
 from pacellm.model.neurons import decoder_layers, ffns
 from pacellm.model.patch import patchable_layers
 from pacellm.model.ranks import Ranks
@@ -117,20 +118,27 @@ def load(
         check_directory(path, allow_pickle=allow_pickle)
     elif ranks is not None:
         raise ModelError(f"{path} is a GGUF file, which is not split over processes; use `pacellm convert` first")
-    try:
+    with _named(path):
         if header is None:
             module = _from_directory(path, dtype, rope_scaling, allow_pickle, ranks)
         else:
             module = _from_gguf(header, dtype, rope_scaling)
-    except PaceError:
-        raise
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(_why_not_loaded(path, error)) from error
     target = torch.device(device)
     if dtype == "auto" and target.type == "cuda" and next(module.parameters()).dtype == torch.float32:
         module.to(torch.bfloat16)  # as the kernel needs; where float32 is asked for, `prepare` refuses
     prepared = prepare(module if ranks is not None else module.to(target))
     return prepared if ranks is None else dataclasses.replace(prepared, ranks=ranks)
+
+
+@contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    """What goes wrong with a checkpoint is an error that names it."""
+    try:
+        yield
+    except PaceError:
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(_why_not_loaded(path, error)) from error
 
 
 def _from_directory(
@@ -213,7 +221,7 @@ def prepare(module: nn.Module) -> LoadedModel:
     kv_shapes = [layer.shapes for layer in probed]
     last = ffns(module)[-1]
     if last is not None and last.module is not decoder_layers(module)[-1]:
-        narrow(last.module, last.layer)
+        keep_last_rows(last.module, last.layer)
     if weight.device.type == "cuda":
         _check_cuda(weight.dtype, probed)
     return LoadedModel(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from pacellm.errors import ModelError
-from pacellm.model.families import LAYOUTS, Family, Layout, family_of
+from pacellm.model.families import FFN_LAYOUTS, Family, FFNLayout, family_of
 
 Role = Literal["gate", "up", "down", "norm"]
 _ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")
@@ -51,7 +51,7 @@ class FFN:
 
     layer: int
     module: nn.Module
-    layout: Layout
+    layout: FFNLayout
     is_shared: bool
     inner: int
     hidden: int
@@ -93,10 +93,8 @@ class FFN:
     def _axes_of(self, role: Role, name: str) -> list[NeuronAxis]:
         projection = original(getattr(self.module, name))
         parts: tuple[Role, ...] = ("gate", "up") if self.layout.fused and role == "up" else (role,)
-        rows = len(parts) * self.inner
         weight, bias = projection.weight, projection.bias
-        shape = (self.hidden, self.inner) if role == "down" else (rows, self.hidden)
-        dim = 1 if role == "down" else 0
+        shape, dim = ((self.hidden, self.inner), 1) if role == "down" else ((len(parts) * self.inner, self.hidden), 0)
         if not isinstance(projection, nn.Linear):  # Conv1D holds [in, out]
             shape, dim = shape[::-1], 1 - dim
         if tuple(weight.shape) != shape or not weight.is_floating_point():
@@ -123,12 +121,12 @@ def ffn_of(layer: nn.Module, number: int, family: Family) -> FFN | None:
     Raises:
         ModelError: the layer does not look like its family.
     """
-    layout = LAYOUTS[family.layout]
+    layout = FFN_LAYOUTS[family.layout]
     if family.norm is not None:
-        layout = Layout(layout.down, layout.up, layout.gate, layout.fused, family.norm)
+        layout = FFNLayout(layout.down, layout.up, layout.gate, layout.fused, family.norm)
     for path, is_shared in ((family.ffn, False), (family.shared, True)):
         module = None if path is None else _below(layer, path)
-        if module is not None and all(isinstance(getattr(module, n, None), nn.Module) for n in layout.projections):
+        if module is not None and _has_projections(module, layout):
             inner, hidden = _sizes(original(getattr(module, layout.down)))
             return FFN(number, module, layout, is_shared, inner, hidden)
     if family.routed and (module := _below(layer, family.ffn)) is not None and _has_experts(module):
@@ -137,6 +135,10 @@ def ffn_of(layer: nn.Module, number: int, family: Family) -> FFN | None:
         f"layer {number} ({type(layer).__name__}) has no {family.ffn or 'projections'} with "
         f"{', '.join(layout.projections)}; its FFN is not understood"
     )
+
+
+def _has_projections(module: nn.Module, layout: FFNLayout) -> bool:
+    return all(isinstance(getattr(module, name, None), nn.Module) for name in layout.projections)
 
 
 def ffns(model: nn.Module) -> list[FFN | None]:

@@ -48,31 +48,52 @@ def scale_rope(config: PreTrainedConfig, scaling: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: names the field.
     """
+    kind, fields = _kind_and_fields(scaling)
+    given = _only_parameters(config)
+    native = _native_length(config, given, fields)
+    factor = _factor(kind, fields)
+    if kind == "llama3" and not {"low_freq_factor", "high_freq_factor"} <= fields.keys():
+        raise _wrong("llama3 needs low_freq_factor and high_freq_factor")
+    kept: dict[str, Any] = {name: given[name] for name in ("rope_theta", "partial_rotary_factor") if name in given}
+    if kind in ("yarn", "llama3"):
+        kept[_ORIGINAL] = native
+    config.rope_parameters = {**kept, "rope_type": kind, **fields}
+    config.max_position_embeddings = int(native * factor)
+
+
+def _kind_and_fields(scaling: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     kind = scaling.get("rope_type", scaling.get("type"))
     if kind not in _FIELDS:
         raise _wrong(f"rope_type must be one of {', '.join(sorted(_FIELDS))}, not {kind!r}")
     fields = {name: value for name, value in scaling.items() if name not in ("rope_type", "type")}
     if unknown := sorted(fields.keys() - set(_FIELDS[kind])):
         raise _wrong(f"{kind} has no field {unknown[0]!r}; it has {', '.join(_FIELDS[kind]) or 'none'}")
+    return kind, fields
+
+
+def _only_parameters(config: PreTrainedConfig) -> dict[str, Any]:
+    """The rope parameters of a model that has the same ones in all layers."""
     found = list(_parameters(config))
     if len(found) != 1 or not found[0].get("rope_theta"):
         raise _wrong(f"model type {config.model_type!r} has no rotary positions, or other ones by layer")
-    native = fields.get(_ORIGINAL) or found[0].get(_ORIGINAL) or config.max_position_embeddings
+    return found[0]
+
+
+def _native_length(config: PreTrainedConfig, given: Mapping[str, Any], fields: Mapping[str, Any]) -> int:
+    """Tokens that the model was trained on."""
+    native = fields.get(_ORIGINAL) or given.get(_ORIGINAL) or config.max_position_embeddings
     if isinstance(native, bool) or not isinstance(native, int) or native < 1:
         raise _wrong(f"{_ORIGINAL} must be an integer above 0, not {native!r}")
+    return native
+
+
+def _factor(kind: str, fields: Mapping[str, Any]) -> float:
     factor = fields.get("factor", 1.0)
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 1.0 <= factor <= 1024.0:
         raise _wrong(f"factor must be a number from 1 to 1024, not {factor!r}")
     if kind != "default" and "factor" not in fields:
         raise _wrong(f"{kind} needs a factor, as in {{'rope_type': '{kind}', 'factor': 4.0}}")
-    if kind == "llama3" and not {"low_freq_factor", "high_freq_factor"} <= fields.keys():
-        raise _wrong("llama3 needs low_freq_factor and high_freq_factor")
-    given: dict[str, Any] = dict(found[0])
-    kept: dict[str, Any] = {name: given[name] for name in ("rope_theta", "partial_rotary_factor") if name in given}
-    if kind in ("yarn", "llama3"):
-        kept[_ORIGINAL] = native
-    config.rope_parameters = {**kept, "rope_type": kind, **fields}
-    config.max_position_embeddings = int(native * factor)
+    return factor
 
 
 def _parameters(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:

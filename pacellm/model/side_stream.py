@@ -1,4 +1,7 @@
-"""Work whose result the step does not need, beside the step on a CUDA stream of its own: observing banks."""
+"""Work whose result the step does not need, on a CUDA stream of its own beside the step's: observing banks.
+
+A candidate: what it saves was not measured on a GPU; it stays until it is.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,17 @@ from torch import Tensor
 
 from pacellm.model.context import StepContext
 
-_KEY = "beside"
+_KEY = "side stream"
 
 
 @contextmanager
-def beside(step: StepContext, *read: Tensor) -> Iterator[None]:
+def on_side_stream(step: StepContext, *read: Tensor) -> Iterator[None]:
     """What is done inside runs beside the rest of the step, where the step has a stream for that.
 
     Args:
-        read: the step's tensors that it reads, kept until :func:`join` so that nothing else takes their place.
+        read: the step's tensors that it reads, kept until :func:`join_side_stream`: nothing else may take their place.
     """
-    stream = step.beside
+    stream = step.side_stream
     if stream is None:
         yield
         return
@@ -30,7 +33,7 @@ def beside(step: StepContext, *read: Tensor) -> Iterator[None]:
         yield
 
 
-def join(step: StepContext) -> None:
+def join_side_stream(step: StepContext) -> None:
     """What comes after waits for all that ran beside the step."""
-    if step.beside is not None and step.scratch.pop(_KEY, None):
-        torch.cuda.current_stream(step.beside.device).wait_stream(step.beside)
+    if step.side_stream is not None and step.scratch.pop(_KEY, None):
+        torch.cuda.current_stream(step.side_stream.device).wait_stream(step.side_stream)

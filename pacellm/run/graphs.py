@@ -21,7 +21,7 @@ from torch import Tensor
 from pacellm.config import PRESETS
 from pacellm.engine.step import Step, Work
 from pacellm.kv.blocks import BLOCK
-from pacellm.memory.feed import Tokens
+from pacellm.memory.tokens import DecodedTokens
 from pacellm.model.context import DecodeRows, Shared
 from pacellm.modes import preset_of, writes
 from pacellm.run.batch import is_changed, uses_set
@@ -116,7 +116,7 @@ class Buffers:
         self._live, self._writes = live, writes
         members, tables = device_side.members, device_side.tables
         self._members, self._tables, self._ends = members, tables, device_side.ends
-        tokens = Tokens(rows, self._flags[0], self._flags[1], presets)
+        tokens = DecodedTokens(rows, self._flags[0], self._flags[1], presets)
         sharing = Shared(members, leader, shared, group)
         self.apart = DecodeRows(slots, lengths, tables, tokens)
         self.sharing = DecodeRows(slots, lengths, tables, tokens, sharing)

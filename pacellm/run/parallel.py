@@ -18,7 +18,7 @@ from pacellm.config import PAConfig
 from pacellm.engine.step import Copy, Step
 from pacellm.errors import EngineDead
 from pacellm.kv.blocks import KVTable
-from pacellm.memory.bank import rank_of_gram
+from pacellm.memory.effective_rank import rank_of_gram
 from pacellm.memory.pool import BankPool, BankShape
 from pacellm.model.attention import prefill as prefill_kernels
 from pacellm.model.context import Banks, Chunk

@@ -16,11 +16,11 @@ from pacellm.errors import EngineError
 from pacellm.kv.blocks import BLOCK, KVTable, blocks_for
 from pacellm.memory.pool import BankPool
 from pacellm.model.attention.dispatch import slab
-from pacellm.model.attention.prefill import Kernel
+from pacellm.model.attention.plan import PrefillKernel
 from pacellm.model.context import Chunk, DecodeRows, StepContext, step_context
 from pacellm.model.ffn import observe
 from pacellm.model.load import LoadedModel
-from pacellm.model.side_stream import join
+from pacellm.model.side_stream import join_side_stream
 from pacellm.modes import preset_of
 from pacellm.rows import ROWS, missing_rows
 from pacellm.run import batch, graphs
@@ -78,13 +78,13 @@ class Runner:
         pa: PAConfig,
         *,
         deterministic: bool = False,
-        kernel: Kernel | None = None,
+        kernel: PrefillKernel | None = None,
         rows: int = ROWS,
     ) -> None:
         self.rows = rows
         self.model, self.pool, self.pa, self.deterministic, self.kernel = model, pool, pa, deterministic, kernel
         self.decoder: graphs.Decoder | None = None
-        self._beside = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
+        self._side_stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
         slots = num_blocks * BLOCK + ROWS  # the last ones are nobody's: what pads a step is written there
         self._keys = slab([shape[0] for shape in model.kv_shapes], slots, model.dtype, model.device)
         self._values = slab([shape[1] for shape in model.kv_shapes], slots, model.dtype, model.device)
@@ -204,9 +204,9 @@ class Runner:
         missing = missing_rows(buffers.size) if on_cpu else 0
         if missing:
             raise ValueError(f"on a CPU buckets are multiples of {ROWS} sequences, not {buffers.size}")
-        with step_context(self._context(chunks, decode=rows, beside=self._beside)) as step:
+        with step_context(self._context(chunks, decode=rows, side_stream=self._side_stream)) as step:
             output = self.model.module(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=kept)
-            join(step)
+            join_side_stream(step)
         return output.logits[0]
 
     def scrub(self, table: KVTable) -> None:

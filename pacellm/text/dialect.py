@@ -98,20 +98,31 @@ def detect(chat_template: str, variables: frozenset[str], response_template: Map
         template, call = _with_text_calls(response_template)
         return Dialect(template=template, think=_think_of(response_template), call=call, has_anchor=True, **facts)
     fields: dict[str, Any] = {}
-    think = call = None
-    if all(mark in chat_template for mark in _THINK):
-        think = _THINK
+    think = _THINK if _has_marks(chat_template, _THINK) else None
+    if think is not None:
         fields["reasoning_content"] = _region(think, {"content": "text"})
-    if all(mark in chat_template for mark in _CALLS):
-        if "<function=" in chat_template and "<parameter=" in chat_template:
-            fields["tool_calls"] = _TAGGED_CALLS
-        elif "arguments" in chat_template:
-            call = _CALLS
-            fields["tool_calls"] = _region(call, {"content": "text", "repeats": True})
+    calls, call = _calls_of(chat_template)
+    if calls is not None:
+        fields["tool_calls"] = calls
     if not fields:
         return Dialect(**facts)
     fields["content"] = {"content": "text"}
     return Dialect(template={"start_anchor_pattern": r"\A", "fields": fields}, think=think, call=call, **facts)
+
+
+def _has_marks(chat_template: str, marks: tuple[str, str]) -> bool:
+    return all(mark in chat_template for mark in marks)
+
+
+def _calls_of(chat_template: str) -> tuple[dict[str, Any] | None, tuple[str, str] | None]:
+    """The field of calls, and the marks around calls that are JSON."""
+    if not _has_marks(chat_template, _CALLS):
+        return None, None
+    if "<function=" in chat_template and "<parameter=" in chat_template:
+        return _TAGGED_CALLS, None
+    if "arguments" in chat_template:
+        return _region(_CALLS, {"content": "text", "repeats": True}), _CALLS
+    return None, None
 
 
 # what is between the marks of Qwen3-Coder and Qwen3.5

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from pacellm.errors import RequestError, UnsupportedParameter
 from pacellm.text import sandbox
 from pacellm.text.constraints import Grammar, after_space
-from pacellm.text.sandboxes import Probes, Verdict, Vocabulary
+from pacellm.text.sandboxes import GrammarVerdict, Sandboxes, Vocabulary
 
 MAX_BYTES = 2**18
 PROCESSES = min(4, max(2, os.cpu_count() or 2))
@@ -155,7 +155,7 @@ class Grammars:
         self._tokens: list[bytes] = []
         self._special: list[int] = []
         self._takes_space = False
-        self._probes: Probes | None = None
+        self._sandboxes: Sandboxes | None = None
 
     def known(self, grammar: Grammar) -> Compiled | None:
         """What :meth:`compile` found of this grammar before, None where that is not known. Never slow.
@@ -201,8 +201,8 @@ class Grammars:
     def close(self) -> None:
         """End the processes that try grammars out."""
         with self._loading:
-            if self._probes is not None:
-                self._probes.close()
+            if self._sandboxes is not None:
+                self._sandboxes.close()
 
     def _key(self, grammar: Grammar) -> _Key:
         text = (after_space(grammar) if self._takes_space else grammar).text()
@@ -222,17 +222,17 @@ class Grammars:
                     break
         return RequestError(f"{param}: {_short(error)}", param=param, code="invalid_value")
 
-    def _try(self, text: str) -> Verdict:
+    def _try(self, text: str) -> GrammarVerdict:
         self._load()
-        assert self._probes is not None
-        return self._probes.ask(text, self._seconds)
+        assert self._sandboxes is not None
+        return self._sandboxes.ask(text, self._seconds)
 
     def _load(self) -> LLTokenizer:
         """The vocabulary, when first needed: seconds for a large one."""
         with self._loading:
             if self._tokenizer is None:
                 self._read_vocabulary()
-                self._probes = Probes(Vocabulary(self._tokens, self._special, self._eos), self._most)
+                self._sandboxes = Sandboxes(Vocabulary(self._tokens, self._special, self._eos), self._most)
                 self._tokenizer = sandbox.build(self._tokens, self._special, self._eos, self._encode)
             return self._tokenizer
 

@@ -113,8 +113,8 @@ class Literals:
         begin, end = marks or ("", "")
         head, closing, rest = text.partition(end) if end else (text, "", "")
         lead, opening, body = head.partition(begin) if begin and begin in head else ("", "", head)
-        is_reasoned = closing or (is_open and opening)
-        if not is_reasoned or lead.strip() or any(mark in part for mark in (begin, end) for part in (body, rest)):
+        is_reasoned = not lead.strip() and (closing or (is_open and opening))
+        if not is_reasoned or _any_in((begin, end), (body, rest)):
             return self.shielded(text, own=True)
         return lead + opening + self.shielded(body, own=True) + closing + self.shielded(rest, own=True)
 
@@ -190,6 +190,10 @@ class Literals:
         return _Second(self._backend, self._structure)
 
 
+def _any_in(marks: tuple[str, str], texts: tuple[str, str]) -> bool:
+    return any(mark in text for mark in marks for text in texts)
+
+
 class _Second:
     """The tokenizer that has aliases for tokens that are no text, and those as text.
 
@@ -201,13 +205,21 @@ class _Second:
         self._first, self._texts = backend, {number: token.content for number, token in structure.items()}
         self.aliases = {text: _ALIAS + chr(_FIRST_ALIAS + place) for place, text in enumerate(self._texts.values())}
         escape = _ESCAPE + str(_RESERVED.index(_ALIAS))
-        description = json.loads(backend.to_str())
+        second = self._build(structure, escape)
+        self._pieces = Pieces(second, [*self.aliases.values(), escape])
+        meaning = {self.aliases[text]: [number] for number, text in self._texts.items()}
+        meaning[escape] = self._spelled(_ALIAS)
+        vocabulary = {token.content: number for number, token in second.get_added_tokens_decoder().items()}
+        self._meaning = {vocabulary[text]: ids for text, ids in meaning.items()}
+
+    def _build(self, structure: dict[int, AddedToken], escape: str) -> Tokenizer:
+        description = json.loads(self._first.to_str())
         known = description["added_tokens"]
         aliased = [{**token, "content": self.aliases[token["content"]]} for token in known if token["id"] in structure]
         plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         for token in known:
             token["special"] = token["id"] in structure  # what is special here is not looked for
-        start = backend.get_vocab_size(with_added_tokens=True)
+        start = self._first.get_vocab_size(with_added_tokens=True)
         more = [
             {**token, "id": start + place, "special": False}
             for place, token in enumerate([*aliased, {"content": escape, **plain}])
@@ -216,11 +228,7 @@ class _Second:
         if any(second.token_to_id(token["content"]) != token["id"] for token in known):
             raise ModelError("the tokenizer cannot be told to read its special tokens as text")
         second.encode_special_tokens = True
-        self._pieces = Pieces(second, [*self.aliases.values(), escape])
-        meaning = {self.aliases[text]: [number] for number, text in self._texts.items()}
-        meaning[escape] = self._spelled(_ALIAS)
-        vocabulary = {token.content: number for number, token in second.get_added_tokens_decoder().items()}
-        self._meaning = {vocabulary[text]: ids for text, ids in meaning.items()}
+        return second
 
     def ids(self, memo: PieceMemo, text: str, scope: str | None, limit: int | None = None) -> list[int]:
         """Ids of a text with aliases, as the first tokenizer has them."""

@@ -44,7 +44,7 @@ LIMITS: dict[str, Any] = {
 Encode = Callable[[bytes], list[int] | None]
 
 
-class Vocabulary:
+class GuidanceVocabulary:
     """What llguidance asks of a tokenizer: the bytes of every token, and some way to write a text in them.
 
     Args:
@@ -84,7 +84,7 @@ class Vocabulary:
 
 def build(tokens: list[bytes], special: list[int], eos: list[int], encode: Encode | None = None) -> LLTokenizer:
     """A tokenizer of llguidance from its vocabulary."""
-    return LLTokenizer(TokenizerWrapper(Vocabulary(tokens, special, eos, encode)), eos_token=eos)
+    return LLTokenizer(TokenizerWrapper(GuidanceVocabulary(tokens, special, eos, encode)), eos_token=eos)
 
 
 def new_matcher(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:

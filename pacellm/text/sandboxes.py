@@ -26,7 +26,7 @@ _BUSY = "grammars take too long to check at the moment; try again later"
 _OTHERS_DOING = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
 
 
-class Verdict(NamedTuple):
+class GrammarVerdict(NamedTuple):
     """What is wrong with a grammar, None where nothing is, and what it took to know: CPU seconds, and bytes."""
 
     error: str | None
@@ -50,7 +50,7 @@ class _Ended(Exception):
         self.status = status
 
 
-class Probes:
+class Sandboxes:
     """Processes that try grammars out; any thread may ask.
 
     Args:
@@ -61,11 +61,11 @@ class Probes:
     def __init__(self, vocabulary: Vocabulary, most: int) -> None:
         self._vocabulary = vocabulary
         self._places, self._lock = threading.BoundedSemaphore(most), threading.Lock()
-        self._idle: list[_Probe] = []
-        self._all: set[_Probe] = set()
+        self._idle: list[_Sandbox] = []
+        self._all: set[_Sandbox] = set()
         self._is_closed = False
 
-    def ask(self, grammar: str, seconds: float) -> Verdict:
+    def ask(self, grammar: str, seconds: float) -> GrammarVerdict:
         """Try a grammar out in at most ``seconds`` of CPU time.
 
         Raises:
@@ -86,13 +86,7 @@ class Probes:
         for one in ended:
             one.kill()
 
-    @property
-    def pids(self) -> list[int]:
-        """Of the processes that there are."""
-        with self._lock:
-            return [one.process.pid for one in self._all]
-
-    def _ask(self, grammar: str, seconds: float, is_new: bool) -> Verdict | None:
+    def _ask(self, grammar: str, seconds: float, is_new: bool) -> GrammarVerdict | None:
         """None where the process was ended by something else than the grammar alone."""
         one = self._take(is_new)
         is_new, one.is_new = one.is_new, False
@@ -103,24 +97,24 @@ class Probes:
             if error.status is None:
                 raise Overloaded(_BUSY) from None
             if error.status == -signal.SIGPROF:
-                return Verdict(f"too complex: it takes more than {seconds:g} s of processor time", seconds)
+                return GrammarVerdict(f"too complex: it takes more than {seconds:g} s of processor time", seconds)
             if error.status in _OTHERS_DOING or not is_new:
                 return None  # earlier grammars may have left less memory
-            return Verdict(f"too complex: it takes more than {sandbox.MEMORY // 2**20} MiB of memory", seconds)
+            return GrammarVerdict(f"too complex: it takes more than {sandbox.MEMORY // 2**20} MiB of memory", seconds)
         except BaseException:
             self._drop(one)
             raise
         with self._lock:
             self._idle.append(one)
-        return Verdict(answer["error"], answer["seconds"], answer["bytes"])
+        return GrammarVerdict(answer["error"], answer["seconds"], answer["bytes"])
 
-    def _take(self, is_new: bool) -> _Probe:
+    def _take(self, is_new: bool) -> _Sandbox:
         with self._lock:
             if self._is_closed:
                 raise EngineError("the server is shutting down")
             if self._idle and not is_new:
                 return self._idle.pop()
-        one = _Probe()
+        one = _Sandbox()
         with self._lock:
             self._all.add(one)
         try:
@@ -135,13 +129,13 @@ class Probes:
             raise
         return one
 
-    def _drop(self, one: _Probe) -> None:
+    def _drop(self, one: _Sandbox) -> None:
         with self._lock:
             self._all.discard(one)
         one.kill()
 
 
-class _Probe:
+class _Sandbox:
     """One process.
 
     Attributes:

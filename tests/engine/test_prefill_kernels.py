@@ -30,8 +30,8 @@ def test_the_engine_on_each_kernel(family, name, monkeypatch):
     monkeypatch.setattr(prefill_kernels, "CUDNN_STEP", 64)
     monkeypatch.setattr(
         attention_cpu,
-        "attend",
-        lambda step, layer, query, form: attention_cuda.attend(step, layer, query, form.scale, form.window),
+        "attend_on_cpu",
+        lambda step, layer, query, form: attention_cuda.attend_on_cuda(step, layer, query, form.scale, form.window),
     )
     engine = new_engine(model, max_num_batched_tokens=200)
     used, kernel = [], prefill_kernels.load(name)

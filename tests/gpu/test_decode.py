@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from pacellm.config import PRESETS
-from pacellm.memory import feed
+from pacellm.memory import decode_device
 from pacellm.model.attention import cuda as attention_cuda
 from pacellm.model.load import prepare
 from pacellm.types import SamplingParams
 from tests.engine.helpers import assert_nothing_held, assert_same_banks, banks, new_engine, prompt, request, run, tokens
-from tests.memory.test_feed import assert_same_rows, config, new_pool, told, turns
+from tests.memory.test_decode_device import assert_same_rows, config, new_pool, told, turns
 from tests.models import tiny
 
 pytestmark = pytest.mark.gpu
@@ -24,14 +24,14 @@ def test_the_decode_kernel_is_right():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_banks_in_triton(preset):
-    from pacellm.memory import feed_triton  # Triton is not everywhere that tests are collected
+    from pacellm.memory import decode_triton  # Triton is not everywhere that tests are collected
 
     settings = config(preset=preset)
     mine, theirs = new_pool(settings, device="cuda").arena[0], new_pool(settings, device="cuda").arena[0]
     for rows, writes, x, y in turns(40):
         tokens_ = told(rows.cuda(), writes.cuda(), preset)
-        expected = feed.feed(theirs, tokens_, x.cuda(), y.cuda(), settings)
-        found = feed_triton.feed(mine, tokens_, x.cuda(), y.cuda(), settings)
+        expected = decode_device.feed(theirs, tokens_, x.cuda(), y.cuda(), settings)
+        found = decode_triton.feed(mine, tokens_, x.cuda(), y.cuda(), settings)
         if settings.acts:
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     assert_same_rows(mine, theirs, close={"rtol": 1e-3, "atol": 1e-3})

@@ -8,8 +8,9 @@ from safetensors import safe_open
 
 from pacellm import Bank, PAConfig
 from pacellm.errors import ConfigError
-from pacellm.memory.bank import effective_rank, read, stage, write
-from pacellm.memory.decode import Token, feed
+from pacellm.memory.decode_cpu import DecodedToken, feed
+from pacellm.memory.effective_rank import effective_rank
+from pacellm.memory.segment import read, stage, write
 from pacellm.memory.state import COUNTERS, new_bank, new_stage
 
 DATA = Path(__file__).parent.parent / "data"
@@ -62,7 +63,7 @@ def feed_rows(banks, writes, x, y, config, masks=None):
     """[N, H] outputs of one decoded token for each bank, rows of x [N, F] and y [N, H]."""
     masks = masks or [None] * len(banks)
     tokens = zip(banks, writes, [x] * len(banks), range(len(banks)), y, masks, strict=True)
-    return torch.stack(feed([Token(*token) for token in tokens], config))
+    return torch.stack(feed([DecodedToken(*token) for token in tokens], config))
 
 
 def run(config, x, y, segment, piece, dtype=torch.float32):
@@ -243,7 +244,7 @@ def test_layers_and_sequences_fed_together_are_each_alone_to_the_bit(preset, dty
     alone = [run(config, x, y, 1, 1, dtype) for x, y in inputs]
     banks = [new_bank(config, x.shape[1], y.shape[1], dtype, torch.device("cpu")) for x, y in inputs]
     for at in range(70):
-        tokens = [Token(bank, True, x, at, y[at]) for bank, (x, y) in zip(banks, inputs, strict=True)]
+        tokens = [DecodedToken(bank, True, x, at, y[at]) for bank, (x, y) in zip(banks, inputs, strict=True)]
         for (outputs, _), token, found in zip(alone, tokens, feed(tokens, config), strict=True):
             assert torch.equal(found, outputs[at] if config.acts else token.y)
     for (_, expected), found in zip(alone, banks, strict=True):
@@ -258,6 +259,6 @@ def test_numbers_that_are_none_are_fed_without_a_warning():
     x[20:23], y[30], x[35] = torch.tensor([[torch.nan], [torch.inf], [3e38]]), -torch.inf, 0.0
     expected, bank = run(config, x, y, 1, 1)
     own = new_bank(config, 48, 16, torch.float32, torch.device("cpu"))
-    found = [feed([Token(own, True, x, at, y[at])], config)[0] for at in range(40)]
+    found = [feed([DecodedToken(own, True, x, at, y[at])], config)[0] for at in range(40)]
     assert torch.equal(torch.stack(found).nan_to_num(), expected.nan_to_num())
     assert all(torch.equal(*(part.nan_to_num() for part in pair)) for pair in zip(own, bank, strict=True))

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from pacellm.engine.pace import Pace
 from pacellm.errors import ConfigError
 from pacellm.experts import forward as experts
 from pacellm.experts.apply import apply_layout
-from pacellm.experts.forward import activation_name, check_density
+from pacellm.experts.forward import check_density
+from pacellm.experts.gated import activation_name
 from pacellm.memory.expert_counts import EXPERTS
 from pacellm.memory.working_set import SetTable, choose
 from pacellm.model.load import prepare
@@ -19,7 +21,7 @@ from pacellm.run import batch, graphs
 from pacellm.types import SamplingParams
 from tests.engine.helpers import new_engine, prompt, request, run
 from tests.experts.test_layout import random_layout
-from tests.memory.test_feed import NoWaiting
+from tests.memory.test_decode_device import NoWaiting
 from tests.models import tiny
 
 
@@ -51,6 +53,7 @@ def logprobs_by_kernel(kernel, static, new=6):
     """Log-probabilities of four requests' tokens, of several densities, decoded together, and of a second turn."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs, "BUCKETS", (16,))
+        patch.setattr(Pace, "seconds", lambda self, *, decodes, several=False: None)  # chunks by the budget alone
         engine = kernel_engine(kernel, static, max_num_batched_tokens=64)
         sampling = SamplingParams(max_tokens=new, temperature=0, logprobs=0, ignore_eos=True)
         asked = [

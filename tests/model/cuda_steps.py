@@ -45,7 +45,7 @@ def check(kernel_dtype, device, windows, tolerance, size=16, heads=(6, 2), kerne
     query = random(heads[0], row)
     step = StepContext(chunks, [slabs[0]], [slabs[1]], kernel=kernel)
     for window in windows:
-        found = attention_cuda.attend(step, 0, query, 0.3, window)
+        found = attention_cuda.attend_on_cuda(step, 0, query, 0.3, window)
         for chunk, (_, _, _, key, value) in zip(chunks, sequences, strict=True):
             expected = plain(query[:, chunk.start : chunk.stop], key, value, 0.3, window)
             torch.testing.assert_close(

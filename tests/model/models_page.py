@@ -5,7 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from pacellm.gguf.check import ARCHITECTURES, SPLITS
-from pacellm.model.families import FAMILIES, LAYOUTS, REFUSED
+from pacellm.model.families import FAMILIES, FFN_LAYOUTS, REFUSED
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
@@ -14,7 +14,7 @@ def families():
     """What is served: one row per layout and place of banks."""
     groups = defaultdict(list)
     for name, family in FAMILIES.items():
-        layout = LAYOUTS[family.layout]
+        layout = FFN_LAYOUTS[family.layout]
         parts = ", ".join(f"`{part}`" for part in layout.projections) + (
             " (gate and up in one)" if layout.fused else ""
         )

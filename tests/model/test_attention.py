@@ -14,7 +14,7 @@ def attend(query, key, value, runs, start, window, scale=0.3, num_decoded=0):
     size = max(run.slot + run.length for run in runs)
     chunk = Chunk(0, query.shape[1], start, runs, num_decoded=num_decoded)
     step = StepContext([chunk], [scatter(key, runs, size)], [scatter(value, runs, size)])
-    return attention_cpu.attend(step, 0, query, Form(scale, window))
+    return attention_cpu.attend_on_cpu(step, 0, query, Form(scale, window))
 
 
 ONE_RUN = (Run(0, 0, 12288),)
@@ -119,7 +119,7 @@ def test_the_last_layer_attends_only_what_the_head_reads(window, num_decoded, nu
         chunk = Chunk(0, 700, 0, ONE_RUN, num_decoded=num_decoded)
         slabs = [scatter(key, ONE_RUN, 12288)] * 2, [scatter(value, ONE_RUN, 12288)] * 2
         step = StepContext([chunk], *slabs, wanted=wanted)
-        found[name] = [attention_cpu.attend(step, layer, query, Form(0.3, window)) for layer in (0, 1)]
+        found[name] = [attention_cpu.attend_on_cpu(step, layer, query, Form(0.3, window)) for layer in (0, 1)]
     whole, part = found["whole"], found["part"]
     assert torch.equal(whole[0], whole[1])
     assert torch.equal(part[0], whole[0])
@@ -144,7 +144,7 @@ def test_decoded_tokens_of_many_sequences(window, heads):
                 slab[:, part] = scatter(new, (Run(0, 512, 512), Run(512, 0, 512)), 1024)
             chunks.append(Chunk(row, row + 1, length - 1, runs, num_decoded=1))
             parts.append((key, value))
-        found = attention_cpu.attend(StepContext(chunks, [slabs[0]], [slabs[1]]), 0, query, Form(0.3, window))
+        found = attention_cpu.attend_on_cpu(StepContext(chunks, [slabs[0]], [slabs[1]]), 0, query, Form(0.3, window))
         for row, (key, value) in enumerate(parts):
             own = query[:, row : row + 1]
             torch.testing.assert_close(

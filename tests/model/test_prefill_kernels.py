@@ -12,7 +12,8 @@ from pacellm.engine.device import attention_kernel
 from pacellm.errors import ConfigError
 from pacellm.model.attention import choice as kernel_choice
 from pacellm.model.attention import prefill as prefill_kernels
-from pacellm.model.attention.prefill import Kernel, new_plan
+from pacellm.model.attention.plan import PrefillKernel
+from pacellm.model.attention.prefill import new_plan
 from pacellm.model.context import Chunk, Run
 from pacellm.model.load import prepare
 from tests.engine.helpers import new_engine
@@ -46,7 +47,7 @@ def replace(monkeypatch, name, change):
         kernel = load(wanted)
         if wanted != name:
             return kernel
-        return Kernel(name, lambda *given: change(*kernel.call(*given)), kernel.least, kernel.windows)
+        return PrefillKernel(name, lambda *given: change(*kernel.call(*given)), kernel.least, kernel.windows)
 
     monkeypatch.setattr(prefill_kernels, "load", changed)
 
@@ -66,7 +67,7 @@ def test_a_step_uses_the_kernel_it_is_given(installed, monkeypatch):
         seen.append((window, [part.count for part in plan.parts]))
         return prefill_kernels.FLASH.call(queries, keys, values, plan, scale, window)
 
-    check(torch.float32, "cpu", (None, 100), 1e-4, kernel=Kernel("mine", counted, least=70, windows=False))
+    check(torch.float32, "cpu", (None, 100), 1e-4, kernel=PrefillKernel("mine", counted, least=70, windows=False))
     # 300 queries have two runs; 40 and 20 are fewer than 70, and windows are not for it
     assert sorted(seen, key=str) == [(None, [300]), (None, [300]), (None, [70])]
 
@@ -142,7 +143,7 @@ def test_causal_from_the_upper_left_is_found_out(installed, monkeypatch):
         output, lse = stand_ins.one(queries, keys[:length], values[:length], causal, scale)
         return output, lse.transpose(0, 1)
 
-    wrong = Kernel("cudnn", prefill_kernels._each(upper_left), windows=False)
+    wrong = PrefillKernel("cudnn", prefill_kernels._each(upper_left), windows=False)
     assert not kernel_choice.error(wrong, SHAPE, torch.float32, CPU) <= kernel_choice.TOLERANCE
 
 
@@ -218,7 +219,7 @@ def test_the_engine_asks_for_its_own_layers_and_says_what_it_uses(monkeypatch, c
 
     def chosen(wanted, shapes, dtype, device):
         asked.append((wanted, shapes))
-        kernel = Kernel(used, prefill_kernels.FLASH.call)
+        kernel = PrefillKernel(used, prefill_kernels.FLASH.call)
         timed = {} if deterministic else {"flash": 0.25, "cudnn": 0.125}
         return kernel_choice.Trial(kernel, timed, {} if deterministic else {"flash-attn-3": "it is off by 0.5"})
 

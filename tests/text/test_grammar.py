@@ -20,9 +20,9 @@ from pacellm.errors import RequestError
 from pacellm.model.load import load
 from pacellm.run.sampler import sample
 from pacellm.server.lanes import Lane
-from pacellm.text import constraints as grammar
+from pacellm.text import constraints
 from pacellm.text.grammar import Grammars, _Kept
-from pacellm.text.sandbox import Vocabulary
+from pacellm.text.sandbox import GuidanceVocabulary
 from pacellm.text.tokenizer import ChatTokenizer
 from pacellm.types import Delta, Failed, Finished, FinishReason, SamplingParams
 from tests.engine.helpers import assert_nothing_held, finish, prompt, request, tokens
@@ -60,7 +60,7 @@ def grammars(tokenizer):
 
 @pytest.fixture(scope="module")
 def constraint(grammars):
-    return grammars.compile(grammar.of_json(SCHEMA, "response_format"))
+    return grammars.compile(constraints.of_json(SCHEMA, "response_format"))
 
 
 def engine_of(model, tokenizer, **changes):
@@ -135,7 +135,7 @@ def test_every_way_of_sampling_keeps_to_the_grammar(model, tokenizer, constraint
 
 
 def test_end_tokens_come_only_where_the_grammar_may_end(model, tokenizer, grammars):
-    constraint = grammars.compile(grammar.of_regex("[a-z]{4}([a-z]{4})*", "x"))
+    constraint = grammars.compile(constraints.of_regex("[a-z]{4}([a-z]{4})*", "x"))
     eager = dataclasses.replace(SAMPLED, logit_bias=((2, 100.0),))
     events = one(model, tokenizer, constraint, eager)
     assert finish(events).reason is FinishReason.STOP
@@ -148,11 +148,11 @@ def test_end_tokens_come_only_where_the_grammar_may_end(model, tokenizer, gramma
 
 
 def test_a_grammar_that_can_only_end_ends_at_once(model, tokenizer, grammars):
-    events = one(model, tokenizer, grammars.compile(grammar.of_choice(["yes"], "x")))
+    events = one(model, tokenizer, grammars.compile(constraints.of_choice(["yes"], "x")))
     assert text(events) == "yes"
     assert 2 not in tokens(events)
     exact = dataclasses.replace(SAMPLED, max_tokens=len(tokens(events)))
-    assert finish(one(model, tokenizer, grammars.compile(grammar.of_choice(["yes"], "x")), exact)).reason == "stop"
+    assert finish(one(model, tokenizer, grammars.compile(constraints.of_choice(["yes"], "x")), exact)).reason == "stop"
 
 
 def test_a_matcher_that_fails_fails_its_request(model, tokenizer, constraint):
@@ -196,13 +196,13 @@ def test_only_allowed_tokens_are_sampled():
 
 
 def test_greedy_tokens():
-    greedy = Vocabulary([b"<s>", b"a", b"b", b"ab", b""], [0], [0])
+    greedy = GuidanceVocabulary([b"<s>", b"a", b"b", b"ab", b""], [0], [0])
     assert greedy(b"abba") == [3, 2, 1]
     assert greedy("a<s>b") == [1, 2]
 
 
 def test_what_is_forced_is_written_as_the_model_would(tokenizer, grammars):
-    grammars.compile(grammar.of_choice(["x"], "x"))
+    grammars.compile(constraints.of_choice(["x"], "x"))
     words = [" archive", ' {"arguments": 12}', "\n\n", " ", "é", "arguments"]
     for text in words:
         ids = grammars._encode(text.encode())
@@ -214,7 +214,7 @@ def test_what_is_forced_is_written_as_the_model_would(tokenizer, grammars):
 
 
 def hostile(number=60):
-    return grammar.of_json(
+    return constraints.of_json(
         {"allOf": [{"type": "string", "pattern": f".*a{{{count}}}.*"} for count in range(number)]}, "response_format"
     )
 
@@ -227,33 +227,38 @@ def impatient(tokenizer):
     made.close()
 
 
+def pids(grammars):
+    """Of the processes that try its grammars out."""
+    return [one.process.pid for one in grammars._sandboxes._all]
+
+
 def test_what_takes_too_long_is_given_up(impatient):
     for number in (60, 61):
         with pytest.raises(RequestError, match=r"too complex: it takes more than 0\.5 s of processor time"):
             impatient.compile(hostile(number))
-        impatient.compile(grammar.of_choice([f"a{number}"], "x"))
+        impatient.compile(constraints.of_choice([f"a{number}"], "x"))
 
 
 def test_a_busy_machine_changes_no_verdict(impatient):
     """A process that has no CPU for longer than it may use."""
-    impatient.compile(grammar.of_choice(["a"], "x"))
-    [pid] = impatient._probes.pids
+    impatient.compile(constraints.of_choice(["a"], "x"))
+    [pid] = pids(impatient)
     os.kill(pid, signal.SIGSTOP)
     timer = threading.Timer(0.7, os.kill, (pid, signal.SIGCONT))
     timer.start()
-    impatient.compile(grammar.of_choice(["b"], "x"))
+    impatient.compile(constraints.of_choice(["b"], "x"))
     timer.join()
-    assert impatient._probes.pids == [pid]
+    assert pids(impatient) == [pid]
 
 
 def test_a_process_that_something_else_ended_is_no_verdict(impatient):
-    impatient.compile(grammar.of_choice(["a"], "x"))
-    os.kill(impatient._probes.pids[0], signal.SIGKILL)
-    impatient.compile(grammar.of_choice(["b"], "x"))
+    impatient.compile(constraints.of_choice(["a"], "x"))
+    os.kill(pids(impatient)[0], signal.SIGKILL)
+    impatient.compile(constraints.of_choice(["b"], "x"))
 
 
 def test_verdicts_are_kept(impatient, monkeypatch):
-    good, bad = grammar.of_choice(["a"], "x"), grammar.of_regex("((", "x")
+    good, bad = constraints.of_choice(["a"], "x"), constraints.of_regex("((", "x")
     assert impatient.known(good) is None
     compiled = impatient.compile(good)
     with pytest.raises(RequestError) as first:
@@ -262,7 +267,7 @@ def test_verdicts_are_kept(impatient, monkeypatch):
     assert impatient.known(good) is impatient.compile(good) is compiled
     with pytest.raises(RequestError, match=re.escape(first.value.message)):
         impatient.known(bad)
-    assert impatient.known(grammar.of_choice(["a"], "y")) is None  # its errors would name another field
+    assert impatient.known(constraints.of_choice(["a"], "y")) is None  # its errors would name another field
 
 
 def test_what_is_kept_has_a_limit():
@@ -290,7 +295,7 @@ def test_another_keys_grammar_is_compiled_beside_many_that_are_too_complex(token
 
         attacks = [asyncio.create_task(attack(number)) for number in range(60, 63)]
         await asyncio.sleep(0)
-        await lane.run("other", lambda: made.compile(grammar.of_regex("[0-9]{2}", "x")))
+        await lane.run("other", lambda: made.compile(constraints.of_regex("[0-9]{2}", "x")))
         found = len(refused)
         await asyncio.gather(*attacks)
         lane.close()

@@ -14,7 +14,8 @@ from torch import Tensor
 from pacellm.config import ATTENTION_KERNELS
 from pacellm.errors import ConfigError
 from pacellm.model.attention import prefill
-from pacellm.model.attention.prefill import Kernel, new_plan
+from pacellm.model.attention.plan import PrefillKernel
+from pacellm.model.attention.prefill import new_plan
 from pacellm.model.context import Chunk, KVShape, Run
 
 #: a layer's query heads, and ((kv heads, key size), (kv heads, value size))
@@ -35,7 +36,7 @@ class Trial:
         refused: by name, why it is not used.
     """
 
-    kernel: Kernel
+    kernel: PrefillKernel
     seconds: dict[str, float] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
@@ -47,35 +48,55 @@ def choose(wanted: str, shapes: list[Shape], dtype: torch.dtype, device: torch.d
     Raises:
         ConfigError: none, or not the one that is asked for, can be used.
     """
-    right: dict[str, Kernel] = {}
     refused: dict[str, str] = {}
+    right: dict[str, PrefillKernel] = {}
     for name in NAMES if wanted == "auto" else (wanted,):
-        try:
-            kernel = prefill.load(name)
-            errors = [error(kernel, shape, dtype, device) for shape in set(shapes)]
-        except Exception as problem:
-            refused[name] = reason(problem)
-            continue
-        wrong = [found for found in errors if not found <= TOLERANCE]  # also what is not a number
-        if wrong:
-            refused[name] = f"it is off by {wrong[0]:.2g}"
-        else:
+        kernel = _tried(name, shapes, dtype, device, refused)
+        if kernel is not None:
             right[name] = kernel
     if not right:
         told = "; ".join(f"{name}: {problem}" for name, problem in refused.items())
         raise ConfigError(f"attention_kernel {wanted} cannot be used here: {told}", param="attention_kernel")
     if wanted != "auto":
         return Trial(right[wanted])
+    seconds = _timed(right, shapes, dtype, device, refused)
+    fastest = min(seconds, key=seconds.__getitem__, default=next(iter(right)))
+    return Trial(right[fastest], seconds, refused)
+
+
+def _tried(
+    name: str, shapes: list[Shape], dtype: torch.dtype, device: torch.device, refused: dict[str, str]
+) -> PrefillKernel | None:
+    """The kernel where it is right; where not, why goes to ``refused``."""
+    try:
+        kernel = prefill.load(name)
+        errors = [error(kernel, shape, dtype, device) for shape in set(shapes)]
+    except Exception as problem:
+        refused[name] = reason(problem)
+        return None
+    wrong = [found for found in errors if not found <= TOLERANCE]  # also what is not a number
+    if wrong:
+        refused[name] = f"it is off by {wrong[0]:.2g}"
+    return None if wrong else kernel
+
+
+def _timed(
+    kernels: dict[str, PrefillKernel],
+    shapes: list[Shape],
+    dtype: torch.dtype,
+    device: torch.device,
+    refused: dict[str, str],
+) -> dict[str, float]:
+    """Seconds of all layers, by name."""
     seconds = {}
-    for name, kernel in right.items():
+    for name, kernel in kernels.items():
         try:
-            each = {shape: count * seconds_of(kernel, shape, dtype, device) for shape, count in Counter(shapes).items()}
+            each = [count * seconds_of(kernel, shape, dtype, device) for shape, count in Counter(shapes).items()]
         except Exception as problem:
             refused[name] = reason(problem)
         else:
-            seconds[name] = sum(each.values())
-    fastest = min(seconds, key=seconds.__getitem__, default=next(iter(right)))
-    return Trial(right[fastest], seconds, refused)
+            seconds[name] = sum(each)
+    return seconds
 
 
 def reason(problem: Exception) -> str:
@@ -84,7 +105,7 @@ def reason(problem: Exception) -> str:
     return f"{type(problem).__name__}: {text[0][:200]}" if text else type(problem).__name__
 
 
-def error(kernel: Kernel, shape: Shape, dtype: torch.dtype, device: torch.device) -> float:
+def error(kernel: PrefillKernel, shape: Shape, dtype: torch.dtype, device: torch.device) -> float:
     """The largest error of outputs and log-sum-exps on random numbers; not a number where any is none.
 
     Two chunks of 1,100 and 1,030 queries, one behind 3,200 keys and one behind none; the same over keys that all of
@@ -114,7 +135,7 @@ def error(kernel: Kernel, shape: Shape, dtype: torch.dtype, device: torch.device
 
 
 def seconds_of(
-    kernel: Kernel,
+    kernel: PrefillKernel,
     shape: Shape,
     dtype: torch.dtype,
     device: torch.device,

@@ -35,7 +35,7 @@ ROWS_ALONE = 4
 _SMALL_WINDOW = 128  # sliding windows up to this wide use tiles of this many positions
 
 
-def attend(step: StepContext, layer: int, query: Tensor, form: Form) -> Tensor:
+def attend_on_cpu(step: StepContext, layer: int, query: Tensor, form: Form) -> Tensor:
     """[H, T, D] packed queries -> [T, H, Dv], each chunk over its own runs."""
     keys, values = step.keys[layer], step.values[layer]
     window = _window_of(form)
@@ -63,21 +63,32 @@ def _attend_decoded(
     form: Form,
     output: Tensor,
 ) -> None:
-    """Decoded tokens, each over the keys it sees, in windows of ``WINDOW``; packed and unpacked together."""
+    """Decoded tokens, each over the keys it sees; packed and unpacked together."""
     if not decoded:
         return
     rows = _indices([row for _, row in decoded])
     heads, group = keys.shape[0], query.shape[0] // keys.shape[0]
     packed = query.new_zeros(len(decoded), heads, _round_up(group, ROWS_ALONE), query.shape[2])
     packed[:, :, :group] = query[:, rows].unflatten(0, (heads, group)).permute(2, 0, 1, 3)
-    window, slots = form.window, None
-    if window is not None and window <= _SMALL_WINDOW and form.chunk is None:
-        slots = _window_slots(step, decoded, window)
+    slots = _window_slots(step, decoded, form)
     if slots is not None:
         near_keys, near_values = (slab[:, slots].transpose(0, 1).contiguous() for slab in (keys, values))
         found = form.with_sinks(*form.kernel(packed, near_keys, near_values), group)
-        output[rows] = found[:, :, :group].flatten(1, 2)
-        return
+    else:
+        found = _over_all_keys(step, decoded, packed, keys, values, form, group)
+    output[rows] = found[:, :, :group].flatten(1, 2)
+
+
+def _over_all_keys(
+    step: StepContext,
+    decoded: list[tuple[Chunk, int]],
+    packed: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    form: Form,
+    group: int,
+) -> Tensor:
+    """Decoded tokens one after another, each over the keys it sees, in windows of ``WINDOW``."""
     results = []
     for place, (chunk, row) in enumerate(decoded):
         step.failing = chunk
@@ -88,8 +99,7 @@ def _attend_decoded(
             total, lse = _merge(total, lse, *form.kernel(one, *part))
         assert total is not None
         results.append(form.with_sinks(total, lse, group))
-    found = results[0] if len(results) == 1 else torch.cat(results)
-    output[rows] = found[:, :, :group].flatten(1, 2)
+    return results[0] if len(results) == 1 else torch.cat(results)
 
 
 def _indices(rows: list[int]) -> slice | Tensor:
@@ -110,9 +120,12 @@ def _oldest(form: Form, position: int) -> int:
     return oldest if form.chunk is None else max(oldest, position - position % form.chunk)
 
 
-def _window_slots(step: StepContext, decoded: list[tuple[Chunk, int]], window: int) -> Tensor | None:
-    """[n, window] slots that the decoded tokens see; None where one of them sees fewer. Found once a step: layers
-    differ at most in that the last one leaves some tokens out."""
+def _window_slots(step: StepContext, decoded: list[tuple[Chunk, int]], form: Form) -> Tensor | None:
+    """[n, window] slots that the decoded tokens see through a small window; None where one of them sees fewer. Found
+    once a step: layers differ at most in that the last one leaves some tokens out."""
+    window = form.window
+    if window is None or window > _SMALL_WINDOW or form.chunk is not None:
+        return None
     name = f"{len(decoded)} windows of {window}"
     kept = step.scratch.get(name)
     if isinstance(kept, Tensor):
@@ -185,8 +198,8 @@ def _attend_window(
     size = _SMALL_WINDOW if window <= _SMALL_WINDOW else BLOCK
     past = _round_up(window - 1, size)
     tiles = _tiles(chunk, first, size)
-    whole = [tile for tile in tiles if tile[0] % size == 0 and tile[0] >= past and _length(tile[1]) == size]
-    if len(whole) > 1 and form.chunk is None:
+    whole = [] if form.chunk is not None else [tile for tile in tiles if _is_whole(tile, size, past)]
+    if len(whole) > 1:
         _attend_whole_tiles(chunk, whole, query, keys, values, form, window, size, output)
         tiles = [tile for tile in tiles if tile not in whole]
     for position, rows in tiles:
@@ -223,6 +236,12 @@ def _attend_whole_tiles(
     mask = _banded(past, past + size, past + size, window, group, size * group, query.dtype)
     result = form.with_sinks(*form.kernel(packed, key, value, mask), group).view(count, heads, size, group, -1)
     output[rows] = result.transpose(1, 2).reshape(count * size, heads * group, -1)
+
+
+def _is_whole(tile: tuple[int, slice], size: int, past: int) -> bool:
+    """It has all its queries, and all the keys before it that it may see."""
+    position, rows = tile
+    return position % size == 0 and position >= past and _length(rows) == size
 
 
 def _length(rows: slice) -> int:

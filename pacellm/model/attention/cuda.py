@@ -18,8 +18,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pacellm.memory.feed import Tokens
-from pacellm.model.attention.prefill import CUDNN_STEP, FLASH, Kernel, Plan, merge, merge_copies, new_plan
+from pacellm.memory.tokens import DecodedTokens
+from pacellm.model.attention.plan import AttentionPlan, PrefillKernel
+from pacellm.model.attention.prefill import CUDNN_STEP, FLASH, merge, merge_copies, new_plan
 from pacellm.model.context import Chunk, DecodeRows, KVShape, Run, StepContext
 from pacellm.transfer import to_device
 
@@ -41,44 +42,58 @@ def why_not(dtype: torch.dtype, key_size: int, value_size: int) -> str | None:
     return None
 
 
-def attend(step: StepContext, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
+def attend_on_cuda(step: StepContext, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
     """[H, T, D] packed queries -> [T, H, D]."""
     keys, values = step.keys[layer].transpose(0, 1), step.values[layer].transpose(0, 1)
     queries = query.transpose(0, 1)
-    decoded = _decoded(step, query.device)
-    chunks = step.chunks if decoded is None else [chunk for chunk in step.chunks if not chunk.num_decoded]
-    simple = [chunk for chunk in chunks if _in_place(chunk, window)]
-    gathered = [chunk for chunk in chunks if not _in_place(chunk, window)]
-    kernel = step.kernel or FLASH
     output = queries.new_zeros(queries.shape)
+    chunks, decoded = step.chunks, _decoded(step, query.device)
     if decoded is not None:
+        chunks = [chunk for chunk in chunks if not chunk.num_decoded]
         rows, told = decoded
-        splits = DETERMINISTIC_SPLITS if step.deterministic else None
-        found = _attend_rows(query[:, rows], step.keys[layer], step.values[layer], told, scale, window, splits)
+        found = _attend_rows(step, layer, query[:, rows], told, scale, window)
         output.index_copy_(0, rows, found)
-    if simple:
-        total, lse = None, None
-        for plan in _plans(step, simple, queries.shape[1], window, query.device):
-            part, part_lse = _call(kernel, queries, keys, values, plan, scale, window)
-            total, lse = _merge(total, lse, part, part_lse, plan.target, queries)
-        output = _scatter(output, total, simple, len(simple) == len(step.chunks))
-    for chunk in gathered:
-        step.failing = chunk
-        _attend_gathered(kernel, chunk, queries, keys, values, scale, window, output)
+    in_place = [chunk for chunk in chunks if _in_place(chunk, window)]
+    if in_place:
+        output = _attend_in_place(step, in_place, queries, keys, values, scale, window, output)
+    for chunk in chunks:
+        if not _in_place(chunk, window):
+            step.failing = chunk
+            _attend_gathered(step.kernel or FLASH, chunk, queries, keys, values, scale, window, output)
     step.failing = None
     return output
 
 
-def attend_decoded(step: StepContext, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
+def _attend_in_place(
+    step: StepContext,
+    chunks: list[Chunk],
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    window: int | None,
+    output: Tensor,
+) -> Tensor:
+    """Chunks over their runs where they lie, by the step's plans; into ``output``, or in place of it."""
+    total, lse = None, None
+    for plan in _plans(step, chunks, queries.shape[1], window, queries.device):
+        part, part_lse = _call(step.kernel or FLASH, queries, keys, values, plan, scale, window)
+        total, lse = _merge(total, lse, part, part_lse, plan.target, queries)
+    return _scatter(output, total, chunks, len(chunks) == len(step.chunks))
+
+
+def attend_decoded_on_cuda(step: StepContext, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
     """[H, B, D] queries of a step that only decodes, told by ``step.decode`` -> [B, H, D]."""
     assert step.decode is not None
-    splits = DETERMINISTIC_SPLITS if step.deterministic else None
-    return _attend_rows(query, step.keys[layer], step.values[layer], step.decode, scale, window, splits)
+    return _attend_rows(step, layer, query, step.decode, scale, window)
 
 
-def _attend_rows(query: Tensor, *arguments: object) -> Tensor:
+def _attend_rows(
+    step: StepContext, layer: int, query: Tensor, rows: DecodeRows, scale: float, window: int | None
+) -> Tensor:
     assert _decode_kernel is not None
-    return _decode_kernel(query, *arguments)
+    splits = DETERMINISTIC_SPLITS if step.deterministic else None
+    return _decode_kernel(query, step.keys[layer], step.values[layer], rows, scale, window, splits)
 
 
 def no_decode_kernel(shapes: list[KVShape], dtype: torch.dtype, device: torch.device) -> str | None:
@@ -118,7 +133,7 @@ def _error(kernel: DecodeKernel, shape: KVShape, dtype: torch.dtype, device: tor
         index,
         torch.tensor(lengths, dtype=torch.int32, device=device),
         tables,
-        Tokens(index, index > 1, index > 1, index),
+        DecodedTokens(index, index > 1, index > 1, index),
     )
     found = kernel(query, keys, values, rows, size**-0.5, None, None)
     for row, length in enumerate(lengths):
@@ -130,7 +145,7 @@ def _error(kernel: DecodeKernel, shape: KVShape, dtype: torch.dtype, device: tor
 
 
 def _load_decode_kernel() -> DecodeKernel:
-    return importlib.import_module("pacellm.model.attention.decode").attend  # not everywhere
+    return importlib.import_module("pacellm.model.attention.decode").decode_attention  # not everywhere
 
 
 def _decoded(step: StepContext, device: torch.device) -> tuple[Tensor, DecodeRows] | None:
@@ -162,7 +177,7 @@ def _build_decoded(chunks: list[Chunk], device: torch.device) -> tuple[Tensor, D
         index,
         to_device(torch.tensor(lengths, dtype=torch.int32), device),
         to_device(numbers, device),
-        Tokens(index, nothing, nothing, index),
+        DecodedTokens(index, nothing, nothing, index),
     )
     return index, told
 
@@ -177,26 +192,33 @@ def _used_runs(chunk: Chunk) -> list[Run]:
     return [Run(run.start, run.slot, min(run.length, end - run.start)) for run in chunk.runs if run.start < end]
 
 
-def _plans(step: StepContext, chunks: list[Chunk], heads: int, window: int | None, device: torch.device) -> list[Plan]:
+def _plans(
+    step: StepContext, chunks: list[Chunk], heads: int, window: int | None, device: torch.device
+) -> list[AttentionPlan]:
     """Built once a step for each window, because that decides which chunks are read in place; kept in scratch."""
     name = f"cuda plans, window {window}"
-    kept = step.scratch.get(name)
-    if kept is None:
+    if name not in step.scratch:
         are_cut = window is None and not step.deterministic
-        cuts = [_cut(chunk, heads) if are_cut else [] for chunk in chunks]
-        whole = [chunk for chunk, pieces in zip(chunks, cuts, strict=True) if not pieces]
-        kept = step.scratch[name] = _build_plans(whole, (step.kernel or FLASH).least, device)
-        for chunk, pieces in zip(chunks, cuts, strict=True):
-            if pieces:
-                kept.append(new_plan([(chunk, piece) for piece in pieces], False, device, copies=len(pieces)))
-                kept.append(new_plan([(chunk, _own(chunk))], True, device))
-    return kept  # type: ignore[return-value]
+        cuts = [(chunk, _cut(chunk, heads) if are_cut else []) for chunk in chunks]
+        plans = _build_plans([chunk for chunk, pieces in cuts if not pieces], (step.kernel or FLASH).least, device)
+        for chunk, pieces in cuts:
+            plans += _plans_of_pieces(chunk, pieces, device)
+        step.scratch[name] = plans
+    return step.scratch[name]  # type: ignore[return-value]
+
+
+def _plans_of_pieces(chunk: Chunk, pieces: list[Run], device: torch.device) -> list[AttentionPlan]:
+    """The pieces of the keys before a chunk side by side, then its own tokens; nothing where it is not cut."""
+    if not pieces:
+        return []
+    before = new_plan([(chunk, piece) for piece in pieces], False, device, copies=len(pieces))
+    return [before, new_plan([(chunk, _own(chunk))], True, device)]
 
 
 def _cut(chunk: Chunk, heads: int) -> list[Run]:
     """The keys before a short chunk in so many pieces that the device is full; [] where it is so anyway. A kernel's
     program takes the queries of one head over all keys it is given: behind 200,000 of them a short chunk would have few
-    programs, each a long way to go."""
+    programs, each a long way to go. A candidate: not measured on a GPU yet; it stays until it is."""
     count = chunk.stop - chunk.start
     pieces = min(_PROGRAMS // (heads * -(-count // _QUERIES)), chunk.position // _LEAST_PIECE)
     if count >= CUDNN_STEP or pieces < 2:
@@ -215,27 +237,25 @@ def _own(chunk: Chunk) -> Run:
     return Run(chunk.position, last.slot + chunk.position - last.start, chunk.stop - chunk.start)
 
 
-def _build_plans(chunks: list[Chunk], least: int, device: torch.device) -> list[Plan]:
+def _build_plans(chunks: list[Chunk], least: int, device: torch.device) -> list[AttentionPlan]:
     """One for each i-th run of the sequences; chunks of fewer queries than ``least`` apart from the others."""
-    used = [_used_runs(chunk) for chunk in chunks]
-    plans = []
-    for number in range(max((len(runs) for runs in used), default=0)):
-        for causal in (False, True):
-            for is_long in (False, True):
-                members = [
-                    (chunk, runs[number])
-                    for chunk, runs in zip(chunks, used, strict=True)
-                    if number < len(runs)
-                    and (number == len(runs) - 1) == causal
-                    and (chunk.stop - chunk.start >= least) == is_long
-                ]
-                if members:
-                    plans.append(new_plan(members, causal, device))
-    return plans
+    groups: dict[tuple[int, bool, bool], list[tuple[Chunk, Run]]] = {}
+    for chunk in chunks:
+        runs = _used_runs(chunk)
+        for number, run in enumerate(runs):
+            kind = number, number == len(runs) - 1, chunk.stop - chunk.start >= least
+            groups.setdefault(kind, []).append((chunk, run))
+    return [new_plan(groups[kind], kind[1], device) for kind in sorted(groups)]
 
 
 def _call(
-    kernel: Kernel, queries: Tensor, keys: Tensor, values: Tensor, plan: Plan, scale: float, window: int | None
+    kernel: PrefillKernel,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """([n, H, D], lse [n, H]) of the plan's rows over the plan's runs."""
     able = kernel if kernel.takes(plan, window) else FLASH
@@ -271,7 +291,7 @@ def _scatter(output: Tensor, total: Tensor | None, chunks: list[Chunk], everythi
 
 
 def _attend_gathered(
-    kernel: Kernel,
+    kernel: PrefillKernel,
     chunk: Chunk,
     queries: Tensor,
     keys: Tensor,

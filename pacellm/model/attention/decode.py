@@ -21,7 +21,7 @@ _KEYS = 64  # keys of one product
 _PROGRAMS = 264  # two for each multiprocessor of an H100
 
 
-def attend(
+def decode_attention(
     query: Tensor,
     keys: Tensor,
     values: Tensor,

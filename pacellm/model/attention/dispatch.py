@@ -32,7 +32,7 @@ _HARMLESS = frozenset(
 )  # fmt: skip
 
 
-def attend(
+def attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -66,23 +66,32 @@ def attend(
     if attention_mask is not None or dropout or unknown:
         raise RuntimeError(f"attention was given what it cannot honour: mask, dropout or {unknown}")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    size, value_size = max(query.shape[3], value.shape[3]), value.shape[3]
     if step.probe is not None:
-        if layer in step.probe:
-            raise RuntimeError(f"attention runs more than once in layer {layer}")
-        shapes = (key.shape[1], size), (value.shape[1], size)
-        step.probe[layer] = LayerProbe(shapes, form.special, query.shape[1])
-        return query.new_zeros(1, query.shape[2], query.shape[1], value_size), None
+        return _probed(step.probe, layer, query, key, value, form), None
+    size, value_size = max(query.shape[3], value.shape[3]), value.shape[3]
     query = tempered(module, step, query)
     query, key, value = (_widen(part, size) for part in (query, key, value))
     store(step, layer, key[0], value[0])
-    if query.device.type == "cpu":
-        output = attention_cpu.attend(step, layer, query[0], form)
-    elif step.decode is not None:
-        output = attention_cuda.attend_decoded(step, layer, query[0], form.scale, form.window)
-    else:
-        output = attention_cuda.attend(step, layer, query[0], form.scale, form.window)
+    output = _attended(step, layer, query[0], form)
     return output[None, ..., :value_size], None
+
+
+def _probed(probe: dict[int, LayerProbe], layer: int, query: Tensor, key: Tensor, value: Tensor, form: Form) -> Tensor:
+    """Zeros in place of attention; what the layer works on is written down."""
+    if layer in probe:
+        raise RuntimeError(f"attention runs more than once in layer {layer}")
+    size = max(query.shape[3], value.shape[3])
+    probe[layer] = LayerProbe(((key.shape[1], size), (value.shape[1], size)), form.special, query.shape[1])
+    return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+def _attended(step: StepContext, layer: int, query: Tensor, form: Form) -> Tensor:
+    """[H, T, D] -> [T, H, D], on the step's device."""
+    if query.device.type == "cpu":
+        return attention_cpu.attend_on_cpu(step, layer, query, form)
+    if step.decode is not None:
+        return attention_cuda.attend_decoded_on_cuda(step, layer, query, form.scale, form.window)
+    return attention_cuda.attend_on_cuda(step, layer, query, form.scale, form.window)
 
 
 def _form(
@@ -167,7 +176,7 @@ def _places(step: StepContext, device: torch.device) -> Places:
 
 def register() -> None:
     """Make the function known to transformers under ``NAME``."""
-    AttentionInterface.register(NAME, attend)
+    AttentionInterface.register(NAME, attention_forward)
 
 
 def slab(shapes: list[tuple[int, int]], num_slots: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:

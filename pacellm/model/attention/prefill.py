@@ -7,7 +7,8 @@ the lower right of each part. Every kernel reads keys and values where they lie.
   parts in one call: ``cu_seqlens_k`` tells where each one's keys start in the slab, ``seqused_k`` how many there are.
 - ``flash-attn-3``: ``flash_attn_interface.flash_attn_varlen_func`` (Shah et al. 2024), called the same way.
 - ``flash-attn-2``: ``flash_attn.flash_attn_func`` for one part after another, since its variable-length function takes
-  no ``seqused_k``, and a part's keys end before the next one's start.
+  no ``seqused_k``, and a part's keys end before the next one's start. Both are candidates that were not measured on a
+  GPU yet; they stay until they are.
 - ``cudnn``: ``aten::_scaled_dot_product_cudnn_attention``. Its causal mask is aligned to the upper left, and it
   compiles every new shape (for about 0.4 s, sgl-project/sglang#4650), so :func:`_split` makes calls of few shapes.
 """
@@ -18,13 +19,13 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pacellm.kernels import has_triton
+from pacellm.model.attention.plan import AttentionPlan, Call, PlanPart, PrefillKernel
 from pacellm.model.context import Chunk, Run
 from pacellm.transfer import to_device
 
@@ -34,63 +35,7 @@ CUDNN_STEP = 1024
 _flash = torch.ops.aten._flash_attention_forward
 
 
-@dataclass(frozen=True)
-class Part:
-    """``count`` queries from row ``first`` of a plan's queries, and their ``length`` keys from slot ``slot``."""
-
-    first: int
-    count: int
-    slot: int
-    length: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Where one call reads: the packed rows of its sequences [n], a slice where they are neighbours, and where each
-    one's keys lie. Told twice, as tensors on the device and as numbers. With ``copies`` the parts are of one chunk,
-    whose queries are asked so many times, each time of other keys."""
-
-    rows: Tensor | slice
-    cu_queries: Tensor
-    starts: Tensor
-    lengths: Tensor
-    max_queries: int
-    max_keys: int
-    causal: bool
-    parts: tuple[Part, ...]
-    copies: int = 1
-
-    @property
-    def target(self) -> Tensor | slice:
-        """The rows that the answers are of: each once."""
-        return self.rows if isinstance(self.rows, slice) else self.rows[: len(self.rows) // self.copies]
-
-
-Call = Callable[[Tensor, Tensor, Tensor, Plan, float, int | None], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A way to compute attention of a plan.
-
-    Attributes:
-        name: as ``--attention-kernel`` has it.
-        call: (queries [n, H, D] of the plan's rows, keys, values [slots, Hkv, D], plan, scale, window).
-        least: queries of a part below which ``flash`` is used instead.
-        windows: it computes sliding windows.
-    """
-
-    name: str
-    call: Call
-    least: int = 1
-    windows: bool = True
-
-    def takes(self, plan: Plan, window: int | None) -> bool:
-        """It computes this; where not, ``FLASH`` does."""
-        return (window is None or self.windows) and min(part.count for part in plan.parts) >= self.least
-
-
-def new_plan(members: list[tuple[Chunk, Run]], causal: bool, device: torch.device, copies: int = 1) -> Plan:
+def new_plan(members: list[tuple[Chunk, Run]], causal: bool, device: torch.device, copies: int = 1) -> AttentionPlan:
     """The plan of chunks over one run each; causal where a run ends with its chunk's own tokens."""
 
     def upload(numbers: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
@@ -99,15 +44,11 @@ def new_plan(members: list[tuple[Chunk, Run]], causal: bool, device: torch.devic
     cumulative, parts = [0], []
     for chunk, run in members:
         count = chunk.stop - chunk.start
-        parts.append(Part(cumulative[-1], count, run.slot, run.length))
+        parts.append(PlanPart(cumulative[-1], count, run.slot, run.length))
         cumulative.append(cumulative[-1] + count)
-    last = parts[-1]
-    chunks = [chunk for chunk, _ in members]
-    rows: Tensor | slice = slice(chunks[0].start, chunks[-1].stop)
-    if any(before.stop != after.start for before, after in itertools.pairwise(chunks)):
-        rows = upload([row for chunk in chunks for row in range(chunk.start, chunk.stop)], torch.int64)
-    return Plan(
-        rows=rows,
+    last, rows = parts[-1], _rows([chunk for chunk, _ in members])
+    return AttentionPlan(
+        rows=rows if isinstance(rows, slice) else upload(rows, torch.int64),
         cu_queries=upload(cumulative),
         starts=upload([*(part.slot for part in parts), last.slot + last.length]),
         lengths=upload([part.length for part in parts]),
@@ -117,6 +58,13 @@ def new_plan(members: list[tuple[Chunk, Run]], causal: bool, device: torch.devic
         parts=tuple(parts),
         copies=copies,
     )
+
+
+def _rows(chunks: list[Chunk]) -> slice | list[int]:
+    """The packed rows of chunks; a slice where they are neighbours."""
+    if all(before.stop == after.start for before, after in itertools.pairwise(chunks)):
+        return slice(chunks[0].start, chunks[-1].stop)
+    return [row for chunk in chunks for row in range(chunk.start, chunk.stop)]
 
 
 def merge(total: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +86,7 @@ def merge_copies(parts: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     return (parts * lse.softmax(0)[..., None]).sum(0), lse.logsumexp(0)
 
 
-def load(name: str) -> Kernel:
+def load(name: str) -> PrefillKernel:
     """A kernel by its name.
 
     Raises:
@@ -149,7 +97,7 @@ def load(name: str) -> Kernel:
 
 
 def _call_flash(
-    queries: Tensor, keys: Tensor, values: Tensor, plan: Plan, scale: float, window: int | None
+    queries: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """A single query at the end of its keys sees all of them, so nothing is causal about it; said so, the kernel packs
     the heads of a group and splits the keys."""
@@ -162,10 +110,10 @@ def _call_flash(
     return result[0], result[1].transpose(0, 1)
 
 
-FLASH = Kernel("flash", _call_flash)
+FLASH = PrefillKernel("flash", _call_flash)
 
 
-def _flash_attn_3() -> Kernel:
+def _flash_attn_3() -> PrefillKernel:
     from flash_attn_interface import flash_attn_varlen_func
 
     names = _parameters(flash_attn_varlen_func, "seqused_k", "softmax_scale", "causal", "window_size")
@@ -174,7 +122,7 @@ def _flash_attn_3() -> Kernel:
     more = {name: value for name, value in more.items() if name in names}
 
     def call(
-        queries: Tensor, keys: Tensor, values: Tensor, plan: Plan, scale: float, window: int | None
+        queries: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan, scale: float, window: int | None
     ) -> tuple[Tensor, Tensor]:
         causal = plan.causal and (plan.max_queries > 1 or window is not None)
         result = flash_attn_varlen_func(
@@ -184,15 +132,15 @@ def _flash_attn_3() -> Kernel:
         )  # fmt: skip
         return result[0], result[1].transpose(0, 1)
 
-    return Kernel("flash-attn-3", call)
+    return PrefillKernel("flash-attn-3", call)
 
 
-def _flash_attn_2() -> Kernel:
+def _flash_attn_2() -> PrefillKernel:
     from flash_attn import flash_attn_func
 
     _parameters(flash_attn_func, "softmax_scale", "causal", "window_size", "return_attn_probs")
 
-    def attend(
+    def one_part(
         queries: Tensor, keys: Tensor, values: Tensor, causal: bool, scale: float, window: int | None
     ) -> tuple[Tensor, Tensor]:
         result = flash_attn_func(
@@ -201,7 +149,7 @@ def _flash_attn_2() -> Kernel:
         )  # fmt: skip
         return result[0][0], result[1][0, :, : len(queries)].transpose(0, 1)
 
-    return Kernel("flash-attn-2", _each(attend), least=64)
+    return PrefillKernel("flash-attn-2", _each(one_part), least=64)
 
 
 def _parameters(function: Callable[..., Any], *wanted: str) -> frozenset[str]:
@@ -216,7 +164,7 @@ def _parameters(function: Callable[..., Any], *wanted: str) -> frozenset[str]:
     return names
 
 
-def _cudnn() -> Kernel:
+def _cudnn() -> PrefillKernel:
     operator = torch.ops.aten._scaled_dot_product_cudnn_attention
 
     def square(queries: Tensor, keys: Tensor, values: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -225,24 +173,24 @@ def _cudnn() -> Kernel:
         lse = result[1].reshape(queries.shape[1], len(queries))
         return result[0][0].transpose(0, 1), lse.transpose(0, 1)
 
-    def attend(
+    def one_part(
         queries: Tensor, keys: Tensor, values: Tensor, causal: bool, scale: float, window: int | None
     ) -> tuple[Tensor, Tensor]:
         return _split(square, queries, keys, values, causal, scale)
 
-    return Kernel("cudnn", _each(attend), least=CUDNN_STEP, windows=False)
+    return PrefillKernel("cudnn", _each(one_part), least=CUDNN_STEP, windows=False)
 
 
-def _each(attend: Callable[..., tuple[Tensor, Tensor]]) -> Call:
+def _each(one_part: Callable[..., tuple[Tensor, Tensor]]) -> Call:
     """A plan's parts one after another."""
 
     def call(
-        queries: Tensor, keys: Tensor, values: Tensor, plan: Plan, scale: float, window: int | None
+        queries: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan, scale: float, window: int | None
     ) -> tuple[Tensor, Tensor]:
         found = []
         for part in plan.parts:
             rows, slots = slice(part.first, part.first + part.count), slice(part.slot, part.slot + part.length)
-            found.append(attend(queries[rows], keys[slots], values[slots], plan.causal, scale, window))
+            found.append(one_part(queries[rows], keys[slots], values[slots], plan.causal, scale, window))
         if len(found) == 1:
             return found[0]
         return torch.cat([output for output, _ in found]), torch.cat([lse for _, lse in found])

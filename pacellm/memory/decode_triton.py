@@ -1,4 +1,4 @@
-"""``feed.py`` in four Triton kernels a layer: similarities, verdicts, recall, writes.
+"""``decode_device.py`` in four Triton kernels a layer: similarities, verdicts, recall, writes.
 
 The torch form gathers every sequence's bank before it is multiplied (at batch 64 and Qwen2.5-7B's sizes 242 MB of keys
 a layer, read, written and read again) and takes some eighty small kernels. Here banks are read where they lie, once.
@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pacellm.config import PAConfig
-from pacellm.memory.feed import OBSERVE, PAPER, Tokens, rules
 from pacellm.memory.state import BankState
+from pacellm.memory.tokens import OBSERVE, PAPER, DecodedTokens, rules
 
 _SPLIT = 2048  # inner activations that one program multiplies
 _SLOTS = 32  # keys of one program
@@ -24,10 +24,10 @@ _WIDTH = 128  # columns of one program
 
 
 def feed(
-    arena: BankState, tokens: Tokens, x: Tensor, y: Tensor, config: PAConfig, sets: Tensor | None = None
+    arena: BankState, tokens: DecodedTokens, x: Tensor, y: Tensor, config: PAConfig, sets: Tensor | None = None
 ) -> Tensor:
-    """As :func:`pacellm.memory.feed.feed`, equal up to rounding; where neither the answer nor the bank needs a token's
-    output, it is the plain one."""
+    """As :func:`pacellm.memory.decode_device.feed`, equal up to rounding; where neither the answer nor the bank needs a
+    token's output, it is the plain one."""
     batch, inner = x.shape
     slots, hidden = arena.values.shape[1:]
     top, bottom = min(config.top_k, slots), min(config.bottom_k, slots)
@@ -172,18 +172,16 @@ def _judge(
     counted = merges | (writes & is_high & (preset == PAPER))
     usage = tl.where((positive > 0) & counted, usage + 1, usage)
     stamp = tl.where((positive > 0) & merges, clock, stamp)
-    least = tl.min(usage, 0)
-    if AGE:  # noqa: SIM108
-        victim = tl.argmin(tl.where(usage == least, stamp, 9223372036854775807), 0)
+    if AGE:
+        age = tl.where(usage == tl.min(usage, 0), stamp, 9223372036854775807)
+        target = tl.argmin(age, 0).to(tl.int64)
     else:
-        victim = tl.argmin(usage, 0)
-    is_free = filled < slots
-    target = tl.where(is_free, filled, victim.to(tl.int64))
+        target = tl.argmin(usage, 0).to(tl.int64)
     usage = tl.where((slot == target) & replaces, 1, usage)
     stamp = tl.where((slot == target) & replaces, clock, stamp)
     tl.store(usage_at + row * slots + slot, usage, mask=inside)
     tl.store(stamp_at + row * slots + slot, stamp, mask=inside)
-    tl.store(filled_at + row, filled + (replaces & is_free).to(tl.int64))
+    tl.store(filled_at + row, filled + (replaces & (filled < slots)).to(tl.int64))
 
     counters_at += row * KINDS
     code = tl.where(empty, 3, tl.where(hit, 0, tl.where(fuse, 1, 2)))

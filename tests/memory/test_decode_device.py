@@ -6,8 +6,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pacellm import PAConfig
 from pacellm.config import PRESETS
-from pacellm.memory import feed
+from pacellm.memory import decode_device
 from pacellm.memory.pool import BankPool, BankShape
+from pacellm.memory.tokens import DecodedTokens
 from tests.memory.test_bank import data, feed_rows
 
 INNER, HIDDEN, ROWS = 48, 16, 6
@@ -46,7 +47,7 @@ def turns(count, dtype=torch.float32):
 def told(rows, writes, preset, sets=None):
     """Tokens that all live, of one preset."""
     presets = torch.full_like(rows, PRESETS.index(preset))
-    return feed.Tokens(rows, torch.ones_like(writes), writes, presets, sets)
+    return DecodedTokens(rows, torch.ones_like(writes), writes, presets, sets)
 
 
 def assert_same_rows(mine, theirs, close=None):
@@ -70,14 +71,14 @@ def test_masked_equals_one_by_one_to_the_bit(preset, ties, dtype):
         banks = [theirs.banks(row)[0] for row in rows.tolist()]
         expected = feed_rows(banks, writes.tolist(), x, y, settings)
         # padding and a token that was fed in vain stand beside them
-        tokens = feed.Tokens(
+        tokens = DecodedTokens(
             rows=torch.cat([rows, torch.full((3,), mine.scratch_row)]),
             live=torch.cat([torch.ones_like(rows, dtype=torch.bool), torch.zeros(3, dtype=torch.bool)]),
             writes=torch.cat([writes, torch.ones(3, dtype=torch.bool)]),
             presets=torch.full((len(rows) + 3,), PRESETS.index(preset)),
         )
         extra_x, extra_y = data(3, INNER, HIDDEN, seed=99, dtype=dtype)
-        found = feed.feed(arena, tokens, torch.cat([x, extra_x]), torch.cat([y, extra_y]), settings)
+        found = decode_device.feed(arena, tokens, torch.cat([x, extra_x]), torch.cat([y, extra_y]), settings)
         if settings.acts:
             assert torch.equal(found[: len(rows)], expected)
     assert_same_rows(arena, theirs.arena[0])
@@ -93,8 +94,8 @@ def test_presets_side_by_side_are_each_alone_to_the_bit(ties, dtype):
     arena = mine.arena[0]
     for rows, writes, x, y in turns(60, dtype):
         presets = rows % len(PRESETS)
-        tokens = feed.Tokens(rows, torch.ones_like(writes), writes, presets)
-        found = feed.feed(arena, tokens, x, y, settings)
+        tokens = DecodedTokens(rows, torch.ones_like(writes), writes, presets)
+        found = decode_device.feed(arena, tokens, x, y, settings)
         assert tokens.acts.tolist() == [row % 3 > 0 for row in rows.tolist()]
         for number, row in enumerate(rows.tolist()):
             one, part = settings.of(PRESETS[presets[number]]), slice(number, number + 1)
@@ -115,7 +116,7 @@ def test_sets_by_row_are_masks(dtype):
         banks = [theirs.banks(row)[0] for row in rows.tolist()]
         expected = feed_rows(banks, writes.tolist(), x, y, settings, masks=masks)
         tokens = told(rows, writes, settings.preset, rows)
-        assert torch.equal(feed.feed(arena, tokens, x, y, settings, table), expected)
+        assert torch.equal(decode_device.feed(arena, tokens, x, y, settings, table), expected)
     assert_same_rows(arena, theirs.arena[0])
 
 
@@ -129,11 +130,13 @@ def test_a_token_that_does_not_live_changes_nothing():
     pool = new_pool(settings)
     arena = pool.arena[0]
     for rows, writes, x, y in turns(20):
-        feed.feed(arena, told(rows, writes, settings.preset), x, y, settings)
+        decode_device.feed(arena, told(rows, writes, settings.preset), x, y, settings)
     before = [tensor.clone() for tensor in arena]
     x, y = data(ROWS, INNER, HIDDEN, seed=50)
     nobody = torch.zeros(ROWS, dtype=torch.bool)
-    feed.feed(arena, feed.Tokens(torch.arange(ROWS), nobody, ~nobody, torch.arange(ROWS) * 0), x, y, settings)
+    decode_device.feed(
+        arena, DecodedTokens(torch.arange(ROWS), nobody, ~nobody, torch.arange(ROWS) * 0), x, y, settings
+    )
     assert_same_rows(arena, type(arena)(*before))
 
 
@@ -142,11 +145,13 @@ def test_nothing_waits_for_the_device(preset, monkeypatch):
     """On CPU the two products are done row by row; the form of a device takes their place here."""
     settings = config(preset=preset)
     arena = new_pool(settings).arena[0]
-    monkeypatch.setattr(feed, "_cosines", lambda keys, rows, x, masks, total: _device_cosines(keys, rows, x, masks))
-    monkeypatch.setattr(feed, "_recall", lambda w, values, rows: torch.bmm(w[:, None], values[rows])[:, 0])
+    monkeypatch.setattr(
+        decode_device, "_cosines", lambda keys, rows, x, masks, total: _device_cosines(keys, rows, x, masks)
+    )
+    monkeypatch.setattr(decode_device, "_recall", lambda w, values, rows: torch.bmm(w[:, None], values[rows])[:, 0])
     for rows, writes, x, y in turns(12):
         with NoWaiting():
-            feed.feed(arena, told(rows, writes, preset, rows), x, y, settings, new_sets())
+            decode_device.feed(arena, told(rows, writes, preset, rows), x, y, settings, new_sets())
 
 
 def _device_cosines(keys, rows, x, masks):

@@ -1,4 +1,4 @@
-"""Decoded tokens, each a segment of its own, of many sequences and layers at once: what ``bank.py`` does for one, to
+"""Decoded tokens, each a segment of its own, of many sequences and layers at once: what ``segment.py`` does for one, to
 the bit.
 
 A decode step reads one token against each bank. That is little arithmetic, on memory and with code that the model's
@@ -17,15 +17,12 @@ import torch
 from torch import Tensor
 
 from pacellm.config import PAConfig
-from pacellm.memory.bank import Total, cosines_of_parts
+from pacellm.memory.rule import merge, replace, replacement_key
+from pacellm.memory.similarity import TOGETHER, Total, cosines
 from pacellm.memory.state import EMPTY, FUSES, HITS, MERGES, MISSES, REPLACEMENTS, BankState, compute_dtype
-from pacellm.rows import pad_rows
-
-TOGETHER = 4
-"""Rows of a product of one of them; a single row's bits would depend on where in memory it lies."""
 
 
-class Token(NamedTuple):
+class DecodedToken(NamedTuple):
     """A decoded token of one sequence in one layer.
 
     Attributes:
@@ -47,7 +44,7 @@ class Token(NamedTuple):
 
 
 @np.errstate(all="ignore")  # as torch
-def feed(tokens: Sequence[Token], config: PAConfig, total: Total | None = None) -> list[Tensor]:
+def feed(tokens: Sequence[DecodedToken], config: PAConfig, total: Total | None = None) -> list[Tensor]:
     """Read each token against its bank and, where asked, write it.
 
     Args:
@@ -72,47 +69,8 @@ def feed(tokens: Sequence[Token], config: PAConfig, total: Total | None = None) 
     return outputs
 
 
-def cosines(
-    stored: Sequence[Tensor],
-    places: Sequence[tuple[Tensor, int]],
-    masks: Sequence[Tensor | None],
-    total: Total | None = None,
-) -> Tensor:
-    """[N, M] cosines of N tokens, each with its own bank's keys.
-
-    Args:
-        stored: keys [M, F].
-        places: a matrix [T, F] and which of its rows is the token's.
-        masks: for each [F] bool, the neurons that its similarities are about; None is all.
-        total: sums over the ranks that F is split over, where it is.
-    """
-    products, lengths, squared = [], [], []
-    for keys, (matrix, row), mask in zip(stored, places, masks, strict=True):  # what was just read is still near
-        rows, row = together(matrix, row)
-        rows = rows.to(compute_dtype(rows.dtype))
-        keys = keys.to(rows.dtype)
-        if total is not None:
-            own, other = (rows * rows).sum(1), (keys * keys).sum(1)
-        else:
-            keys = keys if mask is None else keys * mask
-            own, other = torch.linalg.vector_norm(rows, dim=1), torch.linalg.vector_norm(keys, dim=1)
-        products.append(torch.mm(rows, keys.T)[row])
-        lengths.append(own[row : row + 1])
-        squared.append(other)
-    product, own, other = torch.stack(products), torch.stack(lengths), torch.stack(squared)
-    if total is not None:
-        return cosines_of_parts(product, own, other, total)
-    return product.div_(other.mul_(own).clamp_(min=1e-12))
-
-
-def together(matrix: Tensor, row: int) -> tuple[Tensor, int]:
-    """The ``TOGETHER`` rows that a product with one row of a matrix is made of, and which of them it is."""
-    first = row - row % TOGETHER
-    return pad_rows(matrix[first : first + TOGETHER], TOGETHER), row - first
-
-
 class _Found(NamedTuple):
-    """A :class:`pacellm.memory.bank.Verdict` of one token: which counter it is, what becomes of it, and [k] the most
+    """A :class:`pacellm.memory.rule.Verdict` of one token: which counter it is, what becomes of it, and [k] the most
     similar slots of those that exist, best first."""
 
     outcome: int
@@ -127,7 +85,7 @@ class _Found(NamedTuple):
 
 
 def _judge(similarity: Tensor, banks: Sequence[BankState], config: PAConfig) -> list[_Found]:
-    """What :func:`pacellm.memory.bank.judge` does. Slots that do not exist become similar to nothing."""
+    """What :func:`pacellm.memory.rule.judge` does. Slots that do not exist become similar to nothing."""
     filled, slots = [int(bank.filled) for bank in banks], similarity.shape[1]
     for row, count in enumerate(filled):
         if count < slots:
@@ -146,8 +104,8 @@ def _judge(similarity: Tensor, banks: Sequence[BankState], config: PAConfig) -> 
     return found
 
 
-def _recalled(token: Token, similarity: Tensor, found: _Found, config: PAConfig) -> Tensor:
-    """[H] output of a token that recalls: what :func:`pacellm.memory.bank.weigh` and ``mix`` do."""
+def _recalled(token: DecodedToken, similarity: Tensor, found: _Found, config: PAConfig) -> Tensor:
+    """[H] output of a token that recalls: what :func:`pacellm.memory.rule.weigh` and ``mix`` do."""
     weights = torch.zeros(TOGETHER, len(similarity), dtype=similarity.dtype)
     _weigh(weights.numpy()[0], similarity, int(token.bank.filled), found, config)
     recalled = torch.mm(weights, token.bank.values.to(weights.dtype)).numpy()[0]
@@ -172,41 +130,19 @@ def _weigh(weights: np.ndarray, similarity: Tensor, filled: int, found: _Found, 
         weights[worst] += number(config.negative_weight) / number(len(worst))
 
 
-def _write(token: Token, found: _Found, output: Tensor, config: PAConfig) -> None:
+def _write(token: DecodedToken, found: _Found, output: Tensor, config: PAConfig) -> None:
     """A segment of one token."""
     bank, x = token.bank, token.inner[token.row]
     bank.clock.add_(1)
     if found.low:
-        _replace(bank, x, output, config)
+        key = replacement_key(bank.usage, bank.stamp, bank.clock, config)
+        replace(bank.slots, key.argmin(-1, keepdim=True), x[None], output[None], bank.clock)
+        bank.filled.clamp_(max=len(bank.usage) - 1).add_(1)
+        bank.counters.numpy()[REPLACEMENTS] += 1
     elif not found.high:
-        _merge(bank, found.slots, x, output, config)
+        wide, places = compute_dtype(x.dtype), torch.from_numpy(found.slots)
+        keys, values = (part[None].to(wide) + 0.0 for part in (x, output))  # as sums that begin with 0
+        merge(bank.slots, places, keys, values, bank.clock, config.momentum)
+        bank.counters.numpy()[MERGES] += len(places)
     elif config.is_paper:
         bank.usage.numpy()[found.slots] += 1
-
-
-def _merge(bank: BankState, slots: np.ndarray, x: Tensor, output: Tensor, config: PAConfig) -> None:
-    wide, places = compute_dtype(x.dtype), torch.from_numpy(slots)
-    for stored, new in ((bank.keys, x), (bank.values, output)):
-        merged = stored.index_select(0, places).to(wide).numpy()
-        merged *= config.momentum
-        merged += (1.0 - config.momentum) * (new.to(wide).numpy() + 0.0)
-        stored.index_copy_(0, places, torch.from_numpy(merged).to(stored.dtype))
-    bank.usage.numpy()[slots] += 1
-    bank.stamp.numpy()[slots] = int(bank.clock)
-    bank.counters.numpy()[MERGES] += len(slots)
-
-
-def _replace(bank: BankState, x: Tensor, output: Tensor, config: PAConfig) -> None:
-    usage, stamp, filled = bank.usage.numpy(), bank.stamp.numpy(), int(bank.filled)
-    if filled < len(usage):
-        slot = filled
-        bank.filled.add_(1)
-    elif config.ties == "age":
-        least = (usage == usage.min()).nonzero()[0]
-        slot = int(least[stamp[least].argmin()])
-    else:
-        slot = int(usage.argmin())
-    bank.keys[slot] = x
-    bank.values[slot] = output
-    usage[slot], stamp[slot] = 1, int(bank.clock)
-    bank.counters.numpy()[REPLACEMENTS] += 1

@@ -1,57 +1,24 @@
 """Decoded tokens of many sequences against rows of an arena, with nothing that waits for the device.
 
-The same arithmetic as ``decode.py``, to the bit on a CPU, but every choice is a mask and every place an index, so that
-a decode step can be captured in a CUDA graph: rows, flags and inputs are read from tensors whose content may change
-between replays. What a masked token would write goes to the arena's last row, which nobody owns.
+The same arithmetic as ``decode_cpu.py``, to the bit on a CPU, but every choice is a mask and every place an index, so
+that a decode step can be captured in a CUDA graph: rows, flags and inputs are read from tensors whose content may
+change between replays. What a masked token would write goes to the arena's last row, which nobody owns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pacellm.config import PRESETS, PAConfig
+from pacellm.config import PAConfig
 from pacellm.kernels import has_triton
-from pacellm.memory.bank import Rule, Total, Verdict, cosines_of_parts, judge, mix, weigh
-from pacellm.memory.decode import cosines, together
+from pacellm.memory.rule import Rule, Verdict, judge, merge, mix, replace, replacement_key, weigh
+from pacellm.memory.similarity import Total, cosines, cosines_of_parts, together
 from pacellm.memory.state import EMPTY, FUSES, HITS, MERGES, MISSES, REPLACEMENTS, BankState, compute_dtype
-
-OBSERVE, PAPER = PRESETS.index("observe"), PRESETS.index("paper")
-
-
-class Tokens(NamedTuple):
-    """One decoded token of each of B sequences.
-
-    Attributes:
-        rows: [B] int64, each one's row of the arena; the last row for what is padding.
-        live: [B] bool, tokens that count at all.
-        writes: [B] bool, tokens that change their bank.
-        presets: [B] int64, each one's preset by its number in ``PRESETS``.
-        sets: [B] int64, each one's row of the table of working sets; None where all tokens use all experts.
-    """
-
-    rows: Tensor
-    live: Tensor
-    writes: Tensor
-    presets: Tensor
-    sets: Tensor | None = None
-
-    @property
-    def acts(self) -> Tensor:
-        """[B] bool: tokens whose outputs change."""
-        return self.live & (self.presets != OBSERVE)
-
-
-@cache
-def rules(config: PAConfig, device: torch.device) -> Tensor:
-    """[P, 4] float64: high, low, mix and rest of :class:`Rule` for each of ``PRESETS``, kept on the device."""
-    numbers = [Rule.of(config.of(preset))[:4] for preset in PRESETS]
-    return torch.tensor(numbers, dtype=torch.float64, device=device)
-
+from pacellm.memory.tokens import PAPER, DecodedTokens, rules
 
 Feed = Callable[..., Tensor]
 """As :func:`feed`; only torch's form takes ``total``."""
@@ -61,15 +28,15 @@ Feed = Callable[..., Tensor]
 def best_feed(device: torch.device) -> Feed:
     """Triton's form on a GPU where Triton is there, else torch's."""
     if has_triton(device):
-        from pacellm.memory import feed_triton
+        from pacellm.memory import decode_triton
 
-        return feed_triton.feed
+        return decode_triton.feed
     return feed
 
 
 def feed(
     arena: BankState,
-    tokens: Tokens,
+    tokens: DecodedTokens,
     x: Tensor,
     y: Tensor,
     config: PAConfig,
@@ -132,32 +99,31 @@ def _recall(weights: Tensor, values: Tensor, rows: Tensor) -> Tensor:
     return torch.bmm(weights[:, None], values[rows].to(weights.dtype))[:, 0]
 
 
-def _count(arena: BankState, tokens: Tokens, found: Verdict) -> None:
+def _count(arena: BankState, tokens: DecodedTokens, found: Verdict) -> None:
     codes = torch.where(found.empty, EMPTY, torch.where(found.hit, HITS, torch.where(found.fuse, FUSES, MISSES)))
     kinds = arena.counters.shape[1]
     arena.counters.view(-1).index_add_(0, tokens.rows * kinds + codes, tokens.live.long())
 
 
 def _merge(
-    arena: BankState, tokens: Tokens, writes: Tensor, found: Verdict, new: tuple[Tensor, Tensor], config: PAConfig
+    arena: BankState,
+    tokens: DecodedTokens,
+    writes: Tensor,
+    found: Verdict,
+    new: tuple[Tensor, Tensor],
+    config: PAConfig,
 ) -> None:
     """Mid tokens into the slots that they resemble; with ``paper`` a high token counts as a use of its slots."""
     slots, rows = arena.usage.shape[1], tokens.rows
-    wide = compute_dtype(new[0].dtype)
+    wide, width = compute_dtype(new[0].dtype), found.slots.shape[1]
     place = rows[:, None] * slots + found.slots
+    raised = (writes & found.high & (tokens.presets == PAPER))[:, None] & found.used
+    arena.usage.view(-1).index_add_(0, place.flatten(), raised.long().flatten())
     mask = (writes & found.mid)[:, None] & found.used
-    counts_high = writes & found.high & (tokens.presets == PAPER)
-    used = mask | (counts_high[:, None] & found.used)
-    target = _target(mask, place, arena).flatten()
-    for stored, added in zip((arena.keys, arena.values), new, strict=True):
-        flat = stored.view(-1, stored.shape[2])
-        old = flat[place.flatten()].to(wide)
-        own = (1.0 - config.momentum) * (added.to(wide) + 0.0)
-        merged = config.momentum * old + own.repeat_interleave(place.shape[1], 0)
-        flat.index_copy_(0, target, merged.to(stored.dtype))
-    arena.usage.view(-1).index_add_(0, place.flatten(), used.long().flatten())
-    clock = arena.clock[rows][:, None].expand_as(place).flatten()
-    arena.stamp.view(-1).index_copy_(0, target, clock)
+    # as sums that begin with 0
+    keys, values = ((part.to(wide) + 0.0).repeat_interleave(width, 0) for part in new)
+    clock = arena.clock[rows].repeat_interleave(width)
+    merge(arena.slots, _target(mask, place, arena).flatten(), keys, values, clock, config.momentum)
     arena.counters.view(-1).index_add_(0, rows * arena.counters.shape[1] + MERGES, mask.sum(1))
 
 
@@ -165,20 +131,10 @@ def _replace(
     arena: BankState, rows: Tensor, mask: Tensor, filled: Tensor, new: tuple[Tensor, Tensor], config: PAConfig
 ) -> None:
     """A low token takes the next free slot, or the least used one."""
-    slots = arena.usage.shape[1]
-    usage = arena.usage[rows]
-    if config.ties == "age":
-        least = usage == usage.min(1, keepdim=True).values
-        worst = arena.stamp[rows].masked_fill(~least, torch.iinfo(torch.int64).max).argmin(1)
-    else:
-        worst = usage.argmin(1)
-    is_free = filled < slots
-    target = _target(mask, rows * slots + torch.where(is_free, filled, worst), arena)
-    for stored, added in zip((arena.keys, arena.values), new, strict=True):
-        stored.view(-1, stored.shape[2]).index_copy_(0, target, added.to(stored.dtype))
-    arena.usage.view(-1).index_copy_(0, target, torch.ones_like(target))
-    arena.stamp.view(-1).index_copy_(0, target, arena.clock[rows])
-    arena.filled.index_add_(0, rows, (mask & is_free).long())
+    slots, clock = arena.usage.shape[1], arena.clock[rows]
+    place = replacement_key(arena.usage[rows], arena.stamp[rows], clock, config).argmin(-1)
+    replace(arena.slots, _target(mask, rows * slots + place, arena), *new, clock)
+    arena.filled.index_add_(0, rows, (mask & (filled < slots)).long())
     arena.counters.view(-1).index_add_(0, rows * arena.counters.shape[1] + REPLACEMENTS, mask.long())
 
 
