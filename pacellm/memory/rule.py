@@ -178,9 +178,9 @@ def merge(
         mask: [P] bool, the places where anything happens; None is all of them.
     """
     for stored, mean in ((slots.keys, keys), (slots.values, values)):
-        old = stored.index_select(0, places)
-        merged = (momentum * old.to(mean.dtype)).add_((1.0 - momentum) * mean).to(stored.dtype)
-        stored.index_copy_(0, places, merged if mask is None else torch.where(mask[:, None], merged, old))
+        old = stored.index_select(0, places).to(mean.dtype)
+        merged = old.mul_(momentum).add_((1.0 - momentum) * mean)
+        _put(stored, places, merged.to(stored.dtype), mask)
     slots.usage.index_add_(0, places, torch.ones_like(places) if mask is None else mask.long())
     _put(slots.stamp, places, clock.expand_as(places), mask)
 
