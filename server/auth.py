@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastapi import Request
@@ -90,6 +91,33 @@ async def require_key(request: Request) -> None:
 def tenant_of(request: Request) -> str:
     """The caller's tenant, once :func:`require_key` has let it in."""
     return request.state.tenant
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks, under which name, and until when.
+
+    Attributes:
+        tenant: namespace of the sessions.
+        request_id: the X-Request-ID.
+        arrival: monotonic seconds.
+        size: bytes of the request's body.
+        timeout: what the request allows itself, in seconds from arrival.
+        traceparent: the span that the request belongs to, as its header names it.
+    """
+
+    tenant: str
+    request_id: str
+    arrival: float
+    size: int = 0
+    timeout: float | None = None
+    traceparent: str | None = None
+
+    @classmethod
+    def of(cls, request: Request, size: int, timeout: float | None = None) -> Caller:
+        """The caller of an HTTP request that was let in."""
+        parent = request.headers.get("traceparent")
+        return cls(tenant_of(request), request.state.request_id, request.state.arrival, size, timeout, parent)
 
 
 def _digest(key: str) -> bytes:

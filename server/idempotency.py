@@ -8,7 +8,6 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -16,10 +15,7 @@ from fastapi.responses import Response
 from pacellm.errors import Conflict, RequestError
 
 from . import sse
-from .callers import Caller
-
-if TYPE_CHECKING:
-    from .body import Received
+from .auth import Caller
 
 KEY = r"^[\x21-\x7e]{1,255}$"
 _SECONDS = 3600.0
@@ -47,12 +43,12 @@ class Idempotency:
         self._records: OrderedDict[tuple[str, str], _Record] = OrderedDict()
 
     async def answer(
-        self, request: Request, caller: Caller, raw: Received, start: Callable[[], Awaitable[Response]]
+        self, request: Request, caller: Caller, digest: bytes, start: Callable[[], Awaitable[Response]]
     ) -> Response:
         """The stored answer, or what ``start`` answers.
 
         Args:
-            raw: the request's body; with path and session it is what must be equal.
+            digest: of the request's body; with path and session it is what must be equal.
 
         Raises:
             Conflict: the first request with this key is still being answered.
@@ -65,7 +61,7 @@ class Idempotency:
             raise RequestError("Idempotency-Key must be 1 to 255 printable ASCII characters", param="Idempotency-Key")
         place = (caller.tenant, key)
         told = (request.url.path, request.headers.get("x-session-id", ""))
-        fingerprint = hashlib.sha256("\0".join(told).encode() + b"\0" + raw.digest).digest()
+        fingerprint = hashlib.sha256("\0".join(told).encode() + b"\0" + digest).digest()
         self._expire()
         record = self._records.get(place)
         if record is not None:

@@ -33,19 +33,19 @@ from pacellm.text.grammar import PROCESSES, Grammars
 from pacellm.text.tokenizer import ChatTokenizer
 from pacellm.types import Admitted, Constraint, Event, Failed, Finished, GenerationRequest, SamplingParams
 
-from .callers import Caller
-from .histories import Histories, Key
+from .api.chat.schema import ChatCompletionRequest
+from .api.fields import GenerationFields, SamplingFields
+from .auth import Caller
+from .body_budget import BodyBudget
+from .event_queue import EventQueue
 from .idempotency import Idempotency
-from .inbox import Inbox
-from .intake import Intake
-from .lanes import Lanes
 from .metrics import Metrics
-from .schema.base import RESPONSE_PREFIX
-from .schema.chat import ChatCompletionRequest
-from .schema.sampling import GenerationFields, SamplingFields
-from .schema.turn import TurnRequest
+from .reading.chat_input import ChatInput
+from .reading.chat_prompt import ChatPrompt, RenderedChat
+from .response_store import Key, ResponseStore
+from .schema import RESPONSE_PREFIX
 from .settings import Settings
-from .turns import Draft, Turn
+from .thread_pools import ThreadPools
 
 if TYPE_CHECKING:
     from .traces import Traces
@@ -61,7 +61,7 @@ class Generation:
         self.request, self.caller = request, caller
         self._service = service
         self.timer: asyncio.TimerHandle | None = None
-        self._inbox = Inbox()
+        self._inbox = EventQueue()
         self._first: Event | None = None
         self._ended = False
 
@@ -118,12 +118,17 @@ class Service:
         self.thread = EngineThread(engine, self._deliver)
         self.metrics, self.traces = Metrics(self.thread, settings.model_name), traces
         self.grammars = Grammars(tokenizer.backend, frozenset(engine.model.eos_token_ids))
-        self.lanes = Lanes(PROCESSES)
+        self.pools = ThreadPools(PROCESSES)
         self._generations: dict[str, Generation] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.bodies, self.snapshots = Intake(8 * settings.max_body_bytes), Intake(2 * settings.max_snapshot_bytes)
+        self.bodies, self.snapshots = (
+            BodyBudget(8 * settings.max_body_bytes),
+            BodyBudget(2 * settings.max_snapshot_bytes),
+        )
         self.idempotency = Idempotency()
-        self.histories = Histories(settings.response_memory, settings.response_ttl, self.delete_later, tokenizer.forget)
+        self.response_store = ResponseStore(
+            settings.response_memory, settings.response_ttl, self.delete_later, tokenizer.forget
+        )
         self.conversations: set[Key] = set()  # those of which a response is being made
         self._writing: dict[str, Key] = {}  # by request, sessions that others than responses commit to
         self.prefill_rate: float | None = None  # tokens per second, of late
@@ -137,7 +142,7 @@ class Service:
     async def stop(self) -> None:
         """End the engine; unfinished requests fail with an error."""
         await asyncio.to_thread(self.thread.stop)
-        self.lanes.close()
+        self.pools.close()
         await asyncio.to_thread(self.grammars.close)
         if self.traces is not None:
             await asyncio.to_thread(self.traces.close)
@@ -149,8 +154,8 @@ class Service:
             size: characters or tokens that it works on; None: many.
             key: whose it is. Keys take turns.
         """
-        lane = self.lanes.long if size is None else self.lanes.of(size)
-        return await lane.run(key, functools.partial(function, *arguments))
+        pool = self.pools.long if size is None else self.pools.of(size)
+        return await pool.run(key, functools.partial(function, *arguments))
 
     async def operate(self, operation: Operation) -> Any:
         """Run a session operation in the engine thread.
@@ -167,7 +172,7 @@ class Service:
 
     async def submit_chat(
         self, body: ChatCompletionRequest, caller: Caller, session_id: str | None
-    ) -> tuple[Generation, Turn]:
+    ) -> tuple[Generation, ChatPrompt]:
         """Render, tokenise, check and queue a chat request.
 
         Raises:
@@ -187,18 +192,18 @@ class Service:
 
     async def turn(
         self,
-        asked: Callable[[], TurnRequest],
+        asked: Callable[[], ChatInput],
         sampling: SamplingParams,
         scope: str | None,
         session: Key | None,
         caller: Caller,
         size: int = 0,
-    ) -> Turn:
+    ) -> ChatPrompt:
         """What a conversation comes to.
 
         Args:
             asked: called off the event loop.
-            scope: as for :meth:`Draft.turn`.
+            scope: as for :meth:`RenderedChat.turn`.
             session: that it goes on.
             caller: who asks.
             size: characters of the conversation that are not in the caller's body.
@@ -208,7 +213,7 @@ class Service:
         """
         tenant, limit = caller.tenant, self.engine.config.max_model_len
         draft = await self.off_loop(
-            lambda: Draft(self.tokenizer, self.grammars, asked(), limit), size=caller.size + size, key=tenant
+            lambda: RenderedChat(self.tokenizer, self.grammars, asked(), limit), size=caller.size + size, key=tenant
         )
         logged = None
         if session is not None and draft.needs_log:
@@ -229,7 +234,7 @@ class Service:
         known = self.grammars.known(grammar)
         if known is not None:
             return known
-        return await self.lanes.grammars.run(key, functools.partial(self.grammars.compile, grammar))
+        return await self.pools.grammars.run(key, functools.partial(self.grammars.compile, grammar))
 
     def check_model(self, name: str | None) -> None:
         """Refuse another model's name.
@@ -341,7 +346,7 @@ class Service:
         (tenant, name), limit = session, self.settings.max_sessions_per_key
         if limit is None or name.startswith(RESPONSE_PREFIX) or self.engine.sessions.get(session) is not None:
             return
-        if self.engine.sessions.count(tenant) - self.histories.count(tenant) >= limit:
+        if self.engine.sessions.count(tenant) - self.response_store.count(tenant) >= limit:
             raise Overloaded(
                 f"this key has {limit:,} sessions, its limit; delete some", retry_after=60, code="too_many_sessions"
             )
@@ -424,7 +429,7 @@ class Service:
         if isinstance(event, Failed):
             return
         if written is not None:
-            self.histories.drop(written)  # a conversation's messages are not what its session stands for any more
+            self.response_store.drop(written)  # a conversation's messages are not what its session stands for any more
         if event.prefill_seconds > 0:
             computed = event.usage.prompt_tokens - event.usage.cached_tokens + event.usage.replayed_tokens
             rate = computed / event.prefill_seconds
