@@ -1,11 +1,13 @@
-"""Events for one reader. An event costs one wake-up of its task and no timer."""
+"""Events for one reader. However many come at once, they cost one wake-up of its task and no timer."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 
 from pacellm.types import Event
+
+Numbered = tuple[int, Event]
+"""An event and the number of the generation, among those of its HTTP request, that it is of."""
 
 
 class EventQueue:
@@ -16,27 +18,29 @@ class EventQueue:
     """
 
     def __init__(self) -> None:
-        self._events: deque[Event] = deque()
+        self._events: list[Numbered] = []
+        self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
         self._deadline: float | None = None  # of the wait, in the loop's time
         self._timer: asyncio.TimerHandle | None = None
 
-    def push(self, event: Event) -> None:
+    def push(self, number: int, event: Event) -> None:
         """Add one."""
-        self._events.append(event)
+        self._events.append((number, event))
         self._wake()
 
-    async def get(self, timeout: float | None) -> Event | None:
-        """The next one, or None after ``timeout`` seconds without."""
+    async def get(self, timeout: float | None) -> list[Numbered]:
+        """All that are there, at least one; none after ``timeout`` seconds without."""
         if not self._events:
-            loop = asyncio.get_running_loop()
-            self._waiter = waiter = loop.create_future()
-            self._watch(loop, timeout)
+            self._waiter = self._loop.create_future()
+            if timeout is not None:
+                self._watch(self._loop.time() + timeout)
             try:
-                await waiter
+                await self._waiter
             finally:
                 self._waiter = self._deadline = None
-        return self._events.popleft() if self._events else None
+        events, self._events = self._events, []
+        return events
 
     def close(self) -> None:
         """Nobody waits any more."""
@@ -44,22 +48,20 @@ class EventQueue:
             self._timer.cancel()
             self._timer = None
 
-    def _watch(self, loop: asyncio.AbstractEventLoop, timeout: float | None) -> None:
+    def _watch(self, deadline: float) -> None:
         """Have a timer that goes off at the deadline or before."""
-        if timeout is None:
-            return
-        self._deadline = loop.time() + timeout
-        if self._timer is not None and self._timer.when() > self._deadline:
+        self._deadline = deadline
+        if self._timer is not None and self._timer.when() > deadline:
             self.close()
         if self._timer is None:
-            self._timer = loop.call_at(self._deadline, self._ring, loop)
+            self._timer = self._loop.call_at(deadline, self._ring)
 
-    def _ring(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _ring(self) -> None:
         self._timer = None
         if self._deadline is None:
             return
-        if loop.time() < self._deadline:
-            self._timer = loop.call_at(self._deadline, self._ring, loop)
+        if self._loop.time() < self._deadline:
+            self._timer = self._loop.call_at(self._deadline, self._ring)
         else:
             self._wake()
 

@@ -6,7 +6,7 @@ import hashlib
 import re
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from fastapi import Request
@@ -87,23 +87,21 @@ class Idempotency:
             self._drop(place, record)
             raise
         if isinstance(response, sse.EventStream):
-            response.wrap(
-                lambda source: self._recorded(source, response.ends, place, record), lambda: self._over(place, record)
-            )
+            response.record(self._recorder(place, record), lambda: self._over(place, record))
         else:
             self._store(place, record, bytes(response.body), response.media_type or "application/json")
         return response
 
-    async def _recorded(
-        self, source: AsyncIterator[bytes], ends: tuple[bytes, ...], place: tuple[str, str], record: _Record
-    ) -> AsyncIterator[bytes]:
+    def _recorder(self, place: tuple[str, str], record: _Record) -> Callable[[bytes], None]:
+        """Takes a stream's parts, and stores them once they are whole."""
         parts: list[bytes] = []
-        async for part in source:
-            if part != sse.KEEP_ALIVE:
-                parts.append(part)
-            if part.startswith(ends):
+
+        def take(part: bytes) -> None:
+            parts.append(part)
+            if isinstance(part, sse.Last):
                 self._store(place, record, b"".join(parts), "text/event-stream")
-            yield part
+
+        return take
 
     def _store(self, place: tuple[str, str], record: _Record, body: bytes, media_type: str) -> None:
         record.body, record.media_type, record.at = body, media_type, time.monotonic()

@@ -35,6 +35,10 @@ class PaceOptions(Strict):
     ce_density: Annotated[float, Field(ge=1e-6, le=1)] | None = None
     experts: bool = False
 
+    def engine_options(self) -> dict[str, Any]:
+        """What the engine takes of it beside ``commit`` and ``append``."""
+        return {"pa": self.pa or "on", "ce_density": self.ce_density, "experts": self.experts}
+
 
 class GenerationFields(Strict):
     """How to generate and how long to wait, wherever an answer is made."""

@@ -1,4 +1,4 @@
-"""What one turn of a conversation is made of, whichever endpoint it came by."""
+"""A conversation and what its next message may be, whichever endpoint it came by."""
 
 from __future__ import annotations
 

@@ -6,46 +6,41 @@ import dataclasses
 from array import array
 from dataclasses import dataclass
 
-from pacellm.errors import UnsupportedParameter
-from pacellm.text import constraints as grammar
-from pacellm.text.constraints import Function, Grammar, Mark
-from pacellm.text.dialect import Dialect
+from pacellm.text.constraints import Grammar
 from pacellm.text.grammar import Grammars
 from pacellm.text.tokenizer import ChatTokenizer
 from pacellm.types import Append, Outline, SamplingParams
 
-from ..writing.parsers import AnswerParser, DialectParser, GenericToolParser, PlainParser, ToolListParser
+from ..writing.parsers import AnswerParser, DialectParser, PlainParser
+from .answer_form import AnswerForm
 from .appending import AppendedMessages, outline_of
 from .chat_input import ChatInput
 from .rendering import check_characters, rendered_input
 from .text import text_limit
-from .tools import NamedTool
-
-_NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """One turn of a conversation.
+    """A conversation as the engine takes it, and what reads the answer.
 
     Attributes:
-        prompt: ids; of what follows the history where it appends.
+        ids: of the prompt; of what follows the history where it appends.
         sampling: for the engine.
         grammar: what the whole answer must look like; None where it is free.
-        readers: one for each choice.
+        parsers: of the answer's text, one for each choice.
         outline: of the prompt, for its session. append: what makes it of the session's history.
     """
 
-    prompt: list[int]
+    ids: array[int]
     sampling: SamplingParams
     grammar: Grammar | None
-    readers: list[AnswerParser]
+    parsers: list[AnswerParser]
     outline: Outline
     append: Append | None
 
 
 class RenderedChat:
-    """A turn that is rendered and not yet tokenised. Slow on long prompts: used off the event loop.
+    """A conversation that is rendered and not yet tokenised. Slow on long prompts: used off the event loop.
 
     Args:
         tokenizer: of the model.
@@ -62,8 +57,8 @@ class RenderedChat:
         self._limit = text_limit(limit, is_cut=asked.is_truncated)
         check_characters(tokenizer, asked.messages, self._limit)
         self._form = AnswerForm(tokenizer.dialect, grammars, asked)
-        self._following = AppendedMessages(tokenizer, asked) if asked.appends else None
-        self._rendered = rendered_input(tokenizer, asked) if self._following is None else self._following.text
+        self._appended = AppendedMessages(tokenizer, asked) if asked.appends else None
+        self._rendered = rendered_input(tokenizer, asked) if self._appended is None else self._appended.text
 
     @property
     def size(self) -> int:
@@ -73,11 +68,9 @@ class RenderedChat:
     @property
     def needs_log(self) -> bool:
         """Which tokens it comes to depends on what its session has generated."""
-        return self._following is None and self._tokenizer.literals.has_own(self._rendered)
+        return self._appended is None and self._tokenizer.literals.has_own(self._rendered)
 
-    def turn(
-        self, sampling: SamplingParams, scope: str | None, logged: array[int] | None
-    ) -> ChatPrompt:  # fmt: skip
+    def tokenized(self, sampling: SamplingParams, scope: str | None, logged: array[int] | None) -> ChatPrompt:
         """All that it comes to.
 
         Args:
@@ -87,136 +80,24 @@ class RenderedChat:
         Raises:
             RequestError: it is too long.
         """
-        asked, tokenizer, form, limit = self._asked, self._tokenizer, self._form, self._limit
-        append, rendered = None, self._rendered
-        if self._following is not None:
-            prompt, append = self._following.encoded(limit, scope)
+        append = None
+        if self._appended is not None:
+            ids, append = self._appended.encoded(self._limit, scope)
         else:
-            prompt = tokenizer.encode_chat(rendered, limit=limit, scope=scope, logged=logged)
-        outline = Outline() if scope is None else outline_of(tokenizer, asked, prompt)
-        dialect = form.dialect
-        tools = [tool.shown() for tool in asked.tools]
-        readers: list[AnswerParser] = []
-        for _ in range(asked.n):
-            parser = tokenizer.response_parser(dialect, rendered, tools, continues=asked.continues)
-            special = tokenizer.special_texts if asked.skip_special_tokens else ()
-            reader: AnswerParser = PlainParser() if parser is None else DialectParser(parser, dialect, special)
-            readers.append(form.reader(reader))
-        if dialect.template is not None:
+            ids = self._tokenizer.encode_chat(self._rendered, limit=self._limit, scope=scope, logged=logged)
+        outline = Outline() if scope is None else outline_of(self._tokenizer, self._asked, ids)
+        if self._form.dialect.template is not None:
             sampling = dataclasses.replace(sampling, skip_special_tokens=False)  # marks may be special tokens
-        return ChatPrompt(prompt, sampling, form.grammar(rendered), readers, outline, append)
+        grammar = self._form.grammar(self._rendered)
+        return ChatPrompt(array("i", ids), sampling, grammar, self._parsers(), outline, append)
 
-
-class AnswerForm:
-    """What the answer of one request may look like.
-
-    Args:
-        dialect: the model's.
-        grammars: knows which texts are special tokens.
-        asked: the request.
-
-    Raises:
-        UnsupportedParameter: what cannot be had with this model.
-    """
-
-    def __init__(self, dialect: Dialect, grammars: Grammars, asked: ChatInput) -> None:
-        self._model, self._grammars, self._asked = dialect, grammars, asked
-        self._format, self._choice = asked.format, asked.choice
-        self._is_forced = self._choice == "required" or isinstance(self._choice, NamedTool)
-        self._has_tools = dialect.has_tools or not asked.tools
-        self._is_marked = dialect.call is not None and dialect.has_tools
-        # an answer that is gone on with has begun before
-        self._is_generic = not self._has_tools and (self._is_forced or not asked.continues)
-        if self._choice == "auto" and self._has_tools and not self._is_marked:
-            self._check_auto()
-
-    def reader(self, reader: AnswerParser) -> AnswerParser:
-        """A reader of the answer.
-
-        Args:
-            reader: tells content from reasoning, and finds calls where they are written in the model's own way.
-        """
-        if self._is_generic:
-            return GenericToolParser(reader)
-        is_list = self._is_forced and self._has_tools and not self._is_marked
-        return ToolListParser(reader) if is_list else reader
-
-    @property
-    def dialect(self) -> Dialect:
-        """What the answer is read by."""
-        finds_calls = self._choice == "auto" or (self._is_forced and self._is_marked)
-        return self._model if finds_calls and self._has_tools else self._model.without_calls()
-
-    def grammar(self, prompt: str) -> Grammar | None:
-        """The whole answer's form.
-
-        Args:
-            prompt: rendered.
-        """
-        found = self._found()
-        if found is None or self._model.think is None:
-            return found
-        mark = self._mark(self._model.think)
-        is_open = self._model.is_thinking(prompt, continues=self._asked.continues)
-        has_text = self._choice == "auto" and self._format is None and not self._is_generic
-        if has_text and not is_open and mark.tokens is None:
-            return found  # reasoning is text like any other
-        return grammar.after_reasoning(found, mark, is_open=is_open)
-
-    def _found(self) -> Grammar | None:
-        """The form of what follows reasoning."""
-        only_one = self._asked.only_one or isinstance(self._choice, NamedTool)
-        if self._is_generic:
-            functions = [] if self._choice == "none" else self._functions()
-            only_one |= self._choice == "auto" and not self._asked.several  # weak models do not stop calling
-            return grammar.of_generic_answer(
-                functions, only_one=only_one, is_forced=self._is_forced, otherwise=self._format
-            )
-        if self._is_forced and not self._is_marked:
-            return grammar.of_calls(self._functions(), only_one=only_one)
-        if not self._is_marked or self._choice == "none":
-            return self._format
-        assert self._model.call is not None
-        mark = self._mark(self._model.call)
-        if self._is_forced:
-            return grammar.of_marked_calls(self._functions(), mark, only_one=only_one)
-        has_text = self._format is None
-        return grammar.of_marked_calls(
-            self._functions(), mark, only_one=only_one, with_text=has_text, otherwise=self._format
-        )
-
-    def _functions(self) -> list[Function]:
-        """Those that may be called."""
-        only = self._choice.function.name if isinstance(self._choice, NamedTool) else None
-        return [
-            Function(
-                tool.function.name,
-                f"tools.{number}.function.parameters",
-                _NO_ARGUMENTS if tool.function.parameters is None else tool.function.parameters,
-                is_strict=tool.function.strict is True,
-            )
-            for number, tool in enumerate(self._asked.tools)
-            if only in (None, tool.function.name)
-        ]
-
-    def _mark(self, marks: tuple[str, str]) -> Mark:
-        begin, end = (self._grammars.special(text) for text in marks)
-        return Mark(*marks, tokens=None if begin is None or end is None else (begin, end))
-
-    def _check_auto(self) -> None:
-        """Refuse what cannot be had where calls are found in free text."""
-        if self._asked.only_one:
-            raise UnsupportedParameter(
-                "parallel_tool_calls false with tool_choice auto is not supported with this model",
-                param="parallel_tool_calls",
-            )
-        if self._format is not None:
-            raise UnsupportedParameter(
-                "response_format with tool_choice auto is not supported with this model", param="response_format"
-            )
-        for number, tool in enumerate(self._asked.tools):
-            if tool.function.strict:
-                raise UnsupportedParameter(
-                    "strict with tool_choice auto is not supported with this model",
-                    param=f"tools.{number}.function.strict",
-                )
+    def _parsers(self) -> list[AnswerParser]:
+        asked, dialect = self._asked, self._form.dialect
+        tools = [tool.shown() for tool in asked.tools]
+        special = self._tokenizer.special_texts if asked.skip_special_tokens else ()
+        parsers: list[AnswerParser] = []
+        for _ in range(asked.n):
+            own = self._tokenizer.response_parser(dialect, self._rendered, tools, continues=asked.continues)
+            parser = PlainParser() if own is None else DialectParser(own, dialect, special)
+            parsers.append(self._form.parser(parser))
+        return parsers

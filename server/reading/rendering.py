@@ -15,7 +15,7 @@ from .tools import Tool
 
 
 def rendered_input(tokenizer: ChatTokenizer, asked: ChatInput) -> str:
-    """A turn as :meth:`ChatTokenizer.encode_chat` takes it.
+    """What is asked as :meth:`ChatTokenizer.encode_chat` takes it.
 
     Raises:
         RequestError: the template refuses it.

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
-from pacellm.types import Admitted, Event, Progress
+from pacellm.types import Progress
 
-from ..service import Generation, Service
-
-
-def events_of(
-    generation: Generation, service: Service, timeout: float | None, *, with_progress: bool
-) -> AsyncIterator[Event | dict[str, Any] | None]:
-    """A generation's events; in a stream that asked for it (``timeout`` is set) its progress between them."""
-    if with_progress and timeout is not None:
-        return PromptProgress(generation, service).events(timeout)
-    return generation.events(timeout)
+from ..generation import Generation
+from ..service import Service
 
 
 class PromptProgress:
@@ -31,33 +22,23 @@ class PromptProgress:
     def __init__(self, generation: Generation, service: Service) -> None:
         self._generation, self._service = generation, service
         self._started = generation.request.arrival
-        self._cached = 0
+        self._is_queued, self._cached = True, 0
+        self._shown: dict[str, int | None] | None = None
 
-    async def events(self, timeout: float) -> AsyncIterator[Event | dict[str, Any] | None]:
-        """The generation's events, a dict for each piece of progress, None after ``timeout`` seconds of silence."""
-        every, silence = min(self._service.settings.progress_seconds, timeout), 0.0
-        is_queued, shown = True, None
-        async for event in self._generation.events(every):
-            if event is None:
-                silence += every
-                place = self._service.place(self._generation) if is_queued else None
-                if place is not None and place != shown:
-                    silence, shown = 0.0, place
-                    yield self._queued(place)
-                elif silence >= timeout:
-                    silence = 0.0
-                    yield None
-                continue
-            silence = 0.0
-            if isinstance(event, Admitted):
-                is_queued, self._cached = False, event.cached_tokens
-            yield self._read(event) if isinstance(event, Progress) else event
+    def admitted(self, cached_tokens: int) -> None:
+        """It left the queue; so many tokens of it need not be read."""
+        self._is_queued, self._cached = False, cached_tokens
 
-    def _queued(self, place: dict[str, int | None]) -> dict[str, Any]:
-        total = len(self._generation.request.prompt)
-        return {**self._counts(total, 0, 0), "queue": place}
+    def queued(self) -> dict[str, Any] | None:
+        """Its place in the queue, where that is another than was told last."""
+        place = self._service.place(self._generation) if self._is_queued else None
+        if place is None or place == self._shown:
+            return None
+        self._shown = place
+        return {**self._counts(len(self._generation.request.prompt), 0, 0), "queue": place}
 
-    def _read(self, event: Progress) -> dict[str, Any]:
+    def read(self, event: Progress) -> dict[str, Any]:
+        """How much of it is read."""
         return self._counts(event.total + self._cached, self._cached, event.processed + self._cached)
 
     def _counts(self, total: int, cached: int, processed: int) -> dict[str, Any]:

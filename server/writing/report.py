@@ -8,11 +8,15 @@ from typing import Any
 from pacellm.types import Finished, GenerationRequest, Kinship
 
 
-def report(request: GenerationRequest, event: Finished) -> dict[str, Any]:
-    """The object of a request that has ended well."""
+def report(request: GenerationRequest, event: Finished, session: str) -> dict[str, Any]:
+    """The object of a request that has ended well.
+
+    Args:
+        session: what became of it.
+    """
     return {
         "session_id": request.session[1] if request.session is not None else None,
-        "session": event.session,
+        "session": session,
         "note": "; ".join(note for note in (event.note, _left_out(event.kinship)) if note is not None) or None,
         "history_tokens": event.kinship.history_tokens,
         "dropped_tokens": event.kinship.dropped_tokens,

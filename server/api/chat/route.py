@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from ...auth import Caller
 from ...body import parsed, session_of
+from ...event_queue import EventQueue
 from ...service import Service
 from ...writing import responding
-from .schema import parse_chat
-from .wire import Chunks, fold
+from ...writing.answer import Answer
+from ..submitting import chat_prompt, check_options, new_request
+from .schema import ChatCompletionRequest, parse_chat
+from .wire import ChatFold, ChatWire
 
 router = APIRouter()
 
@@ -24,10 +29,36 @@ async def chat_completions(request: Request) -> Response:
     session = session_of(request, body.session_id)
 
     async def start() -> Response:
-        generation, turn = await service.submit_chat(body, caller, session)
-        chunks = Chunks(generation, turn.readers, body, service)
+        answer, wire = await _submit(service, body, caller, session)
         if body.stream:
-            return await responding.streamed(service, generation, chunks, wants_usage=body.wants_usage())
-        return await responding.whole(request, generation, fold(chunks()), lambda: chunks.headers)
+            return await responding.streamed(service, answer, wire)
+        return await responding.whole(request, answer, ChatFold())
 
     return await service.idempotency.answer(request, caller, received.digest, start)
+
+
+async def _submit(
+    service: Service, body: ChatCompletionRequest, caller: Caller, session: str | None
+) -> tuple[Answer, ChatWire]:
+    """Render, tokenise, check and queue.
+
+    Raises:
+        PaceError: it is refused; nothing was queued.
+    """
+    check_options(service, body, session)
+    scope = None if session is None else f"{caller.tenant}/{session}"
+    key = None if session is None else (caller.tenant, session)
+    prompt = await chat_prompt(service, body.chat_input, body.sampling(), scope, key, caller)
+    constraint = await service.compile(prompt.grammar, caller.tenant)
+    request = dataclasses.replace(
+        new_request("chatcmpl", body, prompt.ids, prompt.sampling, caller, key, body.n or 1),
+        constraint=constraint,
+        outline=prompt.outline,
+        append=prompt.append,
+        continues=body.continue_final_message and constraint is None,  # a form holds for the answer by itself
+    )
+    events = EventQueue()
+    generation = service.submit(request, caller, events)
+    wire = ChatWire(request, body, service.settings.model_name)
+    progress = bool(body.stream and body.return_progress)
+    return Answer(service, [generation], events, prompt.parsers, wire, with_progress=progress), wire

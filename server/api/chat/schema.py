@@ -85,7 +85,7 @@ class ChatCompletionRequest(SamplingFields):
             raise RequestError(message, param="structured_outputs", code="invalid_value")
         return self.structured_outputs.grammar()
 
-    def turn(self) -> ChatInput:
+    def chat_input(self) -> ChatInput:
         """What is to be answered.
 
         Raises:

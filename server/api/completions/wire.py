@@ -1,139 +1,115 @@
-"""Events of one or several prompts to text_completion chunks, and chunks folded to one answer."""
+"""The pieces of an answer to one or several prompts as text_completion chunks, and these added up to one answer."""
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pacellm.types import Admitted, ChoiceEnded, Delta, Event, Failed, Finished, PromptScores, TokenLogprob
+from pacellm.errors import PaceError
+from pacellm.text.tokenizer import ChatTokenizer
+from pacellm.types import Finished, GenerationRequest, TokenLogprob
 
-from ...service import Generation, Service
+from ... import sse
+from ...errors import body_of
+from ...writing.answer import Chunk, Ended, Part, Said
 from ...writing.logprobs import Alternative, Scored, TokenTexts
-from ...writing.progress import events_of
-from ...writing.report import report
-from ...writing.responding import headers_of
 from .schema import CompletionRequest
 
-Chunk = dict[str, Any]
 _LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+_COUNTS = ("prompt_tokens", "completion_tokens", "cached_tokens")
 
 
-class Completions:
+class CompletionsWire:
     """The chunks of one HTTP request's prompts, each its own choice.
 
     Args:
-        generations: submitted, one for each prompt.
+        requests: that were submitted, one for each prompt.
         body: what the client asked for.
-        service: where they were submitted.
+        tokenizer: of the model.
+        model: its name.
     """
 
-    def __init__(self, generations: Sequence[Generation], body: CompletionRequest, service: Service) -> None:
-        self._generations, self._body, self._service = generations, body, service
-        vocabulary, first = service.tokenizer.vocabulary, generations[0].request
-        self._n = first.n
-        self._prompts = [TokenTexts(vocabulary, skip_special=False, is_start=True) for _ in generations]
-        self._left = [len(one.request.prompt) for one in generations]  # of a prompt's tokens, to be scored
-        self._texts = [
-            TokenTexts(
-                vocabulary, skip_special=first.sampling.skip_special_tokens, is_start=not one.request.continues
-            )
-            for one in generations for _ in range(self._n)
-        ]  # fmt: skip
-        self._offsets = [0] * len(self._texts)
-        self._ends: dict[int, list[ChoiceEnded]] = {}  # by prompt, of its choices
-        self._usage = {"prompt_tokens": 0, "completion_tokens": 0, "cached_tokens": 0}
+    done = sse.DONE
+
+    def __init__(
+        self, requests: Sequence[GenerationRequest], body: CompletionRequest, tokenizer: ChatTokenizer, model: str
+    ) -> None:
+        self._requests, self._body, self._tokenizer = requests, body, tokenizer
+        self._wants_usage = body.wants_usage() or not body.stream
+        self._n = requests[0].n
+        self._prompts = [_Prompt(tokenizer, request) for request in requests]
+        self._offsets = [0] * (self._n * len(requests))
         self._head = {
-            "id": f"cmpl-{generations[0].request.request_id.partition('-')[2]}",
+            "id": f"cmpl-{requests[0].request_id.partition('-')[2]}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": service.settings.model_name,
+            "model": model,
         }
-        self.headers: dict[str, str] = {}  # what admission found of the session
-        self._pumps: list[asyncio.Task[None]] = []
+        self._text_events: dict[int, sse.TextEvent] = {}  # by choice
 
-    async def __call__(self, timeout: float | None = None) -> AsyncIterator[Chunk | None]:
-        """Every chunk as it comes; None after ``timeout`` seconds of silence.
+    def begin(self) -> Iterable[Part]:
+        """The prompts, where they are to be echoed, with the scores of their first tokens."""
+        if not self._body.echo:
+            return
+        for number, request in enumerate(self._requests):
+            rows = [self._prompts[number].first()] if self._body.logprobs is not None else []
+            text = self._tokenizer.decode(list(request.prompt))
+            yield from (self._chunk(index, text, self._columns(index, rows)) for index in self._choices(number))
 
-        Raises:
-            PaceError: one of the requests failed.
-        """
-        for number in range(len(self._generations)) if self._body.echo else ():
-            for chunk in self._echo(number):
-                yield chunk
-        streams = [
-            events_of(one, self._service, timeout, with_progress=self._body.return_progress)
-            for one in self._generations
-        ]
-        async for number, event in merged(streams, timeout, self._pumps):
-            match event:
-                case None:
-                    yield None
-                case dict():
-                    yield {**self._head, "choices": [], "prompt_progress": {"index": number * self._n, **event}}
-                case Admitted():
-                    self.headers = self.headers or headers_of(event)
-                case PromptScores():
-                    rows = [self._score(number, item) for item in event.logprobs]
-                    for index in self._choices(number):
-                        yield self._chunk(index, "", self._columns(index, rows))
-                case Delta():
-                    index = number * self._n + event.index
-                    rows = [self._texts[index].push(item, is_last=event.is_last) for item in event.logprobs]
-                    yield self._chunk(index, event.text, self._columns(index, rows))
-                case ChoiceEnded():
-                    ends = self._ends.setdefault(number, [])
-                    ends.append(event)
-                    if len(ends) < self._n:  # what is told of the request rides on the last one
-                        yield self._end(number, event)
-                case Finished():
-                    yield self._last(number, event)
-                case Failed():
-                    raise event.error
-        yield {**self._head, "choices": [], "usage": self._whole_usage()}
+    def progress(self, number: int, counts: Chunk) -> Part:
+        """How far a prompt has come."""
+        return {**self._head, "choices": [], "prompt_progress": {"index": number * self._n, **counts}}
 
-    def close(self) -> None:
-        """Cancel what has not ended."""
-        for task in self._pumps:
-            task.cancel()
-        for generation in self._generations:
-            generation.close()
+    def prompt_scores(self, number: int, scores: Sequence[TokenLogprob]) -> Iterable[Part]:
+        """Without text, which :meth:`begin` has said."""
+        rows = [self._prompts[number].push(item) for item in scores]
+        return [self._chunk(index, "", self._columns(index, rows)) for index in self._choices(number)]
+
+    def said(self, said: Said) -> Iterable[Part]:
+        """One chunk."""
+        index, deltas, scored, _ = said
+        text = "".join(delta["content"] for delta in deltas)
+        if scored or not self._body.stream:
+            return (self._chunk(index, text, self._columns(index, scored)),)
+        if index not in self._text_events:
+            self._text_events[index] = sse.TextEvent(sse.event(self._chunk(index, sse.TextEvent.HOLE, None)))
+        return (self._text_events[index](text),)
+
+    def ended(self, ended: Ended) -> Iterable[Part]:
+        """One chunk, without text. What is told of a request stands beside its choice where there are several."""
+        chunk = self._chunk(ended.choice, "", None, ended.reason.value, ended.stop_reason)
+        if ended.report is not None:
+            place = chunk if len(self._requests) == 1 else chunk["choices"][0]
+            place["pacellm"] = ended.report
+        return (chunk,)
+
+    async def complete(self, finished: Sequence[Finished]) -> Iterable[Part]:
+        """The usage of all prompts, where it is asked for."""
+        prompt, completion, cached = (sum(getattr(one.usage, name) for one in finished) for name in _COUNTS)
+        counts = {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+        return [{**self._head, "choices": [], "usage": counts}] if self._wants_usage else []
+
+    def event(self, chunk: Chunk) -> bytes:
+        """A chunk as an event of a stream."""
+        return sse.event(chunk)
+
+    def failed(self, error: PaceError) -> bytes:
+        """The error object as one."""
+        return sse.event(body_of(error))
 
     def _choices(self, number: int) -> range:
         """A prompt's choices."""
         return range(number * self._n, (number + 1) * self._n)
 
-    def _echo(self, number: int) -> Iterator[Chunk]:
-        prompt, rows = self._generations[number].request.prompt, []
-        if self._body.logprobs is not None:
-            self._left[number] -= 1
-            rows = [self._prompts[number].first(prompt[0], is_last=not self._left[number])]
-        text = self._service.tokenizer.decode(list(prompt))
-        for index in self._choices(number):
-            yield self._chunk(index, text, self._columns(index, rows))
-
-    def _score(self, number: int, item: TokenLogprob) -> Scored:
-        self._left[number] -= 1
-        return self._prompts[number].push(item, is_last=not self._left[number])
-
-    def _end(self, number: int, event: ChoiceEnded) -> Chunk:
-        return self._chunk(number * self._n + event.index, "", None, event.reason.value, event.stop_reason)
-
-    def _last(self, number: int, event: Finished) -> Chunk:
-        """The end of a prompt's only or last choice, with what is told of the request."""
-        self._count(event)
-        told = {"pacellm": report(self._generations[number].request, event)}
-        if self._n > 1:
-            chunk = self._end(number, self._ends.pop(number)[-1])
-        else:
-            chunk = self._chunk(number, "", None, event.reason.value, event.stop_reason)
-        (chunk if len(self._generations) == 1 else chunk["choices"][0]).update(told)
-        return chunk
-
     def _chunk(
         self, index: int, text: str, logprobs: Chunk | None, reason: str | None = None, stop: str | int | None = None
-    ) -> Chunk:
+    ) -> dict[str, Any]:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
         return {**self._head, "choices": [{**choice, **({} if stop is None else {"stop_reason": stop})}]}
 
@@ -149,18 +125,21 @@ class Completions:
             self._offsets[index] += len(row.text)
         return columns
 
-    def _count(self, event: Finished) -> None:
-        for name in self._usage:
-            self._usage[name] += getattr(event.usage, name)
 
-    def _whole_usage(self) -> Chunk:
-        prompt, completion, cached = self._usage.values()
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
-        }
+class _Prompt:
+    """Scores of a prompt's tokens, in order."""
+
+    def __init__(self, tokenizer: ChatTokenizer, request: GenerationRequest) -> None:
+        self._first, self._left = request.prompt[0], len(request.prompt)
+        self._texts = TokenTexts(tokenizer.vocabulary, skip_special=False, is_start=True)
+
+    def first(self) -> Scored:
+        self._left -= 1
+        return self._texts.first(self._first, is_last=not self._left)
+
+    def push(self, item: TokenLogprob) -> Scored:
+        self._left -= 1
+        return self._texts.push(item, is_last=not self._left)
 
 
 def _named(alternatives: Sequence[Alternative]) -> dict[str, float]:
@@ -174,57 +153,31 @@ def _named(alternatives: Sequence[Alternative]) -> dict[str, float]:
     return found
 
 
-async def merged(
-    streams: Sequence[AsyncIterator[Event | Chunk | None]], timeout: float | None, pumps: list[asyncio.Task[None]]
-) -> AsyncIterator[tuple[int, Event | Chunk | None]]:
-    """Every stream's events with its index, as they come; (0, None) after ``timeout`` seconds of silence.
-
-    Args:
-        pumps: gets the tasks that read the streams, which whoever does not read to the end must cancel.
-    """
-    if len(streams) == 1:
-        async for one in streams[0]:
-            yield 0, one
-        return
-    queue: asyncio.Queue[tuple[int, Event | Chunk]] = asyncio.Queue()
-
-    async def pump(index: int, stream: AsyncIterator[Event | Chunk | None]) -> None:
-        async for event in stream:
-            if event is not None:
-                queue.put_nowait((index, event))
-
-    pumps += [asyncio.create_task(pump(index, one)) for index, one in enumerate(streams)]
-    try:
-        left = len(pumps)
-        while left:
-            try:
-                async with asyncio.timeout(timeout):
-                    index, event = await queue.get()
-            except TimeoutError:
-                yield 0, None
-                continue
-            left -= isinstance(event, Finished | Failed)
-            yield index, event
-    finally:
-        for task in pumps:
-            task.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
-
-
-async def fold(chunks: AsyncIterator[Chunk | None]) -> Chunk:
+class CompletionsFold:
     """The non-streamed answer: the same chunks, added up."""
-    answer: Chunk = {}
-    choices: dict[int, Chunk] = {}
-    async for chunk in chunks:
-        if chunk is None:
-            continue
-        answer |= {name: value for name, value in chunk.items() if name != "choices"}
+
+    def __init__(self) -> None:
+        self._answer: Chunk = {}
+        self._choices: dict[int, Chunk] = {}
+
+    def add(self, chunk: Chunk) -> None:
+        """Add one."""
+        self._answer |= {name: value for name, value in chunk.items() if name != "choices"}
         for part in chunk["choices"]:
-            whole = choices.setdefault(part["index"], {**part, "text": "", "logprobs": None})
-            text, logprobs = whole["text"] + part["text"], whole["logprobs"]
-            if part["logprobs"] is not None:
-                logprobs = logprobs or {name: [] for name in _LISTS}
-                for name in _LISTS:
-                    logprobs[name] += part["logprobs"][name]
-            whole.update(part, text=text, logprobs=logprobs)
-    return {**answer, "choices": [choices[index] for index in sorted(choices)]}
+            known = self._choices.setdefault(part["index"], {**part, "text": [], "logprobs": None})
+            known["text"].append(part["text"])
+            known |= {**part, "text": known["text"], "logprobs": _joined(known["logprobs"], part["logprobs"])}
+
+    def whole(self) -> Chunk:
+        """The answer."""
+        choices = [self._choices[index] for index in sorted(self._choices)]
+        return {**self._answer, "choices": [{**choice, "text": "".join(choice["text"])} for choice in choices]}
+
+
+def _joined(known: Chunk | None, more: Chunk | None) -> Chunk | None:
+    """Columns of log-probabilities; ``known`` is added to."""
+    if known is None or more is None:
+        return known if more is None else {name: list(more[name]) for name in _LISTS}
+    for name in _LISTS:
+        known[name] += more[name]
+    return known

@@ -12,12 +12,16 @@ from pacellm.types import GenerationRequest
 
 from ...auth import Caller, tenant_of
 from ...body import parsed
+from ...event_queue import EventQueue
+from ...reading.chat_prompt import ChatPrompt
 from ...response_store import Key
 from ...service import Service
 from ...writing import responding
+from ...writing.answer import Answer
+from ..submitting import chat_prompt, check_generation
 from .schema import ResponseRequest, parse_response
 from .state import ConversationState
-from .wire import Responses, named
+from .wire import ResponseFold, ResponsesWire, named
 
 router = APIRouter(prefix="/v1/responses")
 
@@ -33,10 +37,10 @@ async def create_response(request: Request) -> Response:
 
     async def start() -> Response:
         try:
-            responses = await _submit(service, body, caller)
+            answer, wire = await _submit(service, body, caller)
             if body.stream:
-                return await responses.stream()
-            return await responding.whole(request, responses, responses.whole(), lambda: responses.headers)
+                return await responding.streamed(service, answer, wire)
+            return await responding.whole(request, answer, ResponseFold())
         except RequestError as error:
             raise named(error) from None
 
@@ -77,38 +81,48 @@ def _absent() -> NotFound:
     return NotFound("there is no such response, or it is no longer kept", param="response_id")
 
 
-async def _submit(service: Service, body: ResponseRequest, caller: Caller) -> Responses:
+async def _submit(service: Service, body: ResponseRequest, caller: Caller) -> tuple[Answer, ResponsesWire]:
     """Find the place, render, tokenise, check and queue.
 
     Raises:
         PaceError: it is refused; nothing was queued and nothing is left.
     """
-    service.check_generation(body)
-    continuation = ConversationState(service, body, caller.tenant)
+    check_generation(service, body)
+    state = ConversationState(service, body, caller.tenant)
     try:
-        messages = continuation.prompt_messages()
-        turn = await service.turn(
-            lambda: body.turn(messages), body.sampling(), continuation.scope, continuation.source, caller,
-            continuation.size,
-        )  # fmt: skip
-        constraint = await service.compile(turn.grammar, caller.tenant)
-        await continuation.open()
-        request = GenerationRequest(
-            request_id=continuation.id,
-            prompt=turn.prompt,
-            sampling=turn.sampling,
-            session=continuation.session,
-            tenant=caller.tenant,
-            pa=body.pacellm.pa or "on",
-            commit=body.is_stored,
-            ce_density=body.pacellm.ce_density,
-            experts=body.pacellm.experts,
-            priority=body.priority,
-            constraint=constraint,
-            outline=turn.outline,
-        )
-        generation = await service.submit(request, caller)
+        prompt, request = await _engine_request(service, body, caller, state)
+        events = EventQueue()
+        generation = service.submit(request, caller, events)
     except BaseException:
-        continuation.close()
+        state.close()
         raise
-    return Responses(continuation, generation, turn.readers[0], body, service)
+    wire = ResponsesWire(state, request, body, service.settings.model_name)
+    answer = Answer(
+        service, [generation], events, prompt.parsers, wire,
+        with_progress=bool(body.stream and body.return_progress), is_lost=state.is_lost, also_close=state.close,
+    )  # fmt: skip
+    return answer, wire
+
+
+async def _engine_request(
+    service: Service, body: ResponseRequest, caller: Caller, state: ConversationState
+) -> tuple[ChatPrompt, GenerationRequest]:
+    messages = state.prompt_messages()
+    prompt = await chat_prompt(
+        service, lambda: body.chat_input(messages), body.sampling(), state.scope, state.source, caller, state.size
+    )
+    constraint = await service.compile(prompt.grammar, caller.tenant)
+    await state.open()
+    request = GenerationRequest(
+        request_id=state.id,
+        prompt=prompt.ids,
+        sampling=prompt.sampling,
+        session=state.session,
+        tenant=caller.tenant,
+        commit=body.is_stored,
+        priority=body.priority,
+        constraint=constraint,
+        outline=prompt.outline,
+        **body.pacellm.engine_options(),
+    )
+    return prompt, request

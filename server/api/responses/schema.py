@@ -103,7 +103,7 @@ class ResponseRequest(GenerationFields):
             return [{"role": "user", "content": self.input}]
         return messages_of(self.input)
 
-    def turn(self, messages: Sequence[dict[str, Any]]) -> ChatInput:
+    def chat_input(self, messages: Sequence[dict[str, Any]]) -> ChatInput:
         """What is to be answered.
 
         Args:

@@ -1,29 +1,23 @@
-"""Events of a generation to those of OpenAI's Responses API; the whole answer is what the last one carries."""
+"""The pieces of an answer as events of OpenAI's Responses API; the whole answer is what the last one carries."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pacellm.errors import PaceError, RequestError
-from pacellm.types import Admitted, Delta, Failed, Finished, FinishReason
+from pacellm.types import Finished, FinishReason, GenerationRequest, TokenLogprob
 
 from ... import sse
 from ...schema import Strict
-from ...service import Generation, Service
-from ...writing.parsers import AnswerParser
-from ...writing.progress import events_of
-from ...writing.report import report
-from ...writing.responding import headers_of
+from ...writing.answer import Chunk, Ended, Part, Said
 from ...writing.tool_calls import MessageDelta
 from .output_items import OutputItems
 from .schema import ResponseRequest
 from .state import ConversationState
 
-Event = dict[str, Any]
-_ENDS = (b"event: response.completed\n", b"event: response.incomplete\n")
 # what chat calls it, and what this endpoint does
 _NAMES = (
     (r"\bmax_tokens\b", "max_output_tokens"),
@@ -34,136 +28,98 @@ _NAMES = (
 )
 
 
-class Responses:
+class ResponsesWire:
     """The events of one response.
 
     Args:
-        continuation: its place in the state.
-        generation: submitted.
-        reader: of the text.
+        state: what it goes on from, and where it is kept.
+        request: that was submitted.
         body: what the client asked for.
-        service: where it was submitted.
+        model: its name.
     """
 
-    def __init__(
-        self,
-        continuation: ConversationState,
-        generation: Generation,
-        reader: AnswerParser,
-        body: ResponseRequest,
-        service: Service,
-    ) -> None:
-        self._continuation, self._generation, self._body, self._service = continuation, generation, body, service
-        self._response = _head(continuation, body, service, generation)
-        self._reader, self._items = reader, OutputItems()
-        self._number = -1
-        self._num_tokens = self._num_reasoning = 0
-        self.headers: dict[str, str] = {}  # what admission found of the session
+    done = b""
 
-    async def __call__(self, timeout: float | None = None) -> AsyncIterator[Event | None]:
-        """Every event in order; None after ``timeout`` seconds of silence.
+    def __init__(self, state: ConversationState, request: GenerationRequest, body: ResponseRequest, model: str) -> None:
+        self._state, self._body = state, body
+        self._response = _head(state, body, request, model)
+        self._items, self._number = OutputItems(), -1
+        self._num_reasoning = 0  # tokens
+        self._ended: Ended | None = None
 
-        Raises:
-            PaceError: the request failed.
-        """
+    def begin(self) -> Iterable[Part]:
+        """That it has begun."""
         yield self._event("response.created", response=self._response)
         yield self._event("response.in_progress", response=self._response)
-        wanted = self._body.return_progress
-        async for event in events_of(self._generation, self._service, timeout, with_progress=wanted):
-            match event:
-                case None:
-                    yield None
-                case dict():
-                    yield self._event("pacellm.prompt_progress", prompt_progress=event)
-                case Admitted():
-                    self.headers = self._headers(event)
-                case Delta():
-                    for one in self._delta(event):
-                        yield one
-                case Finished():
-                    for one in await self._last(event):
-                        yield one
-                case Failed():
-                    raise event.error
 
-    async def stream(self) -> sse.EventStream:
-        """The events as server-sent ones, once admission is known or ``header_wait`` has passed.
+    def progress(self, number: int, counts: Chunk) -> Part:
+        """How far the prompt has come."""
+        return self._event("pacellm.prompt_progress", prompt_progress=counts)
 
-        Raises:
-            PaceError: the request failed before that.
-        """
-        try:
-            found = await self._generation.admitted(self._service.settings.header_wait)
-        except BaseException:
-            self.close()
-            raise
-        headers = {"X-PaceLLM-Session": "queued"} if found is None else self._headers(found)
-        return sse.EventStream(self._bytes(), self.close, headers, _ENDS)
+    def prompt_scores(self, number: int, scores: Sequence[TokenLogprob]) -> Iterable[Part]:
+        """Nothing: they cannot be asked for."""
+        return ()
 
-    def _headers(self, found: Admitted) -> dict[str, str]:
-        return headers_of(found, self.status(found.session))
+    def said(self, said: Said) -> Iterable[Part]:
+        """What it adds to the items."""
+        return self._deltas(said.deltas, said.num_tokens)
 
-    async def _bytes(self) -> AsyncIterator[bytes]:
-        """Whole events; a failure is one too."""
-        try:
-            async for event in self(self._service.settings.keep_alive_seconds):
-                yield sse.KEEP_ALIVE if event is None else sse.typed_event(event)
-        except PaceError as error:
-            problem = {"code": error.code or error.type, "message": error.message}
-            failed = {**self._response, "status": "failed", "error": problem}
-            yield sse.typed_event(self._event("response.failed", response=failed))
+    def ended(self, ended: Ended) -> Iterable[Part]:
+        """The ends of the items."""
+        self._ended, is_whole = ended, ended.reason is not FinishReason.LENGTH
+        events = self._deltas(ended.deltas, ended.num_tokens)
+        return [*events, *(self._event(kind, **more) for kind, more in self._items.finish(is_whole=is_whole))]
 
-    async def whole(self) -> Event:
-        """The response.
-
-        Raises:
-            PaceError: the request failed.
-        """
-        last: Event = {}
-        async for event in self():
-            last = event or last
-        return last["response"]
-
-    def status(self, session: str) -> str:
-        """What became of the session that this response goes on from."""
-        return "lost" if self._continuation.is_lost else session
-
-    def close(self) -> None:
-        """Cancel what has not ended; forget what was not kept."""
-        self._generation.close()
-        self._continuation.close()
-
-    # -- events --------------------------------------------------------------------------------------------
-
-    def _event(self, kind: str, **fields: Any) -> Event:
-        self._number += 1
-        return {"type": kind, "sequence_number": self._number, **fields}
-
-    def _delta(self, event: Delta) -> list[Event]:
-        self._num_tokens += len(event.token_ids)
-        return self._pieces(self._reader.push(event.text))
-
-    def _pieces(self, pieces: Sequence[MessageDelta]) -> list[Event]:
-        events = [self._event(kind, **fields) for piece in pieces for kind, fields in self._items.push(piece)]
-        if self._items.is_reasoning:
-            self._num_reasoning = self._num_tokens
-        return events
-
-    async def _last(self, event: Finished) -> list[Event]:
-        is_whole = event.reason is not FinishReason.LENGTH
+    async def complete(self, finished: Sequence[Finished]) -> Iterable[Part]:
+        """The response, once it is kept."""
+        assert self._ended is not None
+        is_whole = self._ended.reason is not FinishReason.LENGTH
         status = "completed" if is_whole else "incomplete"
-        ends = self._pieces(self._reader.finish())
-        ends += [self._event(kind, **fields) for kind, fields in self._items.finish(is_whole=is_whole)]
         self._response |= {
             "status": status,
             "completed_at": int(time.time()) if is_whole else None,
             "incomplete_details": None if is_whole else {"reason": "max_output_tokens"},
             "output": self._items.output,
-            "usage": _usage(event, self._num_reasoning, is_stored=self._body.is_stored),
-            "pacellm": {**report(self._generation.request, event), "session": self.status(event.session)},
+            "usage": _usage(finished[0], self._num_reasoning, is_stored=self._body.is_stored),
+            "pacellm": self._ended.report,
         }
-        await self._continuation.keep(self._response, self._items.message)
-        return [*ends, self._event(f"response.{status}", response=self._response)]
+        await self._state.keep(self._response, self._items.message)
+        return [self._event(f"response.{status}", response=self._response)]
+
+    def event(self, chunk: Chunk) -> bytes:
+        """An event with its name."""
+        return sse.typed_event(chunk)
+
+    def failed(self, error: PaceError) -> bytes:
+        """The response as one that failed."""
+        problem = {"code": error.code or error.type, "message": error.message}
+        failed = {**self._response, "status": "failed", "error": problem}
+        return sse.typed_event(self._event("response.failed", response=failed))
+
+    def _event(self, kind: str, **fields: Any) -> Chunk:
+        self._number += 1
+        return {"type": kind, "sequence_number": self._number, **fields}
+
+    def _deltas(self, deltas: Sequence[MessageDelta], num_tokens: int) -> list[Part]:
+        events: list[Part] = [self._event(kind, **more) for delta in deltas for kind, more in self._items.push(delta)]
+        if self._items.is_reasoning:
+            self._num_reasoning = num_tokens
+        return events
+
+
+class ResponseFold:
+    """The response: what the last event carries."""
+
+    def __init__(self) -> None:
+        self._last: Chunk = {}
+
+    def add(self, chunk: Chunk) -> None:
+        """Add an event."""
+        self._last = chunk
+
+    def whole(self) -> Chunk:
+        """The response."""
+        return self._last["response"]
 
 
 def named(error: RequestError) -> RequestError:
@@ -178,14 +134,14 @@ def _shown(value: Any) -> Any:
     return value.model_dump() if isinstance(value, Strict) else value
 
 
-def _format(body: ResponseRequest) -> Event:
+def _format(body: ResponseRequest) -> Chunk:
     """The text's form as it was asked for."""
     if body.text is None or body.text.format is None:
         return {"type": "text"}
     return body.text.format.model_dump(by_alias=True, exclude_none=True)
 
 
-def _usage(event: Finished, reasoning_tokens: int, *, is_stored: bool) -> Event:
+def _usage(event: Finished, reasoning_tokens: int, *, is_stored: bool) -> Chunk:
     """Tokens of a stored response's prompt that were not there are kept for those that go on from it."""
     usage = event.usage
     kept = usage.prompt_tokens - usage.cached_tokens if is_stored else 0
@@ -198,11 +154,11 @@ def _usage(event: Finished, reasoning_tokens: int, *, is_stored: bool) -> Event:
     }
 
 
-def _head(continuation: ConversationState, body: ResponseRequest, service: Service, generation: Generation) -> Event:
+def _head(state: ConversationState, body: ResponseRequest, request: GenerationRequest, model: str) -> Chunk:
     """A response that has just begun."""
-    sampling, conversation = generation.request.sampling, body.conversation_id
+    sampling, conversation = request.sampling, body.conversation_id
     return {
-        "id": continuation.id,
+        "id": state.id,
         "object": "response",
         "created_at": int(time.time()),
         "status": "in_progress",
@@ -213,7 +169,7 @@ def _head(continuation: ConversationState, body: ResponseRequest, service: Servi
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
         "max_tool_calls": None,
-        "model": service.settings.model_name,
+        "model": model,
         "output": [],
         "frequency_penalty": sampling.frequency_penalty,
         "parallel_tool_calls": body.parallel_tool_calls is not False,
