@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import h11
 from h11._receivebuffer import ReceiveBuffer, blank_line_regex
+from h11._writers import ChunkedWriter
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 logger = logging.getLogger("pacellm.wire")
@@ -64,6 +65,20 @@ class _Head(ReceiveBuffer):
         return lines
 
 
+class _Exchange(h11.Connection):
+    """Writes chunks of a body by itself: h11 looks at its whole state for each, and a stream has one for each token."""
+
+    def send(self, event: h11.Event) -> bytes | None:  # type: ignore[override]
+        """The event's bytes."""
+        if type(event) is h11.Data and event.data and self._is_chunked:
+            return b"%x\r\n%b\r\n" % (len(event.data), event.data)
+        return super().send(event)
+
+    @property
+    def _is_chunked(self) -> bool:
+        return type(self._writer) is ChunkedWriter and self.our_state is h11.SEND_BODY
+
+
 class Connection(H11Protocol):
     """uvicorn's connection within limits.
 
@@ -78,6 +93,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Make room, or close it at once."""
         super().connection_made(transport)
+        self.conn = _Exchange(h11.SERVER, MAX_HEAD_BYTES)
         self.conn._receive_buffer = _Head()
         if len(self.connections) > self.limits.most and not self._make_room():
             self.limits.turned_away += 1

@@ -23,18 +23,22 @@ class EventQueue:
         self._waiter: asyncio.Future[None] | None = None
         self._deadline: float | None = None  # of the wait, in the loop's time
         self._timer: asyncio.TimerHandle | None = None
+        self._rings_at = 0.0
 
     def push(self, number: int, event: Event) -> None:
         """Add one."""
         self._events.append((number, event))
-        self._wake()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def get(self, timeout: float | None) -> list[Numbered]:
         """All that are there, at least one; none after ``timeout`` seconds without."""
         if not self._events:
-            self._waiter = self._loop.create_future()
             if timeout is not None:
-                self._watch(self._loop.time() + timeout)
+                self._deadline = self._loop.time() + timeout
+                if self._timer is None or self._rings_at > self._deadline:
+                    self._set_timer(self._deadline)
+            self._waiter = self._loop.create_future()
             try:
                 await self._waiter
             finally:
@@ -48,23 +52,15 @@ class EventQueue:
             self._timer.cancel()
             self._timer = None
 
-    def _watch(self, deadline: float) -> None:
-        """Have a timer that goes off at the deadline or before."""
-        self._deadline = deadline
-        if self._timer is not None and self._timer.when() > deadline:
-            self.close()
-        if self._timer is None:
-            self._timer = self._loop.call_at(deadline, self._ring)
+    def _set_timer(self, at: float) -> None:
+        self.close()
+        self._timer, self._rings_at = self._loop.call_at(at, self._ring), at
 
     def _ring(self) -> None:
         self._timer = None
         if self._deadline is None:
             return
         if self._loop.time() < self._deadline:
-            self._timer = self._loop.call_at(self._deadline, self._ring)
-        else:
-            self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
+            self._set_timer(self._deadline)
+        elif self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+from collections.abc import Callable
 from typing import Protocol
 
-from pacellm.types import Event, Failed, Finished, GenerationRequest
+from pacellm.types import Event, GenerationRequest
 
 from .auth import Caller
 from .event_queue import EventQueue
@@ -27,22 +29,22 @@ class Generation:
         caller: who asked.
         events: gets its events.
         number: among the generations that share ``events``.
+
+    Attributes:
+        push: takes an event; called on the event loop.
+        has_ended: its last event has come.
+        deadline: goes off when its answer is to be complete.
     """
 
     def __init__(
         self, router: Router, request: GenerationRequest, caller: Caller, events: EventQueue, number: int = 0
     ) -> None:
-        self.request, self.caller, self.number = request, caller, number
+        self.request, self.caller, self.has_ended = request, caller, False
         self.deadline: asyncio.TimerHandle | None = None
         self._router, self._events = router, events
-        self._has_ended = False
-
-    def push(self, event: Event) -> None:
-        """Called on the event loop."""
-        self._has_ended = self._has_ended or isinstance(event, Finished | Failed)
-        self._events.push(self.number, event)
+        self.push: Callable[[Event], None] = functools.partial(events.push, number)
 
     def close(self) -> None:
         """Forget the request; cancel it where it has not ended."""
         self._events.close()
-        self._router.forget(self, abort=not self._has_ended)
+        self._router.forget(self, abort=not self.has_ended)

@@ -86,7 +86,7 @@ class Service:
         self.prefill_rate: float | None = None  # tokens per second, of late
         self.created = int(time.time())
         observers = [self.metrics.observe, *([traces.observe] if traces is not None else [])]
-        self._handlers = (*observers, self._note_end, self._route)
+        self._handlers = (*observers, self._route)
 
     async def start(self) -> None:
         """Start the engine."""
@@ -273,10 +273,8 @@ class Service:
                 except Exception as error:
                     self.engine.faults.note("delivery", error)
 
-    def _note_end(self, request_id: str, event: Event) -> None:
+    def _note_end(self, request_id: str, event: Finished | Failed) -> None:
         """What follows for others from a request's end."""
-        if not isinstance(event, Finished | Failed):
-            return
         written = self._writing.pop(request_id, None)
         if isinstance(event, Failed):
             return
@@ -289,9 +287,14 @@ class Service:
             self.prefill_rate = rate if self.prefill_rate is None else 0.7 * self.prefill_rate + 0.3 * rate
 
     def _route(self, request_id: str, event: Event) -> None:
+        """Bring an event to its generation, which must have it whatever its end means for others."""
         generation = self._generations.get(request_id)
         if generation is not None:
             generation.push(event)
+        if isinstance(event, Finished) or isinstance(event, Failed):  # noqa: SIM101, for each token: a union costs more
+            if generation is not None:
+                generation.has_ended = True
+            self._note_end(request_id, event)
 
 
 def _late() -> DeadlineExceeded:

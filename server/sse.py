@@ -13,6 +13,8 @@ from starlette.types import Receive, Scope, Send
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
+BODY = "pacellm.body"
+"""An ASGI extension: sends parts of a body past all middleware, which looks at heads and ends alone."""
 to_json: Callable[[Any], str] = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # made once
 
 
@@ -78,7 +80,8 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the head, then events until the source or the client ends."""
-        pump = asyncio.create_task(self._pump(send))
+        body = scope.get("extensions", {}).get(BODY, send)
+        pump = asyncio.create_task(self._pump(send, body))
         gone = asyncio.create_task(disconnected(receive))
         try:
             await asyncio.wait({pump, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -91,12 +94,13 @@ class EventStream(Response):
         if not pump.cancelled() and (error := pump.exception()) is not None and not isinstance(error, OSError):
             raise error
 
-    async def _pump(self, send: Send) -> None:
+    async def _pump(self, send: Send, send_body: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for part in self._source:
             if part is not None and self._record is not None:
                 self._record(part)
-            await send({"type": "http.response.body", "body": KEEP_ALIVE if part is None else part, "more_body": True})
+            data = KEEP_ALIVE if part is None else part
+            await send_body({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from pacellm.errors import PaceError
@@ -173,6 +173,7 @@ class Answer:
         self._held: list[Numbered] = []  # events that came while admission was waited for
         self._silence = 0.0  # seconds
         self._error: PaceError | None = None
+        self._has_begun = False
         self.headers: dict[str, str] = {}
         self.is_whole = False
 
@@ -193,36 +194,26 @@ class Answer:
             raise first.error
         return self._headers_of(first) if isinstance(first, Admitted) else {"X-PaceLLM-Session": "queued"}
 
-    async def chunks(self, timeout: float | None = None) -> AsyncIterator[list[Part] | None]:
-        """Everything as it comes, what came at once together; None after ``timeout`` seconds of silence.
+    async def next(self, timeout: float | None = None) -> list[Part] | None:
+        """What comes next, which may be nothing that shows; None after ``timeout`` seconds of silence.
 
         Raises:
             PaceError: one of the generations failed.
         """
-        parts: list[Part] | None = list(self._wire.begin())
-        while len(self._finished) < len(self._generations):
-            if parts is None or parts:
-                yield parts
-            if self._error is not None:
-                raise self._error
-            parts = await self._next(timeout)
-        if parts:
-            yield parts
-        last = list(await self._wire.complete(self._finished))
-        self.is_whole = True
-        yield last
-
-    async def _next(self, timeout: float | None) -> list[Part] | None:
-        """What the next events come to, which may be nothing; None once it has been silent for ``timeout`` seconds."""
-        wait = self._wait(timeout)
+        if not self._has_begun:
+            self._has_begun = True
+            return list(self._wire.begin())
+        if self._error is not None:
+            raise self._error
+        if len(self._finished) == len(self._generations):
+            last = list(await self._wire.complete(self._finished))
+            self.is_whole = True
+            return last
+        wait = min(self._service.settings.progress_seconds, timeout) if self._progress and timeout else timeout
         events, self._held = self._held or await self._events.get(wait), []
-        if not events and not (places := self._places()):
-            self._silence += wait or 0.0
-            if self._silence < (timeout or 0.0):
-                return []
-        self._silence = 0.0
         if not events:
-            return places or None
+            return self._silent(wait or 0.0, timeout or 0.0)
+        self._silence = 0.0
         parts: list[Part] = []
         for number, event in events:
             if isinstance(event, Failed):
@@ -230,6 +221,16 @@ class Answer:
                 break
             parts += self._parts(number, event)
         return parts
+
+    def _silent(self, waited: float, timeout: float) -> list[Part] | None:
+        """After so many seconds without an event: new places of what is queued, or how long it has been silent."""
+        places = ((number, one.queued()) for number, one in enumerate(self._progress))
+        parts = [self._wire.progress(number, place) for number, place in places if place is not None]
+        self._silence = 0.0 if parts else self._silence + waited
+        if parts or self._silence < timeout:
+            return parts
+        self._silence = 0.0
+        return None
 
     def close(self) -> None:
         """Cancel what has not ended."""
@@ -283,17 +284,6 @@ class Answer:
         if found.session != "none":
             headers["X-PaceLLM-Dropped-Tokens"] = str(found.kinship.dropped_tokens)
         return headers
-
-    def _wait(self, timeout: float | None) -> float | None:
-        """Seconds to wait for an event; where progress is told, there may be something to tell before ``timeout``."""
-        if timeout is None or not self._progress:
-            return timeout
-        return min(self._service.settings.progress_seconds, timeout)
-
-    def _places(self) -> list[Part]:
-        """Of those that are queued, at another place than was told."""
-        places = ((number, one.queued()) for number, one in enumerate(self._progress))
-        return [self._wire.progress(number, place) for number, place in places if place is not None]
 
     def _token_texts(self, generation: Generation) -> TokenTexts:
         request = generation.request

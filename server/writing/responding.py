@@ -13,7 +13,7 @@ from pacellm.errors import Aborted, PaceError
 
 from .. import sse
 from ..service import Service
-from .answer import Answer, Chunk, Wire
+from .answer import Answer, Chunk, Part, Wire
 
 
 class Fold(Protocol):
@@ -43,14 +43,20 @@ async def streamed(service: Service, answer: Answer, wire: Wire) -> sse.EventStr
 async def _events(answer: Answer, wire: Wire, timeout: float) -> AsyncIterator[bytes | None]:
     """Bytes of whole events; None after ``timeout`` seconds of silence. A failure is an event too."""
     try:
-        async for parts in answer.chunks(timeout):
+        while not answer.is_whole:
+            parts = await answer.next(timeout)
             if parts is None:
                 yield None
-                continue
-            data = b"".join([part if isinstance(part, bytes) else wire.event(part) for part in parts])
-            yield sse.Last(data + wire.done) if answer.is_whole else data
+            elif answer.is_whole:
+                yield sse.Last(_joined(parts, wire) + wire.done)
+            elif parts:
+                yield _joined(parts, wire)
     except PaceError as error:
         yield wire.failed(error)
+
+
+def _joined(parts: list[Part], wire: Wire) -> bytes:
+    return b"".join([part if isinstance(part, bytes) else wire.event(part) for part in parts])
 
 
 async def whole(request: Request, answer: Answer, fold: Fold) -> Response:
@@ -74,8 +80,8 @@ async def whole(request: Request, answer: Answer, fold: Fold) -> Response:
 
 
 async def _folded(answer: Answer, fold: Fold) -> Chunk:
-    async for parts in answer.chunks():
-        for part in parts or ():
+    while not answer.is_whole:
+        for part in await answer.next() or ():
             assert not isinstance(part, bytes)  # events are written for streams alone
             fold.add(part)
     return fold.whole()
