@@ -16,6 +16,7 @@ from pacellm.text.literals import Literals
 
 Entry = dict[str, Any]
 _SYSTEM = ("system", "developer")
+_EXAMPLES: dict[str, Any] = {"integer": 0, "number": 0, "boolean": False, "array": []}  # by type
 
 
 class GenericTools:
@@ -106,16 +107,12 @@ def _example(schema: dict[str, Any]) -> Any:
         return schema["enum"][0]
     kind = schema.get("type")
     kind = kind[0] if isinstance(kind, list) and kind else kind
-    match kind:
-        case "integer" | "number":
-            return 0
-        case "boolean":
-            return False
-        case "array":
-            return []
-        case "object":
-            wanted, properties = schema.get("required"), schema.get("properties")
-            if not isinstance(wanted, list) or not isinstance(properties, dict):
-                return {}
-            return {name: _example(properties.get(name) or {}) for name in wanted if isinstance(name, str)}
-    return "..."
+    if kind == "object":
+        return _example_object(schema.get("required"), schema.get("properties"))
+    return _EXAMPLES.get(kind, "...") if isinstance(kind, str) else "..."
+
+
+def _example_object(wanted: Any, properties: Any) -> dict[str, Any]:
+    if not isinstance(wanted, list) or not isinstance(properties, dict):
+        return {}
+    return {name: _example(properties.get(name) or {}) for name in wanted if isinstance(name, str)}

@@ -89,16 +89,20 @@ def check_messages(messages: Sequence[Message], *, appends: bool = False) -> Non
         RequestError: names the message and its field.
     """
     check_arguments(call for message in messages for call in message.tool_calls or ())
-    called: dict[str, str] = {}
+    called: set[str] = set()
     for number, message in enumerate(messages):
         message.check(f"messages.{number}")
-        called |= {call.id: call.function.name for call in message.tool_calls or ()}
+        called |= {call.id for call in message.tool_calls or ()}
         if message.tool_call_id is not None and message.tool_call_id not in called:
-            if appends and message.name is not None:
-                continue
-            if appends:
-                field = f"messages.{number}.name"
-                problem = f"{field} is missing: with pacellm.append a result says which function it is of"
-                raise RequestError(problem, param=field, code="invalid_value")
-            field = f"messages.{number}.tool_call_id"
-            raise RequestError(f"{field} is of no call in an earlier message", param=field, code="invalid_value")
+            _check_result(message, f"messages.{number}", appends=appends)
+
+
+def _check_result(message: Message, field: str, *, appends: bool) -> None:
+    """Refuse a result of a call that is in no earlier message."""
+    if not appends:
+        field = f"{field}.tool_call_id"
+        raise RequestError(f"{field} is of no call in an earlier message", param=field, code="invalid_value")
+    if message.name is None:
+        field = f"{field}.name"
+        problem = f"{field} is missing: with pacellm.append a result says which function it is of"
+        raise RequestError(problem, param=field, code="invalid_value")

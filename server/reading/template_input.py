@@ -57,12 +57,8 @@ class TemplateInput:
 
     def _entry(self, number: int, message: Message) -> dict[str, Any]:
         entry: dict[str, Any] = {"role": message.role, "content": self._content(number, message)}
-        reasoning = message.reasoning_content or message.reasoning
-        if reasoning:
-            if self._dialect.reasoning_key is not None:
-                entry[self._dialect.reasoning_key] = self._literals.shielded(reasoning, own=True)
-            elif self._dialect.think is None:
-                raise UnsupportedParameter("this model does not reason", param=f"messages.{number}.reasoning_content")
+        if reasoning := message.reasoning_content or message.reasoning:
+            entry |= self._reasoning(number, reasoning)
         calls = self._calls(number, message)
         if calls:
             ids = (self._literals.shielded(call.id) for call in message.tool_calls or ())
@@ -74,6 +70,13 @@ class TemplateInput:
             entry |= self._literals.shielded_value({"tool_call_id": message.tool_call_id, "name": name})
         return entry
 
+    def _reasoning(self, number: int, text: str) -> dict[str, str]:
+        if self._dialect.reasoning_key is not None:
+            return {self._dialect.reasoning_key: self._literals.shielded(text, own=True)}
+        if self._dialect.think is None:
+            raise UnsupportedParameter("this model does not reason", param=f"messages.{number}.reasoning_content")
+        return {}
+
     def _in_words(self, entries: list[dict[str, Any]], form: GenericTools) -> list[dict[str, Any]]:
         """Tools, calls and results in plain words, and roles as the template takes them."""
         found: list[dict[str, Any]] = []
@@ -82,16 +85,18 @@ class TemplateInput:
                 text = results_text([(entry["name"], entry["content"]) for entry in run])
                 found.append({"role": "user", "content": text})
                 continue
-            for entry in run:
-                calls = [call["function"] for call in entry.pop("tool_calls", ())]
-                if entry["role"] == "assistant" and (calls or self._tools):  # without tools an answer is text alone
-                    entry["content"] = form.answer(entry["content"], calls)
-                found.append(entry)
+            found += [self._said_in_words(entry, form) for entry in run]
         if self._tools and not self._is_behind:
             shown = [self._literals.shielded_value(tool.shown()["function"]) for tool in self._tools]
             found = with_system(found, form.introduction(shown))
         takes_system = self._is_behind or self._tokenizer.takes_system  # behind others the template decides
         return fitted(found, takes_system=takes_system, takes_runs=self._tokenizer.takes_runs)
+
+    def _said_in_words(self, entry: dict[str, Any], form: GenericTools) -> dict[str, Any]:
+        calls = [call["function"] for call in entry.pop("tool_calls", ())]
+        if entry["role"] == "assistant" and (calls or self._tools):  # without tools an answer is text alone
+            entry["content"] = form.answer(entry["content"], calls)
+        return entry
 
     def _content(self, number: int, message: Message) -> str:
         if message.role != "assistant":

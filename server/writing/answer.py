@@ -214,6 +214,10 @@ class Answer:
         if not events:
             return self._silent(wait or 0.0, timeout or 0.0)
         self._silence = 0.0
+        return self._read(events)
+
+    def _read(self, events: Iterable[Numbered]) -> list[Part]:
+        """What events come to, as far as none of them is a failure."""
         parts: list[Part] = []
         for number, event in events:
             if isinstance(event, Failed):

@@ -51,7 +51,7 @@ def document(app: FastAPI) -> dict[str, Any]:
 
 
 def _complete(described: dict[str, Any], operation: Operation, schemas: dict[str, Any]) -> None:
-    """Give an operation its body, its answers and its key."""
+    """Give an operation its headers, its body, its answers and its key."""
     for parameter in described.get("parameters", ()):
         if parameter["name"] == "name":
             parameter["schema"] = {"type": "string", "pattern": SESSION_ID}
@@ -59,24 +59,24 @@ def _complete(described: dict[str, Any], operation: Operation, schemas: dict[str
         described.setdefault("parameters", []).append(_header("Idempotency-Key", KEY))
     if operation.has_session:
         described["parameters"].append(_header("X-Session-ID", SESSION_ID))
-    content: dict[str, Any] = {operation.answer: {}}
-    if "/" not in operation.answer:
-        content = {JSON: {"schema": ref(operation.answer)}}
-    if operation.streams:
-        content["text/event-stream"] = {}
-    headers = {name: _told(text) for name, text in _SESSION_HEADERS.items()} if operation.streams else {}
-    whole = {
-        "description": described["description"].splitlines()[0],
-        "content": content,
-        **({"headers": headers} if headers else {}),
-    }
-    errors = (400, 500, *operation.errors, *(() if operation.is_public else (401, 403)))
-    answers: dict[int, Any] = {status: {"$ref": f"#/components/responses/Error{status}"} for status in errors}
-    answers |= dict.fromkeys((operation.status, *operation.also), whole)
-    described["responses"] = {str(status): answers[status] for status in sorted(answers)}
+    described["responses"] = _answers(operation, described["description"].splitlines()[0])
     described["security"] = [] if operation.is_public else [{"bearer": []}]
     if operation.body is not None:
         described["requestBody"] = _body(operation, schemas)
+
+
+def _answers(operation: Operation, description: str) -> dict[str, Any]:
+    """By status."""
+    whole: dict[str, Any] = {"description": description, "content": {operation.answer: {}}}
+    if "/" not in operation.answer:
+        whole["content"] = {JSON: {"schema": ref(operation.answer)}}
+    if operation.streams:
+        whole["content"]["text/event-stream"] = {}
+        whole["headers"] = {name: _told(text) for name, text in _SESSION_HEADERS.items()}
+    errors = (400, 500, *operation.errors, *(() if operation.is_public else (401, 403)))
+    answers: dict[int, Any] = {status: {"$ref": f"#/components/responses/Error{status}"} for status in errors}
+    answers |= dict.fromkeys((operation.status, *operation.also), whole)
+    return {str(status): answers[status] for status in sorted(answers)}
 
 
 def _told(text: str) -> dict[str, Any]:

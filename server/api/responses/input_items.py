@@ -125,21 +125,26 @@ def messages_of(items: Iterable[Any]) -> list[dict[str, Any]]:
     for item in items:
         last = found[-1] if found and found[-1]["role"] == "assistant" else None
         match item:
-            case ReasoningItem():
-                text = "".join(part.text for part in item.content or ())
-                if text:
-                    found.append({"role": "assistant", "content": "", "reasoning_content": text})
-            case CallItem():
-                if last is None:
-                    found.append(last := {"role": "assistant", "content": ""})
+            case CallItem() if last is not None:
                 last.setdefault("tool_calls", []).append(item.shown())
-            case CallOutputItem():
-                found.append({"role": "tool", "content": item.text(), "tool_call_id": item.call_id})
-            case _ if item.role == "assistant" and last is not None and _is_bare(last):
+            case InputMessage() if item.role == "assistant" and last is not None and _is_bare(last):
                 last["content"] = item.text()
             case _:
-                found.append({"role": item.role, "content": item.text()})
+                found += _new_message(item)
     return found
+
+
+def _new_message(item: Any) -> list[dict[str, Any]]:
+    """The message that an item begins; none where it says nothing."""
+    match item:
+        case ReasoningItem():
+            text = "".join(part.text for part in item.content or ())
+            return [{"role": "assistant", "content": "", "reasoning_content": text}] if text else []
+        case CallItem():
+            return [{"role": "assistant", "content": "", "tool_calls": [item.shown()]}]
+        case CallOutputItem():
+            return [{"role": "tool", "content": item.text(), "tool_call_id": item.call_id}]
+    return [{"role": item.role, "content": item.text()}]
 
 
 def _is_bare(message: dict[str, Any]) -> bool:

@@ -162,6 +162,14 @@ def parse_response(body: bytes | bytearray) -> ResponseRequest:
     check_tools(request.functions(), named.named() if isinstance(named, ResponseNamedTool) else named, inner="")
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options needs stream: true", param="stream_options", code="invalid_value")
+    _check_state(request)
+    if request.text is not None and request.text.verbosity not in (None, "medium"):
+        raise UnsupportedParameter("text.verbosity is not supported here with this value", param="text.verbosity")
+    return request
+
+
+def _check_state(request: ResponseRequest) -> None:
+    """Refuse what contradicts itself about what is gone on from, and what is kept."""
     if request.previous_response_id is not None and request.conversation is not None:
         raise RequestError(
             "previous_response_id and conversation exclude each other", param="previous_response_id",
@@ -175,6 +183,3 @@ def parse_response(body: bytes | bytearray) -> ResponseRequest:
                            code="invalid_value")  # fmt: skip
     if request.pacellm.append:
         raise UnsupportedParameter("conversation and previous_response_id append by themselves", param="pacellm.append")
-    if request.text is not None and request.text.verbosity not in (None, "medium"):
-        raise UnsupportedParameter("text.verbosity is not supported here with this value", param="text.verbosity")
-    return request
