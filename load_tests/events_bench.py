@@ -24,6 +24,7 @@ from pacellm.config import EngineConfig
 from pacellm.demo import MODEL_PATH
 from pacellm.engine.engine import Engine
 from pacellm.model.load import load
+from pacellm.server import connection, launcher
 from pacellm.server.app import create_app
 from pacellm.server.service import Service
 from pacellm.server.settings import Settings
@@ -96,7 +97,8 @@ def measure(count: int, new: int) -> float:
     engine = Engine(load(MODEL_PATH), EngineConfig(max_num_seqs=count, kv_cache_memory=2**28), tokenizer.backend)
     service = Service(engine, tokenizer, Settings("pacellm-demo"))
     puppet = Puppet(service, count, new)
-    config = uvicorn.Config(create_app(service), port=0, http="h11", ws="none", log_level="warning", access_log=False)
+    limits = connection.ConnectionLimits(4 * count)
+    config = launcher.config_of(create_app(service), limits, host="127.0.0.1", port=0)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -20,7 +20,7 @@ from pacellm.config import EngineConfig
 from pacellm.demo import MODEL_PATH
 from pacellm.engine.engine import Engine
 from pacellm.model.load import load
-from pacellm.text import constraints as grammar
+from pacellm.text import constraints
 from pacellm.text.grammar import Compiled, Grammars
 from pacellm.text.tokenizer import ChatTokenizer
 from pacellm.types import GenerationRequest, SamplingParams
@@ -83,7 +83,7 @@ def mask_seconds(constraint: Compiled, vocabulary: int, count: int) -> list[floa
 def compile_seconds(grammars: Grammars, number: int) -> tuple[Compiled, float]:
     """The schema's constraint, and what it took; another ``number`` is another schema."""
     started = time.perf_counter()
-    constraint = grammars.compile(grammar.of_json({**SCHEMA, "title": str(number)}, "schema"))
+    constraint = grammars.compile(constraints.of_json({**SCHEMA, "title": str(number)}, "schema"))
     return constraint, time.perf_counter() - started
 
 

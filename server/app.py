@@ -11,7 +11,8 @@ from starlette.types import ASGIApp
 
 import pacellm
 
-from . import errors, routes
+from . import errors
+from .api import routers
 from .auth import Keys
 from .edge import Edge
 from .service import Service
@@ -34,10 +35,10 @@ def create_app(service: Service, keys: Keys | None = None) -> ASGIApp:
 
     settings = service.settings
     app = _new_app(service, keys, lifespan)
-    app.include_router(routes.public)
-    app.include_router(routes.private)
+    app.include_router(routers.public)
+    app.include_router(routers.private)
     if settings.admin_port is None:
-        app.include_router(routes.admin)
+        app.include_router(routers.admin)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -52,8 +53,8 @@ def create_app(service: Service, keys: Keys | None = None) -> ASGIApp:
 def create_admin_app(service: Service, keys: Keys | None = None) -> ASGIApp:
     """What is served on the admin port: metrics and health. The main app owns the engine."""
     app = _new_app(service, keys, None)
-    app.include_router(routes.public)
-    app.include_router(routes.admin)
+    app.include_router(routers.public)
+    app.include_router(routers.admin)
     return Edge(app, service.settings.allowed_hosts, service.settings.cors_origins)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastapi import Request
@@ -54,20 +55,31 @@ def read_keys(keys: Iterable[str], file: Path | None) -> Keys:
     """
     tenants = {key: f"key-{hashlib.sha256(key.encode()).hexdigest()[:16]}" for key in keys}
     if file is not None:
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the key file {file}: {error}", param="api_key_file") from error
-        for number, line in enumerate(lines, 1):
-            if line.strip() and not line.lstrip().startswith("#"):
-                tenant, colon, key = (part.strip() for part in line.partition(":"))
-                if not (tenant and colon and key):
-                    raise ConfigError(f"{file}, line {number} is not 'tenant: key'", param="api_key_file")
-                tenants[key] = tenant
-    for key in tenants:
-        if len(key) < _MIN_KEY or not key.isascii() or not key.isprintable() or " " in key:
-            raise ConfigError(f"an API key needs at least {_MIN_KEY} printable ASCII characters", param="api_key")
+        tenants |= _read_file(file)
+    if not all(map(_is_key, tenants)):
+        raise ConfigError(f"an API key needs at least {_MIN_KEY} printable ASCII characters", param="api_key")
     return Keys(tenants)
+
+
+def _read_file(file: Path) -> dict[str, str]:
+    """Tenants by key."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the key file {file}: {error}", param="api_key_file") from error
+    tenants = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        tenant, colon, key = (part.strip() for part in line.partition(":"))
+        if not (tenant and colon and key):
+            raise ConfigError(f"{file}, line {number} is not 'tenant: key'", param="api_key_file")
+        tenants[key] = tenant
+    return tenants
+
+
+def _is_key(text: str) -> bool:
+    return len(text) >= _MIN_KEY and text.isascii() and text.isprintable() and " " not in text
 
 
 async def require_key(request: Request) -> None:
@@ -90,6 +102,33 @@ async def require_key(request: Request) -> None:
 def tenant_of(request: Request) -> str:
     """The caller's tenant, once :func:`require_key` has let it in."""
     return request.state.tenant
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks, under which name, and until when.
+
+    Attributes:
+        tenant: namespace of the sessions.
+        request_id: the X-Request-ID.
+        arrival: monotonic seconds.
+        size: bytes of the request's body.
+        timeout: what the request allows itself, in seconds from arrival.
+        traceparent: the span that the request belongs to, as its header names it.
+    """
+
+    tenant: str
+    request_id: str
+    arrival: float
+    size: int = 0
+    timeout: float | None = None
+    traceparent: str | None = None
+
+    @classmethod
+    def of(cls, request: Request, size: int, timeout: float | None = None) -> Caller:
+        """The caller of an HTTP request that was let in."""
+        parent = request.headers.get("traceparent")
+        return cls(tenant_of(request), request.state.request_id, request.state.arrival, size, timeout, parent)
 
 
 def _digest(key: str) -> bytes:

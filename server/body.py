@@ -15,10 +15,10 @@ from starlette.requests import ClientDisconnect
 from pacellm.errors import Aborted, BodyTimeout, BodyTooLarge, RequestError
 
 from .auth import tenant_of
-from .intake import Claim
-from .schema.base import RESPONSE_PREFIX, SESSION_ID
+from .body_budget import Claim
+from .json_shape import shape_of
+from .schema import RESPONSE_PREFIX, SESSION_ID
 from .service import Service
-from .shape import shape_of
 
 _SMALL_BODY = 16 * 1024
 _USUAL_LIMIT = 64 * 2**20
@@ -36,9 +36,6 @@ class Received:
 
     size: int
     digest: bytes
-
-    def __len__(self) -> int:
-        return self.size
 
 
 async def parsed(request: Request, parse: Callable[[bytes | bytearray], T]) -> tuple[Received, T]:

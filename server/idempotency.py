@@ -6,9 +6,8 @@ import hashlib
 import re
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -16,10 +15,7 @@ from fastapi.responses import Response
 from pacellm.errors import Conflict, RequestError
 
 from . import sse
-from .callers import Caller
-
-if TYPE_CHECKING:
-    from .body import Received
+from .auth import Caller
 
 KEY = r"^[\x21-\x7e]{1,255}$"
 _SECONDS = 3600.0
@@ -47,12 +43,12 @@ class Idempotency:
         self._records: OrderedDict[tuple[str, str], _Record] = OrderedDict()
 
     async def answer(
-        self, request: Request, caller: Caller, raw: Received, start: Callable[[], Awaitable[Response]]
+        self, request: Request, caller: Caller, digest: bytes, start: Callable[[], Awaitable[Response]]
     ) -> Response:
         """The stored answer, or what ``start`` answers.
 
         Args:
-            raw: the request's body; with path and session it is what must be equal.
+            digest: of the request's body; with path and session it is what must be equal.
 
         Raises:
             Conflict: the first request with this key is still being answered.
@@ -65,7 +61,7 @@ class Idempotency:
             raise RequestError("Idempotency-Key must be 1 to 255 printable ASCII characters", param="Idempotency-Key")
         place = (caller.tenant, key)
         told = (request.url.path, request.headers.get("x-session-id", ""))
-        fingerprint = hashlib.sha256("\0".join(told).encode() + b"\0" + raw.digest).digest()
+        fingerprint = hashlib.sha256("\0".join(told).encode() + b"\0" + digest).digest()
         self._expire()
         record = self._records.get(place)
         if record is not None:
@@ -91,23 +87,21 @@ class Idempotency:
             self._drop(place, record)
             raise
         if isinstance(response, sse.EventStream):
-            response.wrap(
-                lambda source: self._recorded(source, response.ends, place, record), lambda: self._over(place, record)
-            )
+            response.record(self._recorder(place, record), lambda: self._over(place, record))
         else:
             self._store(place, record, bytes(response.body), response.media_type or "application/json")
         return response
 
-    async def _recorded(
-        self, source: AsyncIterator[bytes], ends: tuple[bytes, ...], place: tuple[str, str], record: _Record
-    ) -> AsyncIterator[bytes]:
+    def _recorder(self, place: tuple[str, str], record: _Record) -> Callable[[bytes], None]:
+        """Takes a stream's parts, and stores them once they are whole."""
         parts: list[bytes] = []
-        async for part in source:
-            if part != sse.KEEP_ALIVE:
-                parts.append(part)
-            if part.startswith(ends):
+
+        def take(part: bytes) -> None:
+            parts.append(part)
+            if isinstance(part, sse.Last):
                 self._store(place, record, b"".join(parts), "text/event-stream")
-            yield part
+
+        return take
 
     def _store(self, place: tuple[str, str], record: _Record, body: bytes, media_type: str) -> None:
         record.body, record.media_type, record.at = body, media_type, time.monotonic()

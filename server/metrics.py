@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
-from time import monotonic
+from time import monotonic, time
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client import Counter as Total
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from pacellm import errors
 from pacellm.config import PRESETS
@@ -46,7 +48,8 @@ class Metrics:
             return metric.labels(model_name)
 
         self._first = histogram("time_to_first_token_seconds", "Arrival to first token.", (*_SHORT[:6], *_LONG))
-        self._between = histogram("inter_token_latency_seconds", "Time between tokens of a request.", _SHORT)
+        self._between = _TokenLatency(model_name)
+        self.registry.register(self._between)
         self._queue = histogram("request_queue_time_seconds", "Time before admission.", _END_TO_END)
         self._prefill = histogram("request_prefill_time_seconds", "Admission to first token.", _END_TO_END)
         self._decode = histogram("request_decode_time_seconds", "First to last token.", _END_TO_END)
@@ -58,15 +61,17 @@ class Metrics:
 
     def observe(self, request_id: str, event: Event) -> None:
         """Called with every event, on the event loop."""
-        if isinstance(event, Delta) and event.token_ids:
-            now = monotonic()
-            last = self._last_token.get(request_id)
-            if last is not None:
-                self._between.observe(now - last)
-            self._last_token[request_id] = now
-        elif isinstance(event, Finished | Failed):
+        if isinstance(event, Delta):
+            if event.token_ids:
+                now = monotonic()
+                last = self._last_token.get(request_id)
+                if last is not None:
+                    self._between.observe(now - last)
+                self._last_token[request_id] = now
+        elif isinstance(event, Failed):
             self._last_token.pop(request_id, None)
-        if isinstance(event, Finished):
+        elif isinstance(event, Finished):
+            self._last_token.pop(request_id, None)
             queue, prefill, decode = event.queue_seconds, event.prefill_seconds, event.decode_seconds
             self._queue.observe(queue)
             self._prefill.observe(prefill)
@@ -78,6 +83,30 @@ class Metrics:
     def render(self) -> bytes:
         """The text format."""
         return generate_latest(self.registry)
+
+
+class _TokenLatency(Collector):
+    """A histogram that costs little to add to: it is added to with every token."""
+
+    _NAME, _BUCKETS = "pacellm_inter_token_latency_seconds", (*_SHORT, math.inf)
+
+    def __init__(self, model_name: str) -> None:
+        self._model, self._created = model_name, time()
+        self._counts, self._sum = [0] * len(self._BUCKETS), 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Add a time."""
+        self._counts[bisect_left(self._BUCKETS, seconds)] += 1
+        self._sum += seconds
+
+    def collect(self) -> Iterator[Metric]:
+        """As prometheus_client's own."""
+        metric = HistogramMetricFamily(self._NAME, "Time between tokens of a request.", labels=["model_name"])
+        names = map(floatToGoString, self._BUCKETS)
+        counts = [float(count) for count in itertools.accumulate(self._counts)]
+        metric.add_metric([self._model], list(zip(names, counts, strict=True)), self._sum)
+        metric.add_sample(f"{self._NAME}_created", {"model_name": self._model}, self._created)
+        yield metric
 
 
 class _EngineCollector(Collector):
@@ -212,7 +241,7 @@ class _EngineCollector(Collector):
         for name, text, values in (
             ("bank_effective_rank", "Effective rank of the keys of the bank that finished last.", stats.effective_rank),
             ("bank_slot_age", "Mean writes since a slot was changed, same bank.", stats.slot_age),
-            ("bank_slots_filled", "Slots in use, same bank.", stats.filled),
+            ("bank_slots_filled", "FairSemaphore in use, same bank.", stats.filled),
         ):
             gauge = GaugeMetricFamily(f"pacellm_{name}", text, labels=["model_name", "layer"])
             for layer, value in dict(values).items():

@@ -8,11 +8,9 @@ import dataclasses
 import functools
 import logging
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pacellm import modes
 from pacellm.calibration.gate import Gate
 from pacellm.engine.engine import Engine
 from pacellm.engine.thread import EngineThread
@@ -24,75 +22,29 @@ from pacellm.errors import (
     ModelNotFound,
     Overloaded,
     PaceError,
-    RequestError,
-    UnsupportedParameter,
 )
 from pacellm.sessions.operation_queue import Operation
 from pacellm.text.constraints import Grammar
 from pacellm.text.grammar import PROCESSES, Grammars
 from pacellm.text.tokenizer import ChatTokenizer
-from pacellm.types import Admitted, Constraint, Event, Failed, Finished, GenerationRequest, SamplingParams
+from pacellm.types import Constraint, Event, Failed, Finished, GenerationRequest
 
-from .callers import Caller
-from .histories import Histories, Key
+from .auth import Caller
+from .body_budget import BodyBudget
+from .event_queue import EventQueue
+from .generation import Generation
 from .idempotency import Idempotency
-from .inbox import Inbox
-from .intake import Intake
-from .lanes import Lanes
 from .metrics import Metrics
-from .schema.base import RESPONSE_PREFIX
-from .schema.chat import ChatCompletionRequest
-from .schema.sampling import GenerationFields, SamplingFields
-from .schema.turn import TurnRequest
+from .response_store import Key, ResponseStore
+from .schema import RESPONSE_PREFIX
 from .settings import Settings
-from .turns import Draft, Turn
+from .thread_pools import ThreadPools
 
 if TYPE_CHECKING:
     from .traces import Traces
 
 logger = logging.getLogger("pacellm.server")
 T = TypeVar("T")
-
-
-class Generation:
-    """A submitted request's events, as they come. Iterate it to its end, or close it: that cancels the request."""
-
-    def __init__(self, service: Service, request: GenerationRequest, caller: Caller | None = None) -> None:
-        self.request, self.caller = request, caller
-        self._service = service
-        self.timer: asyncio.TimerHandle | None = None
-        self._inbox = Inbox()
-        self._first: Event | None = None
-        self._ended = False
-
-    def push(self, event: Event) -> None:
-        """Called on the event loop."""
-        self._inbox.push(event)
-
-    async def admitted(self, timeout: float) -> Admitted | None:
-        """What admission found, or None where the request is still queued after ``timeout`` seconds.
-
-        Raises:
-            PaceError: the request failed before it was admitted.
-        """
-        self._first = await self._inbox.get(timeout)
-        if isinstance(self._first, Failed):
-            raise self._first.error
-        return self._first if isinstance(self._first, Admitted) else None
-
-    async def events(self, timeout: float | None = None) -> AsyncIterator[Event | None]:
-        """Every event; None after ``timeout`` seconds of silence."""
-        while not self._ended:
-            event, self._first = self._first, None
-            if event is None:
-                event = await self._inbox.get(timeout)
-            self._ended = isinstance(event, Finished | Failed)
-            yield event
-
-    def close(self) -> None:
-        """Forget the request; cancel it where it has not ended."""
-        self._inbox.close()
-        self._service.forget(self, abort=not self._ended)
 
 
 class Service:
@@ -118,16 +70,23 @@ class Service:
         self.thread = EngineThread(engine, self._deliver)
         self.metrics, self.traces = Metrics(self.thread, settings.model_name), traces
         self.grammars = Grammars(tokenizer.backend, frozenset(engine.model.eos_token_ids))
-        self.lanes = Lanes(PROCESSES)
+        self.pools = ThreadPools(PROCESSES)
         self._generations: dict[str, Generation] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.bodies, self.snapshots = Intake(8 * settings.max_body_bytes), Intake(2 * settings.max_snapshot_bytes)
+        self.bodies, self.snapshots = (
+            BodyBudget(8 * settings.max_body_bytes),
+            BodyBudget(2 * settings.max_snapshot_bytes),
+        )
         self.idempotency = Idempotency()
-        self.histories = Histories(settings.response_memory, settings.response_ttl, self.delete_later, tokenizer.forget)
+        self.response_store = ResponseStore(
+            settings.response_memory, settings.response_ttl, self.delete_later, tokenizer.forget
+        )
         self.conversations: set[Key] = set()  # those of which a response is being made
         self._writing: dict[str, Key] = {}  # by request, sessions that others than responses commit to
         self.prefill_rate: float | None = None  # tokens per second, of late
         self.created = int(time.time())
+        observers = [self.metrics.observe, *([traces.observe] if traces is not None else [])]
+        self._handlers = (*observers, self._route)
 
     async def start(self) -> None:
         """Start the engine."""
@@ -137,7 +96,7 @@ class Service:
     async def stop(self) -> None:
         """End the engine; unfinished requests fail with an error."""
         await asyncio.to_thread(self.thread.stop)
-        self.lanes.close()
+        self.pools.close()
         await asyncio.to_thread(self.grammars.close)
         if self.traces is not None:
             await asyncio.to_thread(self.traces.close)
@@ -149,8 +108,8 @@ class Service:
             size: characters or tokens that it works on; None: many.
             key: whose it is. Keys take turns.
         """
-        lane = self.lanes.long if size is None else self.lanes.of(size)
-        return await lane.run(key, functools.partial(function, *arguments))
+        pool = self.pools.long if size is None else self.pools.of(size)
+        return await pool.run(key, functools.partial(function, *arguments))
 
     async def operate(self, operation: Operation) -> Any:
         """Run a session operation in the engine thread.
@@ -164,56 +123,6 @@ class Service:
         """Delete a session that nobody waits for."""
         with contextlib.suppress(EngineDead):
             self.thread.call(self.engine.ops.delete(session))
-
-    async def submit_chat(
-        self, body: ChatCompletionRequest, caller: Caller, session_id: str | None
-    ) -> tuple[Generation, Turn]:
-        """Render, tokenise, check and queue a chat request.
-
-        Raises:
-            PaceError: it is refused; nothing was queued.
-        """
-        self.check_options(body, session_id)
-        scope = None if session_id is None else f"{caller.tenant}/{session_id}"
-        session = None if session_id is None else (caller.tenant, session_id)
-        turn = await self.turn(body.turn, body.sampling(), scope, session, caller)
-        request = self.request("chatcmpl", body, turn.prompt, turn.sampling, caller, session_id, body.n or 1)
-        constraint = await self.compile(turn.grammar, caller.tenant)
-        continues = body.continue_final_message and constraint is None  # a form holds for the answer by itself
-        request = dataclasses.replace(
-            request, constraint=constraint, outline=turn.outline, append=turn.append, continues=continues
-        )
-        return await self.submit(request, caller), turn
-
-    async def turn(
-        self,
-        asked: Callable[[], TurnRequest],
-        sampling: SamplingParams,
-        scope: str | None,
-        session: Key | None,
-        caller: Caller,
-        size: int = 0,
-    ) -> Turn:
-        """What a conversation comes to.
-
-        Args:
-            asked: called off the event loop.
-            scope: as for :meth:`Draft.turn`.
-            session: that it goes on.
-            caller: who asks.
-            size: characters of the conversation that are not in the caller's body.
-
-        Raises:
-            RequestError: names the field.
-        """
-        tenant, limit = caller.tenant, self.engine.config.max_model_len
-        draft = await self.off_loop(
-            lambda: Draft(self.tokenizer, self.grammars, asked(), limit), size=caller.size + size, key=tenant
-        )
-        logged = None
-        if session is not None and draft.needs_log:
-            logged = await self.operate(self.engine.ops.context(session))
-        return await self.off_loop(draft.turn, sampling, scope, logged, size=draft.size, key=tenant)
 
     async def compile(self, grammar: Grammar | None, key: str) -> Constraint | None:
         """What an answer must look like, for the engine.
@@ -229,7 +138,7 @@ class Service:
         known = self.grammars.known(grammar)
         if known is not None:
             return known
-        return await self.lanes.grammars.run(key, functools.partial(self.grammars.compile, grammar))
+        return await self.pools.grammars.run(key, functools.partial(self.grammars.compile, grammar))
 
     def check_model(self, name: str | None) -> None:
         """Refuse another model's name.
@@ -242,72 +151,17 @@ class Service:
                 f"model {name!r} is not served here; this server has {self.settings.model_name!r}", param="model"
             )
 
-    def check_options(self, body: SamplingFields, session_id: str | None) -> None:
-        """Refuse what this server does not do, before any work.
-
-        Raises:
-            RequestError: names the field.
-        """
-        self.check_generation(body)
-        if body.truncate_prompt_tokens is not None and session_id is not None:
-            raise RequestError("a session's prompt cannot be truncated", param="truncate_prompt_tokens")
-        if body.pacellm.append and session_id is None:
-            raise RequestError("pacellm.append needs a session: name one with session_id or X-Session-ID",
-                               param="pacellm.append", code="invalid_value")  # fmt: skip
-
-    def check_generation(self, body: GenerationFields) -> None:
-        """Refuse another model, banks where there are none, and what would make answers worse unasked.
-
-        Raises:
-            RequestError: names the field.
-        """
-        self.check_model(body.model)
-        if body.pacellm.pa not in (None, "off") and not self.engine.config.pa:
-            raise UnsupportedParameter("this server runs with --no-pa", param="pacellm.pa")
-        if self.gate is not None:
-            config = self.engine.config
-            mode = modes.resolve(body.pacellm.pa or "on", config.bank.preset) if config.pa else "off"
-            self.gate.check_request(modes.preset_of(mode), body.pacellm.ce_density)
-
-    def request(
-        self,
-        kind: str,
-        body: SamplingFields,
-        prompt: list[int],
-        sampling: SamplingParams,
-        caller: Caller,
-        session_id: str | None,
-        n: int = 1,
-    ) -> GenerationRequest:
-        """The engine's request; its id begins with ``kind``."""
-        return GenerationRequest(
-            request_id=f"{kind}-{uuid.uuid4().hex}",
-            prompt=prompt if body.truncate_prompt_tokens is None else prompt[-body.truncate_prompt_tokens :],
-            sampling=sampling,
-            session=None if session_id is None else (caller.tenant, session_id),
-            tenant=caller.tenant,
-            n=n,
-            pa=body.pacellm.pa or "on",
-            commit=body.pacellm.commit,
-            ce_density=body.pacellm.ce_density,
-            experts=body.pacellm.experts,
-            priority=body.priority,
-        )
-
-    async def submit(self, request: GenerationRequest, caller: Caller) -> Generation:
+    def submit(self, request: GenerationRequest, caller: Caller, events: EventQueue, number: int = 0) -> Generation:
         """Check and queue a request.
+
+        Args:
+            events, number: as for :class:`Generation`.
 
         Raises:
             PaceError: it is refused, or its deadline has already passed; nothing was queued.
         """
-        request = await self.off_loop(self.engine.check, request, size=len(request.prompt), key=caller.tenant)
-        limit = self.settings.max_requests_per_key
-        if limit is not None and self._count(caller.tenant) >= limit:
-            raise Overloaded(
-                f"this key has {limit} requests queued or running, its limit", retry_after=1, code="rate_limit_exceeded"
-            )
-        if request.session is not None:
-            self.check_room(request.session)
+        request = self.engine.check(request)
+        self._check_limits(request)
         left = self._seconds_left(caller)
         if left is not None:
             if left <= 0:
@@ -316,12 +170,21 @@ class Service:
         self.thread.submit(request)  # its first event needs this loop, so it cannot come before the next line
         if request.session is not None and request.commit and not request.request_id.startswith(RESPONSE_PREFIX):
             self._writing[request.request_id] = request.session
-        self._generations[request.request_id] = generation = Generation(self, request, caller)
+        self._generations[request.request_id] = generation = Generation(self, request, caller, events, number)
         if self.traces is not None:
             self.traces.start(request, caller.request_id, caller.traceparent)
         if left is not None:
-            generation.timer = asyncio.get_running_loop().call_later(left, self._end, generation, _late())
+            generation.deadline = asyncio.get_running_loop().call_later(left, self._end, generation, _late())
         return generation
+
+    def _check_limits(self, request: GenerationRequest) -> None:
+        limit = self.settings.max_requests_per_key
+        if limit is not None and self._count(request.tenant) >= limit:
+            raise Overloaded(
+                f"this key has {limit} requests queued or running, its limit", retry_after=1, code="rate_limit_exceeded"
+            )
+        if request.session is not None:
+            self.check_room(request.session)
 
     def drain(self) -> None:
         """Take no new requests; those submitted run to their end."""
@@ -341,7 +204,7 @@ class Service:
         (tenant, name), limit = session, self.settings.max_sessions_per_key
         if limit is None or name.startswith(RESPONSE_PREFIX) or self.engine.sessions.get(session) is not None:
             return
-        if self.engine.sessions.count(tenant) - self.histories.count(tenant) >= limit:
+        if self.engine.sessions.count(tenant) - self.response_store.count(tenant) >= limit:
             raise Overloaded(
                 f"this key has {limit:,} sessions, its limit; delete some", retry_after=60, code="too_many_sessions"
             )
@@ -351,8 +214,7 @@ class Service:
         found = [
             generation
             for generation in self._generations.values()
-            if generation.caller is not None
-            and generation.caller.tenant == tenant
+            if generation.caller.tenant == tenant
             and request_id in (generation.caller.request_id, generation.request.request_id)
         ]
         for generation in found:
@@ -378,7 +240,7 @@ class Service:
         return caller.arrival + min(limits) - time.monotonic() if limits else None
 
     def _count(self, tenant: str) -> int:
-        return sum(one.caller is not None and one.caller.tenant == tenant for one in self._generations.values())
+        return sum(one.caller.tenant == tenant for one in self._generations.values())
 
     def _end(self, generation: Generation, error: PaceError) -> None:
         """Fail a request from this side; what it held is returned at the engine's next step."""
@@ -390,8 +252,8 @@ class Service:
     def forget(self, generation: Generation, *, abort: bool) -> None:
         """Stop routing events to a generation."""
         known = self._generations.pop(generation.request.request_id, None)
-        if generation.timer is not None:
-            generation.timer.cancel()
+        if generation.deadline is not None:
+            generation.deadline.cancel()
         if abort and known is not None:
             self.thread.abort(generation.request.request_id)
             if self.traces is not None:
@@ -404,31 +266,35 @@ class Service:
 
     def _dispatch(self, events: list[tuple[str, Event]]) -> None:
         """On the event loop: every event reaches its request, whatever goes wrong with those before it."""
-        survived = self.engine.faults.survived
         for request_id, event in events:
-            with survived("delivery"):
-                self.metrics.observe(request_id, event)
-            if self.traces is not None:
-                with survived("delivery"):
-                    self.traces.observe(request_id, event)
-            if isinstance(event, Finished | Failed):
-                with survived("delivery"):
-                    self._has_ended(request_id, event)
-            generation = self._generations.get(request_id)
-            if generation is not None:
-                with survived("delivery"):
-                    generation.push(event)
+            for handle in self._handlers:
+                try:
+                    handle(request_id, event)
+                except Exception as error:
+                    self.engine.faults.note("delivery", error)
 
-    def _has_ended(self, request_id: str, event: Finished | Failed) -> None:
+    def _note_end(self, request_id: str, event: Finished | Failed) -> None:
+        """What follows for others from a request's end."""
         written = self._writing.pop(request_id, None)
         if isinstance(event, Failed):
             return
         if written is not None:
-            self.histories.drop(written)  # a conversation's messages are not what its session stands for any more
+            # a conversation's messages are not what its session stands for any more
+            self.response_store.drop(written)
         if event.prefill_seconds > 0:
             computed = event.usage.prompt_tokens - event.usage.cached_tokens + event.usage.replayed_tokens
             rate = computed / event.prefill_seconds
             self.prefill_rate = rate if self.prefill_rate is None else 0.7 * self.prefill_rate + 0.3 * rate
+
+    def _route(self, request_id: str, event: Event) -> None:
+        """Bring an event to its generation, which must have it whatever its end means for others."""
+        generation = self._generations.get(request_id)
+        if generation is not None:
+            generation.push(event)
+        if isinstance(event, Finished) or isinstance(event, Failed):  # noqa: SIM101, for each token: a union costs more
+            if generation is not None:
+                generation.has_ended = True
+            self._note_end(request_id, event)
 
 
 def _late() -> DeadlineExceeded:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
+from json.encoder import encode_basestring
 from typing import Any
 
 from starlette.responses import Response
@@ -12,6 +13,8 @@ from starlette.types import Receive, Scope, Send
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
+BODY = "pacellm.body"
+"""An ASGI extension: sends parts of a body past all middleware, which looks at heads and ends alone."""
 to_json: Callable[[Any], str] = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # made once
 
 
@@ -25,44 +28,60 @@ def typed_event(data: dict[str, Any]) -> bytes:
     return b"event: " + data["type"].encode() + b"\n" + event(data)
 
 
+class TextEvent:
+    """An event of which only one text changes: all else is written once.
+
+    Args:
+        written: the event with ``HOLE`` for the text.
+    """
+
+    HOLE = "\ufdd0"
+
+    def __init__(self, written: bytes) -> None:
+        self._head, self._tail = written.decode().split(to_json(self.HOLE))
+
+    def __call__(self, text: str) -> bytes:
+        """The event with this text."""
+        return f"{self._head}{encode_basestring(text)}{self._tail}".encode()
+
+
+class Last(bytes):
+    """The last part of a stream that is whole."""
+
+
 class EventStream(Response):
     """Sends what an iterator yields until it ends or the client disconnects.
 
     Args:
-        source: bytes of whole events.
+        source: bytes of whole events; None where it has been silent for long.
         close: called once the response is over, however it ended and even where the source never began.
         headers: added to the response.
-        ends: how the last part of a complete answer begins.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self,
-        source: AsyncIterator[bytes],
-        close: Callable[[], None],
-        headers: Mapping[str, str] | None = None,
-        ends: tuple[bytes, ...] = (DONE,),
+        self, source: AsyncIterator[bytes | None], close: Callable[[], None], headers: Mapping[str, str] | None = None
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
         del self.headers["content-length"]
-        self._source, self._close, self.ends = source, close, ends
+        self._source, self._close = source, close
+        self._record: Callable[[bytes], None] | None = None
 
-    def wrap(
-        self, source: Callable[[AsyncIterator[bytes]], AsyncIterator[bytes]], also_close: Callable[[], None]
-    ) -> None:
-        """Let ``source`` see all that is sent, and ``also_close`` be called when the response is over."""
-        self._source, close = source(self._source), self._close
+    def record(self, part: Callable[[bytes], None], close: Callable[[], None]) -> None:
+        """Let ``part`` see each part before it is sent, and ``close`` be called too when the response is over."""
+        first, self._record = self._close, part
 
         def both() -> None:
+            first()
             close()
-            also_close()
 
         self._close = both
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the head, then events until the source or the client ends."""
-        pump = asyncio.create_task(self._pump(send))
+        body = scope.get("extensions", {}).get(BODY, send)
+        pump = asyncio.create_task(self._pump(send, body))
         gone = asyncio.create_task(disconnected(receive))
         try:
             await asyncio.wait({pump, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -75,10 +94,13 @@ class EventStream(Response):
         if not pump.cancelled() and (error := pump.exception()) is not None and not isinstance(error, OSError):
             raise error
 
-    async def _pump(self, send: Send) -> None:
+    async def _pump(self, send: Send, send_body: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for chunk in self._source:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        async for part in self._source:
+            if part is not None and self._record is not None:
+                self._record(part)
+            data = KEEP_ALIVE if part is None else part
+            await send_body({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -34,7 +34,7 @@ def serve(options: argparse.Namespace) -> int:
     logs.configure(options.log_level, options.log_format)
     service, keys, team = build(options)
 
-    from pacellm.server.listen import run  # after the options and the model's files were looked at: it loads torch
+    from pacellm.server.launcher import run  # after the options and the model's files were looked at: it loads torch
 
     if not keys and options.host not in _LOOPBACK:
         logger.warning("listening on %s without API keys: anyone who reaches it can use it", options.host)

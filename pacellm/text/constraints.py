@@ -156,7 +156,7 @@ def of_marked_calls(
 def of_generic_answer(
     functions: Sequence[Function], *, only_one: bool, is_forced: bool, otherwise: Grammar | None = None
 ) -> Grammar:
-    """Calls between marks, or an answer behind its own mark (``server/generic.py``).
+    """Calls between marks, or an answer behind its own mark (``server/reading/generic_tools.py``).
 
     Args:
         functions: none where nothing may be called.

@@ -11,7 +11,7 @@ from pacellm.demo import MODEL_PATH
 from pacellm.demo.generator import make_document
 from pacellm.engine.engine import Engine
 from pacellm.model.load import load
-from pacellm.server import listen, wire
+from pacellm.server import connection, launcher
 from pacellm.server.app import create_app
 from pacellm.server.service import Service
 from pacellm.server.settings import Settings
@@ -25,9 +25,11 @@ class Live:
 
     def __init__(self, service, keys=None, shutdown_timeout=30):
         self.service, self.engine, settings = service, service.engine, service.settings
-        self.door = wire.Door(settings.max_connections, settings.head_seconds, settings.stall_seconds)
-        config = listen.config_of(create_app(self.service, keys), self.door, host="127.0.0.1", port=0)
-        self._server = listen.Server(config, self.service, shutdown_timeout)
+        self.limits = connection.ConnectionLimits(
+            settings.max_connections, settings.head_seconds, settings.stall_seconds
+        )
+        config = launcher.config_of(create_app(self.service, keys), self.limits, host="127.0.0.1", port=0)
+        self._server = launcher.Server(config, self.service, shutdown_timeout)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
 
     def __enter__(self):

@@ -11,7 +11,8 @@ from pacellm.cli.main import serve_options
 from pacellm.cli.serve import server_settings
 from pacellm.config import EngineConfig
 from pacellm.errors import ConfigError
-from pacellm.server import logs, routes
+from pacellm.server import logs
+from pacellm.server.api import routers
 from pacellm.server.auth import Keys, read_keys
 from tests.server.conftest import NAME, start
 
@@ -51,7 +52,7 @@ def test_no_key_no_answer(guarded, header):
 
 def test_only_health_is_public():
     """That all others want a key is asked in test_contract.py."""
-    assert {route.path for route in routes.public.routes} == {"/health", "/ready"}
+    assert {route.path for route in routers.public.routes} == {"/health", "/ready"}
 
 
 def test_health_needs_no_key_and_metrics_are_elsewhere(guarded):

@@ -6,11 +6,11 @@ import pytest
 
 from pacellm.demo import MODEL_PATH
 from pacellm.errors import NotAppendable, RequestError
-from pacellm.server.appending import Following, outline_of
-from pacellm.server.conversation import Talk
-from pacellm.server.schema.messages import Message
-from pacellm.server.schema.tools import Tool
-from pacellm.server.schema.turn import TurnRequest
+from pacellm.server.reading.appending import AppendedMessages, outline_of
+from pacellm.server.reading.chat_input import ChatInput
+from pacellm.server.reading.messages import Message
+from pacellm.server.reading.template_input import TemplateInput
+from pacellm.server.reading.tools import Tool
 from pacellm.text.tokenizer import ChatTokenizer
 from tests.server.talk import HERMES, WEATHER, user
 
@@ -93,7 +93,7 @@ def tokenizer(template, kind=Texts):
 
 
 def asked(*messages, tools=(), **changes):
-    return TurnRequest(
+    return ChatInput(
         [Message.model_validate(message) for message in messages],
         tools=[Tool.model_validate(tool) for tool in tools], choice="auto" if tools else "none", **changes,
     )  # fmt: skip
@@ -102,11 +102,11 @@ def asked(*messages, tools=(), **changes):
 def whole(found, *messages, tools=(), **changes):
     said = asked(*messages)
     shown = [Tool.model_validate(tool).shown() for tool in tools]
-    return found.render(Talk(found, said.messages, ()).messages(), tools=shown, **changes)
+    return found.render(TemplateInput(found, said.messages, ()).messages(), tools=shown, **changes)
 
 
 def tails(found, *messages, **changes):
-    return Following(found, asked(*messages, appends=True, **changes)).encoded(None, None)[1]
+    return AppendedMessages(found, asked(*messages, appends=True, **changes)).encoded(None, None)[1]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -234,8 +234,8 @@ def test_special_tokens_in_new_messages_are_text():
     talks = [user(said), user(said + "<|e"), [{"role": "system", "content": said}, MORE]]
     talks += [[*one, {**MORE, "content": said}] for one in history] + [[*user("a"), {**CALLING, "tool_calls": [call]}]]
     for number, talk in enumerate(talks):
-        marked = Following(found, asked(*talk, appends=True)).encoded(None, None)[1]
-        plain = Following(found, asked(*json.loads(json.dumps(talk).replace("<|", "<")), appends=True)).encoded(
+        marked = AppendedMessages(found, asked(*talk, appends=True)).encoded(None, None)[1]
+        plain = AppendedMessages(found, asked(*json.loads(json.dumps(talk).replace("<|", "<")), appends=True)).encoded(
             None, None
         )[1]
         structure = set(found.literals._structure)

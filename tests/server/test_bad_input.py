@@ -8,9 +8,9 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionFields
 from openai.types.responses.response_create_params import ResponseCreateParamsBase as ResponseFields
 
-from pacellm.server.schema.chat import parse_chat
-from pacellm.server.schema.completions import parse_completion
-from pacellm.server.schema.responses import parse_response
+from pacellm.server.api.chat.schema import parse_chat
+from pacellm.server.api.completions.schema import parse_completion
+from pacellm.server.api.responses.schema import parse_response
 from tests.server.conftest import NAME
 
 HI = [{"role": "user", "content": "hi"}]

@@ -3,13 +3,13 @@
 import pytest
 
 from pacellm.demo import MODEL_PATH
-from pacellm.server.calls import CallScanner
+from pacellm.server.writing.tool_calls import ToolCallScanner
 from pacellm.text.tokenizer import ChatTokenizer
 from tests.server.talk import function
 
 
 def scan(pieces):
-    scanner, calls = CallScanner(), []
+    scanner, calls = ToolCallScanner(), []
     for piece in pieces:
         for delta in scanner.push(piece):
             (call,) = delta["tool_calls"]

@@ -17,8 +17,8 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from pacellm.config import EngineConfig
+from pacellm.server.api.openapi.operations import OPERATIONS, TENSORS
 from pacellm.server.auth import Keys
-from pacellm.server.openapi.operations import OPERATIONS, TENSORS
 from tests.server.conftest import NAME, start
 
 KEY = {"Authorization": "Bearer contract-key"}

@@ -5,10 +5,10 @@ import json
 import openai
 import pytest
 
-from pacellm.server.prompts import rendered_chat
-from pacellm.server.readers import GenericReader, PlainReader
-from pacellm.server.schema.messages import Message
-from pacellm.server.schema.tools import Tool
+from pacellm.server.reading.messages import Message
+from pacellm.server.reading.rendering import rendered_chat
+from pacellm.server.reading.tools import Tool
+from pacellm.server.writing.parsers import GenericToolParser, PlainParser
 from tests.chat_families import build
 from tests.server.conftest import NAME, start
 from tests.server.talk import CALL, DICE, WEATHER, ask, folded, function, parts, user
@@ -157,7 +157,7 @@ def test_reasoning_comes_first(scripted):
     ],
 )
 def test_reader(text, heard, size):
-    reader = GenericReader(PlainReader())
+    reader = GenericToolParser(PlainParser())
     deltas = [delta for start in range(0, len(text), size) for delta in reader.push(text[start : start + size])]
     content, calls = "", []
     for delta in [*deltas, *reader.finish()]:

@@ -10,7 +10,7 @@ import pytest
 from pacellm.config import EngineConfig
 from pacellm.errors import ContextLengthExceeded, Overloaded
 from pacellm.server.auth import Keys
-from pacellm.server.intake import Intake
+from pacellm.server.body_budget import BodyBudget
 from pacellm.text import pieces
 from tests.server.conftest import NAME, start
 
@@ -27,7 +27,7 @@ def limited():
 
 
 def test_an_intake_is_shared_by_tenants():
-    intake = Intake(8 * MEBI)
+    intake = BodyBudget(8 * MEBI)
     with intake.claim("a") as one, intake.claim("a") as two, intake.claim("b") as three:
         one.grow(3 * MEBI)
         with pytest.raises(Overloaded) as caught:

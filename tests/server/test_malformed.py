@@ -7,11 +7,11 @@ import socket
 import pytest
 
 from pacellm.config import EngineConfig
-from pacellm.server.schema.chat import ChatCompletionRequest
-from pacellm.server.schema.completions import CompletionRequest
-from pacellm.server.schema.responses import ResponseRequest
-from pacellm.server.schema.sessions import NamedSession
-from pacellm.server.schema.tokens import DetokenizeRequest, TokenizeRequest
+from pacellm.server.api.chat.schema import ChatCompletionRequest
+from pacellm.server.api.completions.schema import CompletionRequest
+from pacellm.server.api.responses.schema import ResponseRequest
+from pacellm.server.api.sessions.schema import NamedSession
+from pacellm.server.api.tokens.schema import DetokenizeRequest, TokenizeRequest
 from tests.server.conftest import start
 
 SECONDS = 5.0  # for each case

@@ -106,7 +106,7 @@ def test_what_is_not_stored_leaves_nothing(clean):
     assert sessions(clean) == [stored.id]
     create(clean, "hello", previous_response_id=stored.id, store=False)
     assert sessions(clean) == [stored.id]
-    assert len(clean.service.histories) == 1
+    assert len(clean.service.response_store) == 1
     bad = post(clean, {"previous_response_id": stored.id, "max_output_tokens": 10**8})
     assert (bad.status_code, bad.json()["error"]["param"]) == (400, "max_output_tokens")
     assert "max_output_tokens" in bad.json()["error"]["message"]
@@ -175,7 +175,7 @@ def test_what_gives_way_is_said():
         first = create(live, "hello", conversation="talk")
         for _ in range(8):
             create(live, "hello")
-        assert live.service.histories.num_bytes <= 8000
+        assert live.service.response_store.num_bytes <= 8000
         assert first.id not in sessions(live)
         assert post(live, {"previous_response_id": first.id}).status_code == 404
         assert post(live, {"conversation": "talk"}).json()["error"]["code"] == "conversation_not_found"

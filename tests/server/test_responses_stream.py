@@ -55,7 +55,7 @@ def test_a_client_that_leaves_cancels(clean):
         next(line for line in lines if "output_text.delta" in line)
     clean.wait_until_idle()
     assert sessions(clean) == []
-    assert len(clean.service.histories) == 0
+    assert len(clean.service.response_store) == 0
 
 
 def test_cancel_by_id_and_idempotency(clean):

@@ -4,7 +4,9 @@ import asyncio
 
 import pytest
 
-from pacellm.server.service import Generation
+from pacellm.server.auth import Caller
+from pacellm.server.event_queue import EventQueue
+from pacellm.server.generation import Generation
 from pacellm.server.sse import EventStream
 from pacellm.types import Admitted, Delta, GenerationRequest
 
@@ -41,11 +43,12 @@ def serve(scenario):
 
     async def play():
         connection, service = Connection(), Forgetting()
-        generation = Generation(service, GenerationRequest("one", [1]))
+        events = EventQueue()
+        generation = Generation(service, GenerationRequest("one", [1]), Caller("default", "r", 0.0), events)
 
         async def source():
-            async for event in generation.events(60):
-                yield repr(event).encode()
+            while True:
+                yield repr(await events.get(60)).encode()
 
         response = asyncio.create_task(
             EventStream(source(), generation.close)(SCOPE, connection.receive, connection.send)

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from pacellm.demo import MODEL_PATH
 from pacellm.errors import ModelError
-from pacellm.server.logprobs import TokenTexts
+from pacellm.server.writing.logprobs import TokenTexts
 from pacellm.text.detokenizer import Detokenizer, Vocabulary
 from pacellm.text.tokenizer import ChatTokenizer
 from pacellm.types import TokenLogprob

@@ -19,7 +19,7 @@ from pacellm.engine.engine import Engine, run_until_idle
 from pacellm.errors import RequestError
 from pacellm.model.load import load
 from pacellm.run.sampler import sample
-from pacellm.server.lanes import Lane
+from pacellm.server.thread_pools import FairThreadPool
 from pacellm.text import constraints
 from pacellm.text.grammar import Grammars, _Kept
 from pacellm.text.sandbox import GuidanceVocabulary
@@ -286,7 +286,7 @@ def test_another_keys_grammar_is_compiled_beside_many_that_are_too_complex(token
     made = Grammars(tokenizer.backend, frozenset([2]), seconds=0.5, processes=2)
 
     async def run():
-        lane, refused = Lane("grammars", 2, 1), []
+        lane, refused = FairThreadPool("grammars", 2, 1), []
 
         async def attack(number):
             with pytest.raises(RequestError, match="too complex"):

@@ -1,0 +1,1 @@
+"""The endpoints, one HTTP noun a package or module: route, body (schema) and what is sent (wire) side by side."""

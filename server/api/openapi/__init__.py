@@ -1,0 +1,1 @@
+"""The OpenAPI document of this server, made from its routes and the schemas that check its bodies."""

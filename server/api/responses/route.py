@@ -1,0 +1,128 @@
+"""/v1/responses: OpenAI's Responses API, its state kept in sessions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from pacellm.errors import NotFound, RequestError, UnsupportedParameter
+from pacellm.types import GenerationRequest
+
+from ...auth import Caller, tenant_of
+from ...body import parsed
+from ...event_queue import EventQueue
+from ...reading.chat_prompt import ChatPrompt
+from ...response_store import Key
+from ...service import Service
+from ...writing import responding
+from ...writing.answer import Answer
+from ..submitting import chat_prompt, check_generation
+from .schema import ResponseRequest, parse_response
+from .state import ConversationState
+from .wire import ResponseFold, ResponsesWire, named
+
+router = APIRouter(prefix="/v1/responses")
+
+
+@router.post("")
+async def create_response(request: Request) -> Response:
+    """An answer to new input, alone, behind an earlier response, or in a conversation; streamed or not."""
+    service: Service = request.app.state.service
+    received, body = await parsed(request, parse_response)
+    if "x-session-id" in request.headers:
+        raise UnsupportedParameter("name a conversation in the body instead", param="X-Session-ID")
+    caller = Caller.of(request, received.size, body.timeout)
+
+    async def start() -> Response:
+        try:
+            answer, wire = await _submit(service, body, caller)
+            if body.stream:
+                return await responding.streamed(service, answer, wire)
+            return await responding.whole(request, answer, ResponseFold())
+        except RequestError as error:
+            raise named(error) from None
+
+    return await service.idempotency.answer(request, caller, received.digest, start)
+
+
+@router.get("/{response_id}")
+async def show_response(request: Request, response_id: str) -> Response:
+    """A stored response."""
+    service: Service = request.app.state.service
+    entry = service.response_store.get(_key(request, response_id))
+    if entry is None or entry.answer is None:
+        raise _absent()
+    return Response(entry.answer, media_type="application/json")
+
+
+@router.delete("/{response_id}")
+async def delete_response(request: Request, response_id: str) -> dict[str, Any]:
+    """Forget a stored response; those that went on from it stay."""
+    service: Service = request.app.state.service
+    key = _key(request, response_id)
+    entry = service.response_store.get(key)
+    if entry is None or entry.answer is None:
+        raise _absent()
+    service.response_store.drop(key)
+    service.delete_later(key)
+    return {"id": response_id, "object": "response", "deleted": True}
+
+
+def _key(request: Request, response_id: str) -> Key:
+    """Refuses what these endpoints have no meaning for, as a stream of a stored response."""
+    for name in request.query_params:
+        raise UnsupportedParameter(f"{name[:80]} is not a parameter of this endpoint", param=name[:80])
+    return tenant_of(request), response_id
+
+
+def _absent() -> NotFound:
+    return NotFound("there is no such response, or it is no longer kept", param="response_id")
+
+
+async def _submit(service: Service, body: ResponseRequest, caller: Caller) -> tuple[Answer, ResponsesWire]:
+    """Find the place, render, tokenise, check and queue.
+
+    Raises:
+        PaceError: it is refused; nothing was queued and nothing is left.
+    """
+    check_generation(service, body)
+    state = ConversationState(service, body, caller.tenant)
+    try:
+        prompt, request = await _engine_request(service, body, caller, state)
+        events = EventQueue()
+        generation = service.submit(request, caller, events)
+    except BaseException:
+        state.close()
+        raise
+    wire = ResponsesWire(state, request, body, service.settings.model_name)
+    answer = Answer(
+        service, [generation], events, prompt.parsers, wire,
+        with_progress=bool(body.stream and body.return_progress), is_lost=state.is_lost, also_close=state.close,
+    )  # fmt: skip
+    return answer, wire
+
+
+async def _engine_request(
+    service: Service, body: ResponseRequest, caller: Caller, state: ConversationState
+) -> tuple[ChatPrompt, GenerationRequest]:
+    messages = state.prompt_messages()
+    prompt = await chat_prompt(
+        service, lambda: body.chat_input(messages), body.sampling(), state.scope, state.source, caller, state.size
+    )
+    constraint = await service.compile(prompt.grammar, caller.tenant)
+    await state.open()
+    request = GenerationRequest(
+        request_id=state.id,
+        prompt=prompt.ids,
+        sampling=prompt.sampling,
+        session=state.session,
+        tenant=caller.tenant,
+        commit=body.is_stored,
+        priority=body.priority,
+        constraint=constraint,
+        outline=prompt.outline,
+        **body.pacellm.engine_options(),
+    )
+    return prompt, request

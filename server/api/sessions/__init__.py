@@ -1,0 +1,1 @@
+"""Sessions as things of their own."""

@@ -1,0 +1,50 @@
+"""A request that was handed to the engine, as the HTTP side follows it."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable
+from typing import Protocol
+
+from pacellm.types import Event, GenerationRequest
+
+from .auth import Caller
+from .event_queue import EventQueue
+
+
+class Router(Protocol):
+    """What brings events to generations."""
+
+    def forget(self, generation: Generation, *, abort: bool) -> None:
+        """Bring it no more; ``abort`` cancels its request."""
+
+
+class Generation:
+    """A submitted request. Whoever submitted it closes it: that cancels the request where it has not ended.
+
+    Args:
+        router: what brings its events.
+        request: as the engine has it.
+        caller: who asked.
+        events: gets its events.
+        number: among the generations that share ``events``.
+
+    Attributes:
+        push: takes an event; called on the event loop.
+        has_ended: its last event has come.
+        deadline: goes off when its answer is to be complete.
+    """
+
+    def __init__(
+        self, router: Router, request: GenerationRequest, caller: Caller, events: EventQueue, number: int = 0
+    ) -> None:
+        self.request, self.caller, self.has_ended = request, caller, False
+        self.deadline: asyncio.TimerHandle | None = None
+        self._router, self._events = router, events
+        self.push: Callable[[Event], None] = functools.partial(events.push, number)
+
+    def close(self) -> None:
+        """Forget the request; cancel it where it has not ended."""
+        self._events.close()
+        self._router.forget(self, abort=not self.has_ended)

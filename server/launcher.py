@@ -1,0 +1,137 @@
+"""Ports, TLS and the run of the whole: the main app, and the admin app beside it where that has a port of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from pathlib import Path
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from pacellm.errors import ConfigError
+
+from . import connection
+from .app import create_admin_app, create_app
+from .auth import Keys
+from .service import Service
+
+_LAST_EVENTS = 5  # seconds in which streams that are cut say so
+_ADMIN_CONNECTIONS = 64
+_HELD_BACK = 1024  # connections, by the kernel
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which tells the service that it ends: first that no request is taken any more, then that those
+    that still run have had their time.
+
+    Args:
+        service: that its app answers from.
+        shutdown_timeout: seconds that running requests get to end.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service, shutdown_timeout: int) -> None:
+        super().__init__(config)
+        config.timeout_graceful_shutdown = shutdown_timeout + _LAST_EVENTS
+        self._service, self._seconds = service, shutdown_timeout
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen. Of the connections that the kernel holds back asyncio accepts as many in one go as it was told to let
+        it hold back, so that is few (:func:`connection.room_for`), and the kernel is told of more afterwards."""
+        await super().startup(sockets)
+        for listener in (one for server in self.servers for one in server.sockets):
+            with socket.fromfd(listener.fileno(), listener.family, listener.type) as same:
+                same.listen(_HELD_BACK)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let running requests end; those that do not end with an error that says why."""
+        self._service.drain()
+        timer = asyncio.get_running_loop().call_later(self._seconds, self._service.end_all)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+
+def config_of(
+    app: ASGIApp,
+    limits: connection.ConnectionLimits,
+    *,
+    host: str,
+    port: int,
+    log_level: str = "warning",
+    tls: tuple[Path | None, Path | None] = (None, None),
+) -> uvicorn.Config:
+    """How an app is served.
+
+    Args:
+        limits: of its connections; ``most`` gives way to the descriptors that there are.
+        tls: certificate chain and key, both or none.
+    """
+    limits.most, batch = connection.room_for(limits.most)
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=connection.limited(limits),
+        ws="none",
+        log_config=None,
+        log_level=log_level,
+        access_log=False,
+        server_header=False,
+        backlog=batch,
+        timeout_keep_alive=int(limits.head_seconds) + 1,
+        h11_max_incomplete_event_size=connection.MAX_HEAD_BYTES,
+        ssl_certfile=tls[0],
+        ssl_keyfile=tls[1],
+    )
+
+
+def run(
+    service: Service,
+    keys: Keys,
+    *,
+    host: str,
+    port: int,
+    log_level: str,
+    shutdown_timeout: int,
+    tls: tuple[Path | None, Path | None] = (None, None),
+) -> None:
+    """Serve until told to stop.
+
+    Args:
+        shutdown_timeout: seconds that running requests get to end.
+        tls: certificate chain and key, both or none.
+
+    Raises:
+        ConfigError: TLS files that are not there.
+    """
+    certificate, key = tls
+    if (certificate is None) != (key is None):
+        raise ConfigError("--ssl-certfile and --ssl-keyfile go together", param="ssl_certfile")
+    for path in (certificate, key):
+        if path is not None and not path.is_file():
+            raise ConfigError(f"there is no file {path}", param="ssl_certfile")
+
+    def config(app: ASGIApp, port: int, most: int) -> uvicorn.Config:
+        limits = connection.ConnectionLimits(most, service.settings.head_seconds, service.settings.stall_seconds)
+        return config_of(app, limits, host=host, port=port, log_level=log_level, tls=tls)
+
+    settings = service.settings
+    app = create_app(service, keys)
+    main = Server(config(app, port, settings.max_connections), service, shutdown_timeout)
+    if settings.admin_port is None:
+        main.run()
+        return
+    admin = uvicorn.Server(config(create_admin_app(service, keys), settings.admin_port, _ADMIN_CONNECTIONS))
+    asyncio.run(_both(main, admin))
+
+
+async def _both(main: uvicorn.Server, admin: uvicorn.Server) -> None:
+    """The admin server lives as long as the main one, which alone answers signals."""
+    beside = asyncio.create_task(admin._serve())
+    try:
+        await main.serve()
+    finally:
+        admin.should_exit = True
+        await beside

@@ -1,0 +1,1 @@
+"""Messages, tools and texts to prompts."""

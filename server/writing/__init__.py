@@ -1,0 +1,1 @@
+"""The engine's events to the pieces of an answer, and those to HTTP."""

@@ -1,0 +1,49 @@
+"""What an answer says about its session, its banks and its time: the ``pacellm`` object."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from pacellm.types import Finished, GenerationRequest, Kinship
+
+
+def report(request: GenerationRequest, event: Finished, session: str) -> dict[str, Any]:
+    """The object of a request that has ended well.
+
+    Args:
+        session: what became of it.
+    """
+    return {
+        "session_id": request.session[1] if request.session is not None else None,
+        "session": session,
+        "note": "; ".join(note for note in (event.note, _left_out(event.kinship)) if note is not None) or None,
+        "history_tokens": event.kinship.history_tokens,
+        "dropped_tokens": event.kinship.dropped_tokens,
+        "cached_tokens": event.usage.cached_tokens,
+        "replayed_tokens": event.usage.replayed_tokens,
+        "pa": event.pa,
+        "bank": dataclasses.asdict(event.bank) if event.bank is not None else None,
+        **({"experts": _rounded(event.experts)} if event.experts is not None else {}),
+        "timings": {
+            "queue_ms": round(1000 * event.queue_seconds, 1),
+            "prefill_ms": round(1000 * event.prefill_seconds, 1),
+            "decode_ms": round(1000 * event.decode_seconds, 1),
+        },
+    }
+
+
+def _left_out(kinship: Kinship) -> str | None:
+    """For prompts that left most of the history out; a last answer made anew, or written another way, is no news."""
+    if not kinship.drops_most:
+        return None
+    shared = kinship.history_tokens - kinship.dropped_tokens
+    return (
+        f"the session's history had {kinship.history_tokens:,} tokens; this prompt begins with {shared:,} of them and "
+        "leaves the others out"
+    )
+
+
+def _rounded(experts: dict[int, list[float]]) -> dict[int, list[float]]:
+    """Tokens by layer and expert, to a thousandth."""
+    return {layer: [round(tokens, 3) for tokens in found] for layer, found in experts.items()}
