@@ -25,6 +25,11 @@ class EventQueue:
         self._timer: asyncio.TimerHandle | None = None
         self._rings_at = 0.0
 
+    @property
+    def is_empty(self) -> bool:
+        """None is there."""
+        return not self._events
+
     def push(self, number: int, event: Event) -> None:
         """Add one."""
         self._events.append((number, event))

@@ -16,6 +16,9 @@ from .event_queue import EventQueue
 class Router(Protocol):
     """What brings events to generations."""
 
+    def cancel(self, generation: Generation) -> None:
+        """Cancel its request, and go on bringing what the engine tells of it."""
+
     def forget(self, generation: Generation, *, abort: bool) -> None:
         """Bring it no more; ``abort`` cancels its request."""
 
@@ -43,6 +46,11 @@ class Generation:
         self.deadline: asyncio.TimerHandle | None = None
         self._router, self._events = router, events
         self.push: Callable[[Event], None] = functools.partial(events.push, number)
+
+    def cancel(self) -> None:
+        """Cancel the request where it has not ended; its last event is still to come."""
+        if not self.has_ended:
+            self._router.cancel(self)
 
     def close(self) -> None:
         """Forget the request; cancel it where it has not ended."""

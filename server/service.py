@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pacellm.calibration.gate import Gate
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("pacellm.server")
 T = TypeVar("T")
+_UNFINISHED_SECONDS = 5.0  # that what no client waits for gets at the end
 
 
 class Service:
@@ -72,6 +73,7 @@ class Service:
         self.grammars = Grammars(tokenizer.backend, frozenset(engine.model.eos_token_ids))
         self.pools = ThreadPools(PROCESSES)
         self._generations: dict[str, Generation] = {}
+        self._unfinished: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self.bodies, self.snapshots = (
             BodyBudget(8 * settings.max_body_bytes),
@@ -96,6 +98,8 @@ class Service:
     async def stop(self) -> None:
         """End the engine; unfinished requests fail with an error."""
         await asyncio.to_thread(self.thread.stop)
+        if self._unfinished:
+            await asyncio.wait(self._unfinished, timeout=_UNFINISHED_SECONDS)
         self.pools.close()
         await asyncio.to_thread(self.grammars.close)
         if self.traces is not None:
@@ -168,7 +172,7 @@ class Service:
                 raise _late()
             request = dataclasses.replace(request, deadline=time.monotonic() + left)
         self.thread.submit(request)  # its first event needs this loop, so it cannot come before the next line
-        if request.session is not None and request.commit and not request.request_id.startswith(RESPONSE_PREFIX):
+        if request.session is not None and request.commit and not _is_stored_response(request):
             self._writing[request.request_id] = request.session
         self._generations[request.request_id] = generation = Generation(self, request, caller, events, number)
         if self.traces is not None:
@@ -209,7 +213,7 @@ class Service:
                 f"this key has {limit:,} sessions, its limit; delete some", retry_after=60, code="too_many_sessions"
             )
 
-    def cancel(self, tenant: str, request_id: str) -> int:
+    def cancel_all(self, tenant: str, request_id: str) -> int:
         """End a tenant's requests with this X-Request-ID or this answer id; how many there were."""
         found = [
             generation
@@ -246,8 +250,28 @@ class Service:
         """Fail a request from this side; what it held is returned at the engine's next step."""
         if self.traces is not None:
             self.traces.observe(generation.request.request_id, Failed(error))
-        self.forget(generation, abort=True)
+        if _is_stored_response(generation.request):
+            self.cancel(generation)  # it may be complete, and its conversation must know then
+        else:
+            self.forget(generation, abort=True)
         generation.push(Failed(error))
+
+    def cancel(self, generation: Generation) -> None:
+        """Have the engine end a request, which it tells unless the request is complete by then."""
+        if generation.deadline is not None:
+            generation.deadline.cancel()
+        self.thread.abort(generation.request.request_id)
+
+    def finish(self, work: Coroutine[Any, Any, None]) -> None:
+        """Let something go on that no client waits for; it ends before the service does."""
+        task = asyncio.ensure_future(work)
+        self._unfinished.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._unfinished.discard(task)
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+            self.engine.faults.note("delivery", error)
 
     def forget(self, generation: Generation, *, abort: bool) -> None:
         """Stop routing events to a generation."""
@@ -295,6 +319,10 @@ class Service:
             if generation is not None:
                 generation.has_ended = True
             self._note_end(request_id, event)
+
+
+def _is_stored_response(request: GenerationRequest) -> bool:
+    return request.commit and request.request_id.startswith(RESPONSE_PREFIX)
 
 
 def _late() -> DeadlineExceeded:

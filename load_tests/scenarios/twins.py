@@ -77,7 +77,6 @@ class Worker:
         self._sessions = [f"{name}-{one}" for one in _NAMES]
         self._logs: dict[str, list[dict[str, str]]] = {}  # messages that a session stands for
         self._chain: tuple[str, str] | None = None  # the last response, by server
-        self._cut_off: set[str] = set()  # conversations, in a response that had happened
         self._volatile: set[str] = set()  # sessions whose last change the disk has not taken, as was said
         self._kills = 0  # that this worker knows of: a restart forgets responses, and what conversations said
 
@@ -113,8 +112,6 @@ class Worker:
                 self._compare(operation, mine, theirs)
         elif mine is None:
             await self._after_a_cut(operation)
-        elif mine.code == "conversation_not_found" and operation.touches[0] in self._cut_off:
-            await self._begin_again(operation.touches[0])
         elif mine.status >= 400:
             await self._after_a_refusal(operation, mine)
         else:
@@ -144,8 +141,6 @@ class Worker:
     async def _after_a_cut(self, operation: Operation) -> None:
         self._tally.cuts += 1
         if await self._has_happened(operation) and not self._may_be_rolled_back(operation):
-            if operation.kind == "conversation":
-                self._cut_off.add(operation.touches[0])
             await self._repeat(operation, None)
 
     async def _after_a_refusal(self, operation: Operation, mine: Outcome) -> None:
@@ -174,7 +169,6 @@ class Worker:
     async def _look_after_a_kill(self) -> None:
         """A restart forgets responses, what conversations said, sessions that are empty, and what was not durable."""
         self._kills, self._chain = self._tally.kills, None
-        self._cut_off.clear()
         for client in (self._rough, self._calm):
             await self._until(client, "DELETE", f"/v1/sessions/{self._sessions[0]}-talk")
         rolled_back = set()
@@ -189,13 +183,6 @@ class Worker:
                     await self._until(client, "DELETE", f"/v1/sessions/{session}")
         self._tally.rolled_back += len(rolled_back)
         self._volatile = rolled_back  # their deletion may not be durable either
-
-    async def _begin_again(self, conversation: str) -> None:
-        """Its first response was cut off between the session's commit and its messages, which is refused by name."""
-        self._tally.refusals["conversation: begun again after a cut"] += 1
-        self._cut_off.discard(conversation)
-        for client in (self._rough, self._calm):
-            await self._until(client, "DELETE", f"/v1/sessions/{conversation}")
 
     def _compare(self, operation: Operation, mine: Outcome, theirs: Outcome | None) -> None:
         self._tally.comparisons += 1

@@ -20,7 +20,7 @@ router = APIRouter()
 async def cancel(request: Request, request_id: str) -> dict[str, Any]:
     """Cancel the caller's own requests that carried this X-Request-ID or whose answer has this id."""
     service: Service = request.app.state.service
-    count = service.cancel(tenant_of(request), request_id) if re.match(REQUEST_ID, request_id) else 0
+    count = service.cancel_all(tenant_of(request), request_id) if re.match(REQUEST_ID, request_id) else 0
     if not count:
         raise NotFound("no such request is queued or running", param="request_id")
     return {"id": request_id, "object": "request.cancelled", "cancelled": count}

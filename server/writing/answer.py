@@ -140,6 +140,7 @@ class Answer:
         wire: of the API.
         with_progress: a stream is told how far prompts have come.
         is_lost: the session that it goes on from was gone, whatever admission finds.
+        outlives: where the session has taken the answer before its client went, it is completed all the same.
         also_close: called when it is over, after the generations are closed.
 
     Attributes:
@@ -157,10 +158,11 @@ class Answer:
         *,
         with_progress: bool = False,
         is_lost: bool = False,
+        outlives: bool = False,
         also_close: Callable[[], None] = lambda: None,
     ) -> None:
         self._service, self._generations, self._events, self._wire = service, generations, events, wire
-        self._is_lost, self._also_close = is_lost, also_close
+        self._is_lost, self._outlives, self._also_close = is_lost, outlives, also_close
         self._n = generations[0].request.n
         self._choices = [
             Choice(index, parser, self._token_texts(generations[index // self._n]))
@@ -173,7 +175,7 @@ class Answer:
         self._held: list[Numbered] = []  # events that came while admission was waited for
         self._silence = 0.0  # seconds
         self._error: PaceError | None = None
-        self._has_begun = False
+        self._has_begun = self._is_closed = False
         self.headers: dict[str, str] = {}
         self.is_whole = False
 
@@ -238,6 +240,31 @@ class Answer:
 
     def close(self) -> None:
         """Cancel what has not ended."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if not self._outlives or self.is_whole:
+            self._end()
+            return
+        for generation in self._generations:
+            generation.cancel()
+        self._service.finish(self._settle())
+
+    async def _settle(self) -> None:
+        """Nobody reads any more, but a request that is cancelled may be complete already: the engine tells."""
+        try:
+            while len(self._finished) < len(self._generations):
+                if self._events.is_empty and not self._held and all(one.has_ended for one in self._generations):
+                    return
+                events, self._held = self._held or await self._events.get(None), []
+                for number, event in events:
+                    if not isinstance(event, Failed):
+                        list(self._parts(number, event))
+            await self._wire.complete(self._finished)
+        finally:
+            self._end()
+
+    def _end(self) -> None:
         for generation in self._generations:
             generation.close()
         self._also_close()

@@ -99,7 +99,8 @@ async def _submit(service: Service, body: ResponseRequest, caller: Caller) -> tu
     wire = ResponsesWire(state, request, body, service.settings.model_name)
     answer = Answer(
         service, [generation], events, prompt.parsers, wire,
-        with_progress=bool(body.stream and body.return_progress), is_lost=state.is_lost, also_close=state.close,
+        with_progress=bool(body.stream and body.return_progress), is_lost=state.is_lost, outlives=body.is_stored,
+        also_close=state.close,
     )  # fmt: skip
     return answer, wire
 

@@ -137,7 +137,7 @@ class ConversationState:
         """The response is complete: from now on it can be read and gone on from, as ``message`` says it. Its session
         has it already, so this runs to its end also where the client goes meanwhile."""
         if self._body.is_stored:
-            self._keeping = asyncio.ensure_future(self._keep(answer, message))
+            self._keeping = self._keeping or asyncio.ensure_future(self._keep(answer, message))
             await asyncio.shield(self._keeping)
 
     async def _keep(self, answer: dict[str, Any], message: Message) -> None:
