@@ -6,9 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from pacellm.config import EngineConfig
@@ -17,24 +15,13 @@ from pacellm.engine.engine import Engine
 from pacellm.errors import ConfigError, EngineError, RequestError, SessionNotFound
 from pacellm.experts.apply import apply_layout
 from pacellm.experts.layout import Layout
-from pacellm.memory.state import COUNTERS, Banks, copy_banks
+from pacellm.memory.frames import counters_frame, slots_frame
+from pacellm.memory.state import Banks, copy_banks
 from pacellm.model.load import LoadedModel, find_device, load
 from pacellm.modes import PAChoice
 from pacellm.real_models import resolve
 from pacellm.text.tokenizer import ChatTokenizer
-from pacellm.types import (
-    BankReads,
-    Delta,
-    Event,
-    Failed,
-    Finished,
-    FinishReason,
-    GenerationRequest,
-    SamplingParams,
-    SessionStatus,
-    TokenLogprob,
-    Usage,
-)
+from pacellm.types import Completion, Delta, Event, Failed, Finished, GenerationRequest, SamplingParams
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -43,29 +30,6 @@ Message = Mapping[str, Any]
 Prompt = str | Sequence[int]
 TENANT = "offline"
 """Whose sessions these are, for who looks into the engine."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a prompt was answered with. ``str(answer)`` is its text.
-
-    Attributes:
-        session: what was found of the session before this answer.
-        bank: what it did to the session's banks; None where none took part.
-        seconds: until its first token, and from there to its end.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    reason: FinishReason
-    usage: Usage
-    session: SessionStatus
-    bank: BankReads | None
-    logprobs: tuple[TokenLogprob, ...]
-    seconds: tuple[float, float]
-
-    def __str__(self) -> str:
-        return self.text
 
 
 class Stream(Iterator[str]):
@@ -80,7 +44,7 @@ class Stream(Iterator[str]):
         self._llm, self._request, self._said = llm, request, said
         self._events = llm._events(request)
         self._seen: list[Event] = []
-        self.answer: Answer | None = None
+        self.answer: Completion | None = None
 
     def __next__(self) -> str:
         for event in self._events:
@@ -88,7 +52,7 @@ class Stream(Iterator[str]):
             if isinstance(event, Delta) and event.text:
                 return event.text
         if self.answer is None and self._seen:
-            self.answer = _answer(self._seen)
+            self.answer = Completion.of(self._seen)
             self._llm._note(self._request, self._said, self.answer)
         raise StopIteration
 
@@ -99,9 +63,7 @@ class Stream(Iterator[str]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -168,7 +130,7 @@ class LLM:
         commit: bool = True,
         ce_density: float | None = None,
         **sampled: Any,
-    ) -> list[Answer]:
+    ) -> list[Completion]:
         """What follows prompts, which run together; answers in their order.
 
         Args:
@@ -185,9 +147,10 @@ class LLM:
         if session is not None and len(several) != 1:
             raise RequestError("a session takes one prompt at a time", param="session")
         requests = [
-            self._request(self._ids(prompt), sampling, sampled, session, pa, commit, ce_density) for prompt in several
+            self._request(self._ids(prompt), sampling, sampled, session, pa=pa, commit=commit, ce_density=ce_density)
+            for prompt in several
         ]
-        return [_answer(events) for events in self._run(requests)]
+        return [Completion.of(events) for events in self._run(requests)]
 
     def chat(
         self,
@@ -200,7 +163,7 @@ class LLM:
         commit: bool = True,
         ce_density: float | None = None,
         **sampled: Any,
-    ) -> Answer:
+    ) -> Completion:
         """The assistant's answer to a conversation.
 
         Args:
@@ -212,8 +175,10 @@ class LLM:
         Raises:
             PaceError: what the template or the engine refuses, and what fails.
         """
-        said, request = self._chat(messages, sampling, sampled, session, append, pa, commit, ce_density)
-        answer = _answer(self._run([request])[0])
+        said, request = self._chat(
+            messages, sampling, sampled, session, append=append, pa=pa, commit=commit, ce_density=ce_density
+        )
+        answer = Completion.of(self._run([request])[0])
         self._note(request, said, answer)
         return answer
 
@@ -230,7 +195,9 @@ class LLM:
         **sampled: Any,
     ) -> Stream:
         """:meth:`chat`, its text as it comes. Between pieces nothing runs."""
-        said, request = self._chat(messages, sampling, sampled, session, append, pa, commit, ce_density)
+        said, request = self._chat(
+            messages, sampling, sampled, session, append=append, pa=pa, commit=commit, ce_density=ce_density
+        )
         return Stream(self, request, said)
 
     # -- sessions ------------------------------------------------------------------------------------------
@@ -288,23 +255,7 @@ class LLM:
         Raises:
             as :meth:`banks`; EngineError where pandas is missing.
         """
-        pandas = _pandas()
-        rows = []
-        for layer, bank in self.banks(session).items():
-            filled = int(bank.filled)
-            rows.append(
-                pandas.DataFrame(
-                    {
-                        "layer": layer,
-                        "slot": range(filled),
-                        "usage": bank.usage[:filled].tolist(),
-                        "stamp": bank.stamp[:filled].tolist(),
-                        "key_norm": bank.keys[:filled].float().norm(dim=1).tolist(),
-                        "value_norm": bank.values[:filled].float().norm(dim=1).tolist(),
-                    }
-                )
-            )
-        return pandas.concat(rows, ignore_index=True)
+        return slots_frame(self.banks(session))
 
     def reads(self, session: str) -> DataFrame:
         """What a session's tokens did to its banks: a row for each layer, a column for each counter.
@@ -312,9 +263,7 @@ class LLM:
         Raises:
             as :meth:`frame`.
         """
-        found = {layer: dict(zip(COUNTERS, bank.counters.tolist(), strict=True))
-                 for layer, bank in self.banks(session).items()}  # fmt: skip
-        return _pandas().DataFrame.from_dict(found, orient="index").rename_axis("layer")
+        return counters_frame(self.banks(session))
 
     def close(self) -> None:
         """Write sessions out where there is a directory, and let everything go."""
@@ -323,9 +272,7 @@ class LLM:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # -- within --------------------------------------------------------------------------------------------
@@ -339,17 +286,16 @@ class LLM:
         sampling: SamplingParams | None,
         sampled: dict[str, Any],
         session: str | None,
+        *,
         append: bool,
-        pa: PAChoice,
-        commit: bool,
-        ce_density: float | None,
+        **how: Any,
     ) -> tuple[list[Message], GenerationRequest]:
         new: list[Message] = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
         if append and session is None:
             raise RequestError("there is no session to append to; name one", param="session")
         said = [*self._said.get(session or "", ()), *new] if append else new
         ids = self.tokenizer.encode(self.tokenizer.render([dict(message) for message in said]))
-        return said, self._request(ids, sampling, sampled, session, pa, commit, ce_density)
+        return said, self._request(ids, sampling, sampled, session, **how)
 
     def _request(
         self,
@@ -357,22 +303,13 @@ class LLM:
         sampling: SamplingParams | None,
         sampled: dict[str, Any],
         session: str | None,
-        pa: PAChoice,
-        commit: bool,
-        ce_density: float | None,
+        **how: Any,
     ) -> GenerationRequest:
-        return GenerationRequest(
-            str(next(self._names)),
-            ids,
-            dataclasses.replace(sampling or SamplingParams(), **sampled),
-            session=None if session is None else (TENANT, session),
-            tenant=TENANT,
-            pa=pa,
-            commit=commit,
-            ce_density=ce_density,
-        )
+        key = None if session is None else (TENANT, session)
+        sampling = dataclasses.replace(sampling or SamplingParams(), **sampled)
+        return GenerationRequest(str(next(self._names)), ids, sampling, session=key, tenant=TENANT, **how)
 
-    def _note(self, request: GenerationRequest, said: list[Message] | None, answer: Answer) -> None:
+    def _note(self, request: GenerationRequest, said: list[Message] | None, answer: Completion) -> None:
         """What the session's next message follows."""
         if request.session is None or not request.commit or said is None:
             return
@@ -420,29 +357,3 @@ def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         return [prompts]
     ids = [one for one in prompts if isinstance(one, int)]
     return [ids] if ids else [one for one in prompts if not isinstance(one, int)]
-
-
-def _answer(events: list[Event]) -> Answer:
-    last = events[-1]
-    if isinstance(last, Failed):
-        raise last.error
-    assert isinstance(last, Finished)
-    deltas = [event for event in events if isinstance(event, Delta)]
-    return Answer(
-        "".join(delta.text for delta in deltas),
-        tuple(token for delta in deltas for token in delta.token_ids),
-        last.reason,
-        last.usage,
-        last.session,
-        last.bank,
-        tuple(one for delta in deltas for one in delta.logprobs),
-        (last.queue_seconds + last.prefill_seconds, last.decode_seconds),
-    )
-
-
-def _pandas() -> Any:
-    try:
-        import pandas
-    except ModuleNotFoundError:
-        raise EngineError("data frames need pandas: pip install 'pacellm[frames]'") from None
-    return pandas

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pacellm.demo.generator import NOT_STATED, Document, Fact
-from pacellm.llm import LLM, Answer
+from pacellm.llm import LLM
 from pacellm.modes import PAChoice
 from pacellm.text.tokenizer import ChatTokenizer
+from pacellm.types import Completion
 
 
-def read(llm: LLM, document: Document, session: str, pa: PAChoice = "on") -> Answer:
+def read(llm: LLM, document: Document, session: str, pa: PAChoice = "on") -> Completion:
     """Feed a document up to where its questions part, and commit that to a session."""
     opening = _shared(*(prompt_of(llm.tokenizer, document, question) for question in ("Who?", "What?")))
     return llm.generate([opening], session=session, pa=pa, max_tokens=0)[0]
@@ -18,7 +19,7 @@ def read(llm: LLM, document: Document, session: str, pa: PAChoice = "on") -> Ans
 
 def ask(
     llm: LLM, document: Document, question: str, session: str, pa: PAChoice = "on", density: float | None = None
-) -> Answer:
+) -> Completion:
     """The greedy answer to a question, from a copy of the session that has read the document.
 
     Args:

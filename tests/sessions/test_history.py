@@ -6,16 +6,9 @@ import json
 import pytest
 from tokenizers import Tokenizer
 
+from pacellm import errors
 from pacellm.demo import MODEL_PATH
 from pacellm.engine.engine import run_until_idle
-from pacellm.errors import (
-    ContextLengthExceeded,
-    NotAppendable,
-    RequestError,
-    SessionConflict,
-    SessionLost,
-    SessionNotFound,
-)
 from pacellm.model.load import prepare
 from pacellm.sessions.ending import Ending
 from pacellm.text.detokenizer import Vocabulary
@@ -76,6 +69,27 @@ def failed(engine, one):
     return last.error
 
 
+def interrupted(model, engine, name, number, between, settings):
+    """What happens between two turns; the engine and the session's name afterwards."""
+    match between:
+        case "drop":
+            engine.sessions.drop(engine.sessions.get(KEY))
+        case "host":
+            engine.eviction.evict_one()
+        case "restart" | "kill":
+            engine.close() if between == "restart" else crash(engine)
+            return new_engine(model, **settings), name
+        case "fork":
+            engine.call(engine.ops.fork(("tenant", name), ("tenant", f"s{number}"), None))
+        case "snapshot":
+            future = engine.call(engine.snapshots.export(("tenant", name), kv=False, limit=10**8))
+            run_until_idle(engine)
+            checked = engine.snapshots.check(bytearray(future.result()), trust_unsigned=False)
+            engine.call(engine.snapshots.put(("tenant", f"s{number}"), checked, None))
+    run_until_idle(engine)
+    return engine, f"s{number}" if between in ("fork", "snapshot") else name
+
+
 @pytest.mark.parametrize("between", ["nothing", "drop", "host", "restart", "kill", "snapshot", "fork", "log"])
 def test_as_if_all_were_sent_again(model, wanted, between, tmp_path):
     settings = {"session_host_memory": 10**7} if between == "host" else {}
@@ -86,30 +100,7 @@ def test_as_if_all_were_sent_again(model, wanted, between, tmp_path):
     engine, name = new_engine(model, **settings), "s"
     answers = [tokens(run(engine, request("0", FIRST, session="s"))["0"])]
     for number, tail in enumerate(TAILS, 1):
-        if between == "drop":
-            engine.sessions.drop(engine.sessions.get(KEY))
-        elif between == "host":
-            engine.eviction.evict_one()
-        elif between in ("restart", "kill"):
-            if between == "restart":
-                engine.close()
-            else:
-                crash(engine)
-            engine = new_engine(model, **settings)
-        elif between in ("snapshot", "fork"):
-            future = engine.call(
-                engine.ops.fork(("tenant", name), ("tenant", f"s{number}"), None)
-                if between == "fork"
-                else engine.snapshots.export(("tenant", name), kv=False, limit=10**8)
-            )
-            run_until_idle(engine)
-            found, name = future.result(), f"s{number}"
-            if between == "snapshot":
-                checked = engine.snapshots.check(bytearray(found), trust_unsigned=False)
-                engine.call(engine.snapshots.put(("tenant", name), checked, None))
-                run_until_idle(engine)
-        else:
-            run_until_idle(engine)
+        engine, name = interrupted(model, engine, name, number, between, settings)
         events = run(engine, append(str(number), tail, session=name))[str(number)]
         answers.append(tokens(events))
         end = finish(events)
@@ -185,17 +176,17 @@ def test_uncommitted(model, wanted):
 def test_nothing_to_append_to(model):
     engine = new_engine(model, session_log_memory=300)
     missing = failed(engine, append("a", TAILS[0]))
-    assert isinstance(missing, SessionNotFound)
+    assert isinstance(missing, errors.SessionNotFound)
     assert (missing.param, missing.code) == ("session_id", "session_not_found")
     assert "POST /v1/sessions" in missing.message
     assert engine.sessions.get(KEY) is None
     run(engine, request("b", prompt(60, 1), session="s"), request("c", prompt(60, 2), session="t"))
     lost = failed(engine, append("d", TAILS[0]))
-    assert isinstance(lost, SessionLost)
+    assert isinstance(lost, errors.SessionLost)
     assert lost.code == "session_lost"
     assert failed(engine, append("d", TAILS[0])).code == "session_lost"  # until it is begun again
     assert finish(run(engine, request("e", FIRST, session="s"))["e"]).session == "lost"
-    with pytest.raises(RequestError) as caught:
+    with pytest.raises(errors.RequestError) as caught:
         engine.add(append("f", TAILS[0], session=None))
     assert caught.value.param == "pacellm.append"
     assert_nothing_held(engine)
@@ -207,7 +198,7 @@ def test_a_session_that_expired(model, monkeypatch):
     session = engine.sessions.get(KEY)
     session.last_used -= 1000
     engine.ops.expire(session)
-    assert isinstance(failed(engine, append("a", TAILS[0])), SessionLost)
+    assert isinstance(failed(engine, append("a", TAILS[0])), errors.SessionLost)
 
 
 def test_an_empty_session_is_begun(model):
@@ -220,7 +211,7 @@ def test_an_empty_session_is_begun(model):
     assert finish(events).usage.prompt_tokens == len(FIRST)
     engine.call(engine.ops.reset(KEY))
     assert finish(run(engine, request("b", [5, 6, 7], session="s", append=whole))["b"]).usage.cached_tokens == 0
-    refused = dataclasses.replace(whole, whole=RequestError("no", param="messages"))
+    refused = dataclasses.replace(whole, whole=errors.RequestError("no", param="messages"))
     engine.call(engine.ops.reset(KEY))
     assert failed(engine, request("c", [5, 6, 7], session="s", append=refused)).message == "no"
 
@@ -228,7 +219,7 @@ def test_an_empty_session_is_begun(model):
 def test_by_what_the_history_ends_with(model):
     engine = new_engine(model)
     tails = {end: [10 + number] for number, end in enumerate(ENDS)}
-    tails["system"] = RequestError("not after that", param="messages")
+    tails["system"] = errors.RequestError("not after that", param="messages")
     chat = Append(tails, [9])
 
     def last(outline, sampling):
@@ -263,7 +254,7 @@ def test_other_tools_than_the_historys(model):
         return request(f"t{tools}", ids, session="s", append=made, outline=dataclasses.replace(shown, tools=tools))
 
     error = failed(engine, ask(8, front))
-    assert (type(error), error.param) == (NotAppendable, "tools")
+    assert (type(error), error.param) == (errors.NotAppendable, "tools")
     finish(run(engine, ask(7, front))["t7"])
     finish(run(engine, ask(0, Append(dict.fromkeys(ENDS, ids), ids)))["t0"])
     assert engine.sessions.get(KEY).ending.tools == 7
@@ -276,7 +267,7 @@ def test_a_history_that_is_too_long(model):
     run(engine, request("a", FIRST, session="s"))
     made = Append(dict.fromkeys(ENDS, TAILS[2]), TAILS[2], param="prompt")
     error = failed(engine, request("b", TAILS[2], session="s", append=made))
-    assert isinstance(error, ContextLengthExceeded)
+    assert isinstance(error, errors.ContextLengthExceeded)
     assert (error.param, "540" in error.message) == ("prompt", True)
     error = failed(engine, append("c", TAILS[0], dataclasses.replace(GREEDY, max_tokens=40)))
     assert (error.param, "at most 32" in error.message) == ("max_tokens", True)
@@ -288,7 +279,7 @@ def test_a_refusal_does_not_take_others_along(model):
     """The request behind is of the same session, so it can only run once the refused one is gone."""
     engine = new_engine(model)
     events = run(engine, append("a", TAILS[0]), request("b", FIRST, session="s"), append("c", TAILS[0]))
-    assert isinstance(events["a"][-1].error, SessionNotFound)
+    assert isinstance(events["a"][-1].error, errors.SessionNotFound)
     finish(events["b"])
     finish(events["c"])
 
@@ -302,7 +293,7 @@ def test_a_session_that_is_reset_under_a_preempted_request(model):
     engine.scheduler.preempt(engine.scheduler.running[0])
     engine.call(engine.ops.reset(KEY))
     error = run_until_idle(engine)["a"][-1].error
-    assert isinstance(error, SessionConflict)
+    assert isinstance(error, errors.SessionConflict)
 
 
 def test_a_folded_log(model):
@@ -311,7 +302,7 @@ def test_a_folded_log(model):
         last = run(engine, request(str(number), prompt(110, number), session="s"))[str(number)]
     assert finish(last).session == "folded"
     error = failed(engine, append("a", TAILS[1]))
-    assert (type(error), error.param, "folded" in error.message) == (NotAppendable, "pacellm.append", True)
+    assert (type(error), error.param, "folded" in error.message) == (errors.NotAppendable, "pacellm.append", True)
 
 
 def test_commits_that_were_lost_with_their_server(model, tmp_path):
@@ -323,7 +314,7 @@ def test_commits_that_were_lost_with_their_server(model, tmp_path):
     crash(engine)
     for _ in range(2):
         engine = new_engine(model, session_dir=tmp_path)
-        assert isinstance(failed(engine, append("2", TAILS[1])), NotAppendable)
+        assert isinstance(failed(engine, append("2", TAILS[1])), errors.NotAppendable)
         engine.close()
     engine = new_engine(model, session_dir=tmp_path)
     run(engine, request("3", FIRST, session="s"))
@@ -337,7 +328,7 @@ def test_files_of_an_earlier_version(model, tmp_path, monkeypatch):
     run(engine, request("0", FIRST, session="s"))
     engine.close()
     engine = new_engine(model, session_dir=tmp_path)
-    assert isinstance(failed(engine, append("1", TAILS[1])), NotAppendable)
+    assert isinstance(failed(engine, append("1", TAILS[1])), errors.NotAppendable)
     engine.close()
 
 
