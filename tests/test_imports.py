@@ -2,10 +2,12 @@
 
 import ast
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 
 import pytest
+import setuptools
 
 ROOT = Path(__file__).parent.parent
 # a module's place is that of its longest name here; it may import what lies lower, and its own package
@@ -121,3 +123,10 @@ def test_the_server_has_one_name():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             assert not any(name.split(".")[0] == "server" for name in names), f"{path}: import pacellm.server"
+
+
+def test_the_wheel_has_one_top_level_name():
+    packages = setuptools.find_packages(str(ROOT), **tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+                                        ["setuptools"]["packages"]["find"])  # fmt: skip
+    assert {package.split(".")[0] for package in packages} == {"pacellm"}
+    assert {f"pacellm.server.{name}" for name in ("api.chat", "reading", "writing")} <= set(packages)

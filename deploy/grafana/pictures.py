@@ -158,7 +158,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         layout = folder / "layout.safetensors"
-        subprocess.run([sys.executable, "-m", "pacellm.cli.main", "cluster", "-o", str(layout)], check=True)
+        subprocess.run([sys.executable, "-m", "pacellm.cli", "cluster", "-o", str(layout)], check=True)
         flags = [*FLAGS, "--session-dir", str(folder / "sessions"), "--ce-layout", str(layout)]
         with running_server(flags) as server, prometheus(folder, server.base_url.netloc.decode()) as client:
             started = time.time()

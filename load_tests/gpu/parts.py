@@ -99,7 +99,7 @@ def bundled(bench: Bench) -> None:
         right = [fact.answer in text for fact, text in zip(document.facts, texts, strict=True)]
         same = [mine == one for mine, one in zip(found[name], found["cpu"], strict=True)]
         bench.add(name, right=sum(right), asked=len(right), as_on_cpu=sum(same), seconds=time.perf_counter() - started)
-    command = [sys.executable, "-m", "pacellm.cli.main", "demo", "--tokens", str(bench.pick(2000, 200_000)), "--"]
+    command = [sys.executable, "-m", "pacellm.cli", "demo", "--tokens", str(bench.pick(2000, 200_000)), "--"]
     demo = subprocess.run([*command, "--device", bench.device.type], capture_output=True, text=True, check=False)
     bench.add("demo", status=demo.returncode, printed=(demo.stdout + demo.stderr)[-3000:])
 

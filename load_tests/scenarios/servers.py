@@ -45,7 +45,7 @@ class OwnServer:
         command = [
             sys.executable,
             "-m",
-            "pacellm.cli.main",
+            "pacellm.cli",
             "serve",
             "--port",
             str(self.port),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -9,10 +10,12 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 
+import pacellm
 from pacellm.demo import MODEL_PATH
 from pacellm.demo.generator import Document, make_document
 from pacellm.errors import PaceError
@@ -35,9 +38,13 @@ def running_server(serve_arguments: Sequence[str] = ()) -> Iterator[httpx.Client
         PaceError: it did not become ready; carries its log.
     """
     port = _free_port()
-    command = [sys.executable, "-m", "pacellm.cli.main", "serve", "--port", str(port), "--log-level", "warning"]
+    # with -P no file in the working directory takes a module's place
+    command = [sys.executable, "-P", "-m", "pacellm.cli", "serve", "--port", str(port), "--log-level", "warning"]
     # a server's log never blocks on a pipe nobody reads
-    with tempfile.TemporaryFile() as log, subprocess.Popen([*command, *serve_arguments], stderr=log) as server:
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen([*command, *serve_arguments], stderr=log, env=_environment()) as server,
+    ):
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=httpx.Timeout(None, connect=10)) as client:
                 _wait_until_ready(client, server, log)
@@ -45,6 +52,14 @@ def running_server(serve_arguments: Sequence[str] = ()) -> Iterator[httpx.Client
         finally:
             server.terminate()
             server.wait()
+
+
+def _environment() -> dict[str, str]:
+    """Where this package was found in a checkout that is the working directory, so will it be by the server."""
+    root = Path(pacellm.__file__).parent.parent
+    paths = [str(root)] if root == Path.cwd() else []
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)} if paths else dict(os.environ)
 
 
 def _free_port() -> int:

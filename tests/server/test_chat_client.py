@@ -81,7 +81,7 @@ def test_a_terminal_sees_progress_on_one_line(live, document, monkeypatch):
 
 
 def test_ctrl_c_cancels_the_answer_and_keeps_the_session(live):
-    command = [sys.executable, "-m", "pacellm.cli.main", "chat", "--url", f"{live.url}/v1", "--session", "ctrl-c"]
+    command = [sys.executable, "-m", "pacellm.cli", "chat", "--url", f"{live.url}/v1", "--session", "ctrl-c"]
     live.http.delete("/v1/sessions")
     # where the tests themselves run in a shell's background, Ctrl-C is ignored, and children would inherit that
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -169,7 +169,7 @@ def test_a_session_deleted_while_it_streams(http):
 def serve(path, *arguments):
     """A server process with a session directory, and a client."""
     port = free_port()
-    command = [sys.executable, "-m", "pacellm.cli.main", "serve", "--port", str(port), "--session-dir", str(path)]
+    command = [sys.executable, "-m", "pacellm.cli", "serve", "--port", str(port), "--session-dir", str(path)]
     server = subprocess.Popen(
         [*command, "--max-model-len", "16K", "--kv-cache-memory-bytes", "256M", *arguments],
         stderr=subprocess.PIPE, text=True,
