@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +77,7 @@ class Worker:
         self._sessions = [f"{name}-{one}" for one in _NAMES]
         self._logs: dict[str, list[dict[str, str]]] = {}  # messages that a session stands for
         self._chain: tuple[str, str] | None = None  # the last response, by server
+        self._trails: dict[str, deque[str]] = {}  # by session, the last operations
         self._volatile: set[str] = set()  # sessions whose last change the disk has not taken, as was said
         self._kills = 0  # that this worker knows of: a restart forgets responses, and what conversations said
 
@@ -102,6 +103,7 @@ class Worker:
             return  # killed meanwhile: what is left is looked at before the next of these
         if self._may_be_rolled_back(operation):
             return  # it may have met what was there before, and is looked at before the next one too
+        self._note_trail(operation, mine)
         self._note_durability(operation, mine)
         if not self._compares:
             self._note_alone(operation, mine)
@@ -116,6 +118,13 @@ class Worker:
             await self._after_a_refusal(operation, mine)
         else:
             await self._repeat(operation, mine)
+
+    def _note_trail(self, operation: Operation, mine: Outcome | None) -> None:
+        """What a failure is told with."""
+        came = "cut" if mine is None else f"{mine.status} {mine.code or mine.state or ''}"
+        line = f"{time.monotonic():.2f} s, kill {self._tally.kills}: {operation.kind} {came}"
+        for session in operation.touches:
+            self._trails.setdefault(session, deque(maxlen=8)).append(line)
 
     def _note_durability(self, operation: Operation, mine: Outcome | None) -> None:
         """On a disk that is full at times, a change that is not durable holds until the server ends, and is said so."""
@@ -199,7 +208,8 @@ class Worker:
         mine, theirs = await self._shown(self._rough, session), await self._shown(self._calm, session)
         self._tally.comparisons += 1
         if mine != theirs:
-            self._tally.failures.append(f"after {operation}, {session} is {mine}, not {theirs}")
+            trail = "; ".join(self._trails[session])
+            self._tally.failures.append(f"{session} is {mine}, not {theirs} after {trail}: {operation}")
 
     async def _has_happened(self, operation: Operation) -> bool:
         """After a cut: whether the disturbed server has carried it out, which nothing but its session tells."""
@@ -212,10 +222,11 @@ class Worker:
             # a session that is begun is there before anything has happened to it
             is_busy = await self._is_busy(session)
             mine, theirs = await self._shown(self._rough, session), await self._shown(self._calm, session)
-            is_begun = mine == _EMPTY and theirs is None and operation.kind in ("turn in a session", "conversation")
-            if is_begun or is_busy or await self._is_busy(session):
+            is_turn = operation.kind in ("turn in a session", "conversation")  # which leaves more than an empty session
+            has_changed = mine != theirs and not (is_turn and mine in (None, _EMPTY) and theirs in (None, _EMPTY))
+            if is_busy or await self._is_busy(session):
                 unchanged = time.monotonic()
-            elif mine != theirs:
+            elif has_changed:
                 return True
             elif time.monotonic() > unchanged + _SETTLED:
                 return False

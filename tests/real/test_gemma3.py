@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pacellm.calibration.file import text as calibration_text
-from pacellm.cli.main import main as cli
+from pacellm.cli.main import serve_options
+from pacellm.cli.serve import build
 from tests.server.conftest import Live
 from tests.server.talk import user
 
@@ -34,7 +35,7 @@ def expected(gemma3):
 
 @pytest.fixture(scope="module")
 def live(gemma3, expected):
-    service, keys, _ = cli.build(cli.serve_options([str(gemma3), "--device", "cpu", "--max-model-len", "8K"]))
+    service, keys, _ = build(serve_options([str(gemma3), "--device", "cpu", "--max-model-len", "8K"]))
     with Live(service, keys) as server:
         server.http.timeout = 300
         yield server

@@ -11,8 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pacellm.calibration.file import text as calibration_text
-from pacellm.cli.main import main as cli
+from pacellm.cli.main import serve_options
+from pacellm.cli.serve import build
 from pacellm.demo import real
+from pacellm.errors import PaceError
 from pacellm.gguf.check import check_gguf
 from pacellm.model.load import load
 from pacellm.real_models import gguf_file
@@ -48,7 +50,7 @@ PERSON = {
 
 def serve(path, *flags):
     """A live server, made as the command line makes it; on a CPU also where there is a GPU, whose type is bfloat16."""
-    service, keys, _ = cli.build(cli.serve_options([str(path), "--device", "cpu", *flags]))
+    service, keys, _ = build(serve_options([str(path), "--device", "cpu", *flags]))
     return Live(service, keys)
 
 
@@ -227,5 +229,5 @@ def test_its_file_is_the_same_model(smollm2, live):
 def test_a_damaged_file_is_refused_soon(smollm2, tmp_path):
     with gguf_file("smollm2").open("rb") as file:
         (tmp_path / "cut.gguf").write_bytes(file.read(10**7))
-    with pytest.raises(cli.PaceError, match="cut short"):
+    with pytest.raises(PaceError, match="cut short"):
         check_gguf(tmp_path / "cut.gguf")
