@@ -1,5 +1,7 @@
 """Flags under Ray Serve, and what a replica reports; without Ray."""
 
+import threading
+
 import pytest
 
 from deploy.ray.flags import parse_flags
@@ -7,8 +9,10 @@ from deploy.ray.report import held_sessions
 from deploy.ray.table import digest
 from pacellm.errors import ConfigError
 from pacellm.kv.blocks import BlockAllocator
+from pacellm.sessions.host_memory import HostMemory
 from pacellm.sessions.session import Session
 from pacellm.sessions.store import SessionStore
+from pacellm.sessions.worker import Worker
 
 
 @pytest.mark.parametrize(
@@ -37,7 +41,9 @@ def test_flags_are_those_of_serve():
 
 
 def test_sessions_on_disk_alone_are_not_reported():
-    store = SessionStore(BlockAllocator(4), None, block_bytes=1, memory=10, max_rows=1, log_memory=10, fold_after=10)
+    store = SessionStore(
+        BlockAllocator(4), None, HostMemory(0, Worker(pytest.fail, threading.Condition())), block_bytes=1, fold_after=10
+    )
     for name, facts in {"here": {"commits": 2, "generation": 2}, "disk": {"commits": 1, "stub": True},
                         "begins": {"busy": True}, "nothing": {}}.items():  # fmt: skip
         store.add(Session(("t", name), **facts))
