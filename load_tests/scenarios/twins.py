@@ -159,6 +159,10 @@ class Worker:
         elif await self._has_happened(operation) and not self._may_be_rolled_back(operation):
             await self._repeat(operation, None)
 
+    def _may_be_forgotten(self, mine: dict[str, Any] | None, theirs: dict[str, Any] | None) -> bool:
+        """The server was killed since it was last looked at, and has forgotten an empty session."""
+        return self._kills != self._tally.kills and mine is None and theirs == _EMPTY
+
     def _may_be_rolled_back(self, operation: Operation) -> bool:
         """The server was killed since it was last looked at, and may have lost what was not durable."""
         return self._kills != self._tally.kills and bool(self._volatile & set(operation.touches))
@@ -207,7 +211,7 @@ class Worker:
     async def _compare_sessions(self, operation: Operation, session: str) -> None:
         mine, theirs = await self._shown(self._rough, session), await self._shown(self._calm, session)
         self._tally.comparisons += 1
-        if mine != theirs and not self._may_be_rolled_back(operation):
+        if mine != theirs and not self._may_be_rolled_back(operation) and not self._may_be_forgotten(mine, theirs):
             trail = "; ".join(self._trails[session])
             self._tally.failures.append(f"{session} is {mine}, not {theirs} after {trail}: {operation}")
 
@@ -223,7 +227,8 @@ class Worker:
             is_busy = await self._is_busy(session)
             mine, theirs = await self._shown(self._rough, session), await self._shown(self._calm, session)
             is_turn = operation.kind in ("turn in a session", "conversation")  # which leaves more than an empty session
-            has_changed = mine != theirs and not (is_turn and mine in (None, _EMPTY) and theirs in (None, _EMPTY))
+            has_begun = is_turn and mine in (None, _EMPTY) and theirs in (None, _EMPTY)
+            has_changed = mine != theirs and not has_begun and not self._may_be_forgotten(mine, theirs)
             if is_busy or await self._is_busy(session):
                 unchanged = time.monotonic()
             elif has_changed:
