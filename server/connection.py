@@ -6,11 +6,14 @@ import asyncio
 import logging
 import resource
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import h11
 from h11._receivebuffer import ReceiveBuffer, blank_line_regex
 from h11._writers import ChunkedWriter
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from . import sse
 
 logger = logging.getLogger("pacellm.wire")
 MAX_HEAD_BYTES = 64 * 1024  # request line and headers together
@@ -65,20 +68,6 @@ class _Head(ReceiveBuffer):
         return lines
 
 
-class _Exchange(h11.Connection):
-    """Writes chunks of a body by itself: h11 looks at its whole state for each, and a stream has one for each token."""
-
-    def send(self, event: h11.Event) -> bytes | None:  # type: ignore[override]
-        """The event's bytes."""
-        if type(event) is h11.Data and event.data and self._is_chunked:
-            return b"%x\r\n%b\r\n" % (len(event.data), event.data)
-        return super().send(event)
-
-    @property
-    def _is_chunked(self) -> bool:
-        return type(self._writer) is ChunkedWriter and self.our_state is h11.SEND_BODY
-
-
 class Connection(H11Protocol):
     """uvicorn's connection within limits.
 
@@ -93,7 +82,6 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Make room, or close it at once."""
         super().connection_made(transport)
-        self.conn = _Exchange(h11.SERVER, MAX_HEAD_BYTES)
         self.conn._receive_buffer = _Head()
         if len(self.connections) > self.limits.most and not self._make_room():
             self.limits.turned_away += 1
@@ -112,6 +100,33 @@ class Connection(H11Protocol):
         """A head that goes on does not begin to wait anew."""
         super().data_received(data)
         self._settle()
+
+    def handle_events(self) -> None:
+        """A request that has come may be answered past uvicorn."""
+        super().handle_events()
+        if self.scope is not None:
+            extensions = cast(dict[str, Any], self.scope.setdefault("extensions", {}))
+            extensions[sse.WRITE] = self.write_part
+
+    def write_part(self, data: bytes) -> bool:
+        """Write a part of a chunked body at once: uvicorn and h11 look at their whole state for each, and a stream has
+        one for each token.
+
+        Args:
+            data: the part.
+
+        Returns:
+            False where nothing was written, and ``send`` must be awaited with it: the client takes no more for now or
+            is gone, or the body has no chunks.
+        """
+        if not data or self.flow.write_paused or not self._sends_chunks or self.transport.is_closing():
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
+
+    @property
+    def _sends_chunks(self) -> bool:
+        return type(self.conn._writer) is ChunkedWriter and self.conn.our_state is h11.SEND_BODY
 
     def send_400_response(self, msg: str) -> None:
         """An answer that has begun can only be cut."""

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pacellm.errors import ForeignOrigin, PaceError, RequestError
 
-from . import logs, sse
+from . import logs
 from .errors import response_of
 
 logger = logging.getLogger("pacellm.access")
@@ -65,7 +65,6 @@ class Edge:
                 MutableHeaders(scope=message)["X-Request-ID"] = request_id
             await send(message)
 
-        scope.setdefault("extensions", {})[sse.BODY] = send
         token = logs.request_id.set(request_id)
         try:
             problem = self._problem(headers, given, known) or self._stranger(scope["path"], headers)

@@ -13,8 +13,9 @@ from starlette.types import Receive, Scope, Send
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
-BODY = "pacellm.body"
-"""An ASGI extension: sends parts of a body past all middleware, which looks at heads and ends alone."""
+WRITE = "pacellm.write"
+"""An ASGI extension: writes a part of a body past all middleware, which looks at heads and ends alone
+(:meth:`.connection.Connection.write_part`)."""
 to_json: Callable[[Any], str] = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # made once
 
 
@@ -80,8 +81,8 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the head, then events until the source or the client ends."""
-        body = scope.get("extensions", {}).get(BODY, send)
-        pump = asyncio.create_task(self._pump(send, body))
+        write = scope.get("extensions", {}).get(WRITE, _cannot)
+        pump = asyncio.create_task(self._pump(send, write))
         gone = asyncio.create_task(disconnected(receive))
         try:
             await asyncio.wait({pump, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -94,14 +95,19 @@ class EventStream(Response):
         if not pump.cancelled() and (error := pump.exception()) is not None and not isinstance(error, OSError):
             raise error
 
-    async def _pump(self, send: Send, send_body: Send) -> None:
+    async def _pump(self, send: Send, write: Callable[[bytes], bool]) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for part in self._source:
             if part is not None and self._record is not None:
                 self._record(part)
             data = KEEP_ALIVE if part is None else part
-            await send_body({"type": "http.response.body", "body": data, "more_body": True})
+            if not write(data):
+                await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _cannot(data: bytes) -> bool:
+    return False
 
 
 async def disconnected(receive: Receive) -> None:
