@@ -111,6 +111,7 @@ def test_what_is_not_stored_leaves_nothing(clean):
     assert (bad.status_code, bad.json()["error"]["param"]) == (400, "max_output_tokens")
     assert "max_output_tokens" in bad.json()["error"]["message"]
     assert post(clean, {"timeout": 0.2, "max_output_tokens": 20_000, "ignore_eos": True}).status_code == 504
+    clean.wait_until_idle()
     assert sessions(clean) == [stored.id]
 
 
