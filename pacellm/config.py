@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from pacellm.errors import ConfigError
+from pacellm.view import BLOCK, Budget
 
 Preset = Literal["observe", "reference", "paper"]
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 Ties = Literal["index", "age"]
 ATTENTION_KERNELS = ("auto", "flash", "cudnn", "flash-attn-2", "flash-attn-3")
+_MAX_HISTORY = 1_000_000
 
 _NUMBERS: dict[str, dict[str, float]] = {
     "observe": {"theta_high": 0.75, "theta_low": 0.25, "alpha": 0.2},
@@ -126,7 +128,11 @@ class EngineConfig:
     """What the engine may use. Fields left at None are filled in by :meth:`resolve`.
 
     Attributes:
-        max_model_len: longest context in tokens, prompt and answer together.
+        max_model_len: longest context in tokens, prompt and answer together; with ``working_memory`` it is the history
+            that may be so long, and None is a million.
+        working_memory: tokens of a history that are seen at once and lie on the device; at most the model's context.
+            None: contexts end where the model's does.
+        working_memory_window: of them, those that are seen because they are recent.
         max_num_batched_tokens: tokens of one step.
         max_num_seqs: requests that run at once.
         max_num_mixed_tokens: prefill tokens of a step that also decodes, so that streams keep flowing.
@@ -156,6 +162,11 @@ class EngineConfig:
     """
 
     max_model_len: int | None = None
+    working_memory: int | None = None
+    working_memory_window: int = 1024
+    memory_index: tuple[str, ...] = ("lexical",)
+    memory_block: int = 64
+    retrieval: Any = None
     max_num_batched_tokens: int = 2048
     max_num_seqs: int = 16
     max_num_mixed_tokens: int = 256
@@ -226,17 +237,20 @@ class EngineConfig:
         Raises:
             ConfigError: a value that this model cannot serve, named in ``param``.
         """
-        length = self.max_model_len or context_length
-        if length > context_length:
+        length = self.max_model_len or (context_length if self.working_memory is None else _MAX_HISTORY)
+        if self.working_memory is not None:
+            self._check_budget(context_length)
+        elif length > context_length:
             raise ConfigError(
                 f"max_model_len {length} is longer than the model's context of {context_length} tokens; "
-                f"serve at most {context_length}",
+                f"serve at most {context_length}, or a history of any length with working_memory",
                 param="max_model_len",
             )
         layers = self.layers_of(num_layers, patchable_layers)
         kv = self.kv_cache_memory
         if kv is None:
-            kv = min(available_memory // 2, 4 * length * bytes_per_token) if is_host else available_memory * 7 // 8
+            longest = min(length, context_length)
+            kv = min(available_memory // 2, 4 * longest * bytes_per_token) if is_host else available_memory * 7 // 8
         return dataclasses.replace(
             self,
             max_model_len=length,
@@ -245,6 +259,27 @@ class EngineConfig:
             kv_cache_memory=kv,
             session_memory=kv if self.session_memory is None else self.session_memory,
         )
+
+    @property
+    def budget(self) -> Budget | None:
+        """Of what a token sees; None where it sees everything."""
+        if self.working_memory is None:
+            return None
+        return Budget(self.working_memory, self.working_memory_window)
+
+    def _check_budget(self, context_length: int) -> None:
+        window, tokens = self.working_memory_window, self.working_memory or 0
+        if window < BLOCK or window % BLOCK:
+            raise ConfigError(
+                f"working_memory_window must be a multiple of {BLOCK}, not {window}", param="working_memory_window"
+            )
+        least = window + 3 * BLOCK
+        if not least <= tokens <= context_length or tokens % BLOCK:
+            raise ConfigError(
+                f"working_memory must be a multiple of {BLOCK} from {least:,} (a window of {window:,} and room for what "
+                f"is called back) to the model's context of {context_length:,} tokens, not {tokens:,}",
+                param="working_memory",
+            )
 
     def layers_of(self, num_layers: int, patchable: tuple[int, ...] | None) -> tuple[int, ...]:
         """The layers with banks in a model of ``num_layers``, of which ``patchable`` can have one (None: all).

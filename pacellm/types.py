@@ -132,12 +132,15 @@ class Outline:
         opening: tokens at its end that only begin an answer.
         answered: what the context ends with once there is an answer.
         tools: digest of the tools that it shows, 0 for none.
+        question: (tokens, tokens behind them) of what is asked, from the prompt's end; None where nobody knows: what the
+            prompt says last.
     """
 
     end: End | None = "text"
     opening: int = 0
     answered: End = "text"
     tools: int = 0
+    question: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ from load_tests.ffn_bench import released as authors_module
 from pacellm.config import EngineConfig, PAConfig
 from pacellm.engine import pace
 from pacellm.engine.engine import Engine
-from pacellm.kv.blocks import BLOCK
 from pacellm.model.attention import dispatch as attention
 from pacellm.model.fused import unfuse
 from pacellm.model.load import LoadedModel, prepare
 from pacellm.model.patch import unpatch
 from pacellm.types import Event, Failed, GenerationRequest, SamplingParams
+from pacellm.view import BLOCK
 
 _SHAPE_7B = {
     "vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28,

@@ -21,7 +21,6 @@ from pacellm.calibration.layer_outputs import LayerOutputs
 from pacellm.config import PAConfig
 from pacellm.errors import ConfigError
 from pacellm.experts.forward import attach, detach
-from pacellm.kv.blocks import BLOCK
 from pacellm.memory.expert_counts import EXPERTS
 from pacellm.memory.pool import BankPool
 from pacellm.model.attention.dispatch import slab
@@ -31,6 +30,7 @@ from pacellm.model.neurons import decoder_layers
 from pacellm.model.patch import patch, unpatch
 from pacellm.rows import missing_rows
 from pacellm.run.batch import padded
+from pacellm.view import BLOCK
 
 LEAST = 96
 """Tokens without which nothing is measured."""

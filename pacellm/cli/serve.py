@@ -195,7 +195,9 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         ConfigError: a value that cannot work.
     """
     return EngineConfig(
-        max_model_len=options.max_model_len,
+        max_model_len=options.max_model_len if options.working_memory is None else options.max_history,
+        working_memory=options.working_memory,
+        working_memory_window=options.working_memory_window,
         max_num_batched_tokens=options.max_num_batched_tokens,
         max_num_seqs=options.max_num_seqs,
         kv_cache_memory=options.kv_cache_memory_bytes,
@@ -237,6 +239,12 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     add("--tensor-parallel-size", type=values.at_least_one, default=1, help="processes, one device each, that the "
         "model is split over")  # fmt: skip
     add("--max-model-len", type=values.size, help="longest context in tokens (default: the model's)")
+    add("--working-memory", type=values.size, metavar="TOKENS", help="serve histories beyond the model's context: so many "
+        "of their tokens are on the device and seen at once, recent ones and those that the question calls back")  # fmt: skip
+    add("--working-memory-window", type=values.size, default=defaults.working_memory_window, metavar="TOKENS",
+        help="of them, recent ones")  # fmt: skip
+    add("--max-history", type=values.size, default=1_000_000, metavar="TOKENS", help="longest history with "
+        "--working-memory, prompt and answer together")  # fmt: skip
     add("--max-num-batched-tokens", type=int, default=defaults.max_num_batched_tokens, help="tokens of one step")
     add("--max-num-seqs", type=int, default=defaults.max_num_seqs, help="requests that run at once")
     add("--kv-cache-memory-bytes", type=values.size, help="bytes of KV memory, as 8G (default: from what is free)")

@@ -6,6 +6,7 @@ prefixes and idle sessions, least recently used first.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
@@ -17,13 +18,13 @@ from pacellm.engine.queues import RequestQueues
 from pacellm.engine.sequence import Sequence
 from pacellm.engine.validation import tokens_to_generate
 from pacellm.errors import RequestError
-from pacellm.kv.blocks import BLOCK, blocks_for
+from pacellm.kv.blocks import blocks_for
 from pacellm.kv.prefix_cache import PrefixCache
 from pacellm.sessions.history import bind
 from pacellm.sessions.mover import Mover
 from pacellm.sessions.session import Session
 from pacellm.sessions.store import SessionStore
-from pacellm.sessions.turn import Turn
+from pacellm.view import BLOCK
 
 
 class Admission:
@@ -116,7 +117,8 @@ class Admission:
         if session is None or tokens is None or not self.planner.needs_state(sequence, session):
             return "here"
         own = self.planner.own_turn(sequence, session)
-        blocks = blocks_for(tokens) + max(0, blocks_for(own.end) - own.start // BLOCK)
+        wanted = max(0, blocks_for(own.end) - own.start // BLOCK)
+        blocks = blocks_for(tokens) + (wanted if own.budget is None else min(wanted, own.budget.tokens // BLOCK))
         if self._has_room_for_state(session, blocks):
             # the worker may be given blocks at once that a copy of this step still reads
             self._cache.run_copies()
@@ -138,7 +140,7 @@ class Admission:
     def _begin_if_fits(self, sequence: Sequence, session: Session | None) -> bool:
         """Give a waiting sequence its working copy; False where there is no room yet."""
         plan = self.planner.plan(sequence, session)
-        needed = blocks_for(max(turn.end for turn in plan.work)) - plan.position // BLOCK
+        needed = _blocks_needed(plan)
         if self._has_room(plan, session, needed):
             self._begin(sequence, session, plan, needed)
             return True
@@ -177,9 +179,9 @@ class Admission:
             session.wanted = False
         note_findings(sequence, session, plan)
         sequence.session = None if sequence.is_branch else session
-        sequence.table = self._cache.new_table(plan.blocks, plan.position, needed)
+        sequence.table = self._cache.new_table(plan.table, plan.position, needed)
         self._cache.new_banks(sequence, plan.row, session)
-        sequence.lineage = plan.lineage
+        sequence.lineage, sequence.question = plan.lineage, self.planner.question(sequence)
         sequence.begin(plan.work, self._clock(), index=plan.index, cursor=plan.cursor)
         if plan.prefix is not None:
             self._prefix_cache.use(plan.prefix, sequence)
@@ -197,13 +199,23 @@ class Admission:
             self._queues.waiting.appendleft(sequence)
             return False
         turn = parent.turn
-        own = Turn(turn.start, turn.prompt_end, turn.ids[: parent.cursor], turn.pa, turn.density)
+        own = dataclasses.replace(turn, ids=turn.ids[: parent.cursor])
         needed = blocks_for(parent.position) - parent.position // BLOCK
+        sequence.question, sequence.recall = parent.question, parent.recall
         sequence.lineage, sequence.cached = parent.lineage, parent.cached
-        sequence.table = self._cache.new_table(parent.table.blocks, parent.position, needed)
+        sequence.table = self._cache.new_table(parent.table, parent.position, needed)
         self._cache.run_copies()
         self._cache.new_banks(sequence, parent.row, None)
         sequence.begin([own], self._clock(), index=parent.index)
         sequence.advance(parent.cursor)
         self._queues.running.append(sequence)
         return True
+
+
+def _blocks_needed(plan: AdmissionPlan) -> int:
+    """KV blocks for what a plan feeds, of a history beyond its budget as many as that has."""
+    needed = blocks_for(max(turn.end for turn in plan.work)) - plan.position // BLOCK
+    budgets = [turn.budget for turn in plan.work]
+    if any(budget is None for budget in budgets):
+        return needed
+    return min(needed, max(budget.tokens for budget in budgets if budget is not None) // BLOCK)

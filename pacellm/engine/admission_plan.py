@@ -7,12 +7,16 @@ from dataclasses import dataclass
 
 from pacellm.config import Preset
 from pacellm.engine.sequence import Lineage, Sequence
+from pacellm.kv.blocks import KVTable
 from pacellm.kv.prefix_cache import CachedPrefix, PrefixCache
 from pacellm.modes import resolve
 from pacellm.sessions.history import kinship
 from pacellm.sessions.session import Session
 from pacellm.sessions.turn import Turn, common_prefix
 from pacellm.types import SessionStatus
+from pacellm.view import Budget
+
+_VOTERS = 128  # tokens of a question, its last ones
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class AdmissionPlan:
         lineage: what its first token is fed on.
         work: turns to feed; ``index`` numbers the first among the turns since the lineage's beginning, and ``cursor``
             tokens of it are in place.
-        position: tokens of KV in place, in ``blocks``.
+        position: tokens of KV in place, in ``table``.
         row: banks to go on from, None for the origin's or empty ones.
         prefix: the cached prefix that is used.
     """
@@ -33,7 +37,7 @@ class AdmissionPlan:
     index: int
     cursor: int
     position: int
-    blocks: list[int]
+    table: KVTable
     row: int | None
     prefix: CachedPrefix | None
 
@@ -45,10 +49,18 @@ class AdmissionPlanner:
         prefix_cache: prefixes of prompts that were computed before.
         preset: the banks' where requests name none; None where there are no banks.
         density: of requests that do not say.
+        budget: of what their tokens see; None is no limit.
     """
 
-    def __init__(self, prefix_cache: PrefixCache, *, preset: Preset | None, density: float = 1.0) -> None:
-        self._prefix_cache, self._preset, self._density = prefix_cache, preset, density
+    def __init__(
+        self,
+        prefix_cache: PrefixCache,
+        *,
+        preset: Preset | None,
+        density: float = 1.0,
+        budget: Budget | None = None,
+    ) -> None:
+        self._prefix_cache, self._preset, self._density, self._budget = prefix_cache, preset, density, budget
 
     def plan(self, sequence: Sequence, session: Session | None) -> AdmissionPlan:
         """What to feed, and on which state: the session's, a cached prefix, or none with the log before."""
@@ -57,19 +69,20 @@ class AdmissionPlanner:
         own = self.own_turn(sequence, session)
         turns = [*log, own]
         is_scored = sequence.request.sampling.prompt_logprobs is not None  # every row of the prompt is needed
-        prefix = None if is_scored else self._prefix_cache.find(lineage, turns)
+        sees = self.question(sequence)
+        prefix = None if is_scored else self._prefix_cache.find(lineage, turns, sees.start if sees else None)
         is_best = prefix is None or prefix.index < len(log)
         if session is not None and session.is_resident and session.table is not None and is_best:
-            return AdmissionPlan(lineage, [own], len(log), 0, own.start, session.table.blocks, session.row, None)
+            return AdmissionPlan(lineage, [own], len(log), 0, own.start, session.table, session.row, None)
         if prefix is None:
-            return AdmissionPlan(lineage, turns, 0, 0, 0, [], None, None)
+            return AdmissionPlan(lineage, turns, 0, 0, 0, KVTable(), None, None)
         return AdmissionPlan(
             lineage,
             turns[prefix.index :],
             prefix.index,
             len(prefix.ids),
             prefix.position,
-            prefix.table.blocks,
+            prefix.table,
             prefix.row,
             prefix,
         )
@@ -79,11 +92,26 @@ class AdmissionPlanner:
         start = 0
         if session is not None:
             start = min(common_prefix(sequence.prompt, session.context), len(sequence.prompt) - 1)
+            if (question := self.question(sequence)) is not None:
+                start = min(start, question.start)
         ids = sequence.prompt[start:] + array("i", sequence.generated)
         asked = sequence.request.ce_density
         density = round(1e6 * (self._density if asked is None else asked)) / 1e6
         mode = resolve(sequence.request.pa, self._preset) if self._preset is not None else "off"
-        return Turn(start, len(sequence.prompt), ids, mode, density)
+        return Turn(start, len(sequence.prompt), ids, mode, density, self._budget, sequence.recall)
+
+    def question(self, sequence: Sequence) -> range | None:
+        """Positions of the tokens that choose what is called back; None where the prompt fits its budget.
+
+        They lie beyond the budget: what lies within sees everything before it anyway.
+        """
+        length = len(sequence.prompt)
+        if self._budget is None or length <= self._budget.tokens:
+            return None
+        outline = sequence.request.outline
+        count, behind = outline.question or (_VOTERS, outline.opening)
+        end = max(self._budget.tokens, length - behind)
+        return range(max(self._budget.tokens, end - min(count, _VOTERS)), end)
 
     def needs_state(self, sequence: Sequence, session: Session) -> bool:
         """The session's own state is needed: no prefix goes beyond it."""

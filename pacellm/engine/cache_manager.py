@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pacellm.engine.queues import RequestQueues
 from pacellm.engine.sequence import CountsBefore, Sequence
 from pacellm.engine.step import Copy
-from pacellm.kv.blocks import BLOCK, BlockAllocator, KVTable
+from pacellm.kv.blocks import BlockAllocator, KVTable, blocks_for
 from pacellm.kv.prefix_cache import CachedPrefix, PrefixCache
 from pacellm.memory.pool import BankPool
+from pacellm.recall.views import Views
 from pacellm.sessions.eviction import Eviction
 from pacellm.sessions.session import Session
 from pacellm.sessions.store import SessionStore
+from pacellm.view import BLOCK, View
 
 
 class CacheManager:
@@ -24,6 +26,7 @@ class CacheManager:
         prefix_cache: prefixes of prompts that were computed before.
         queues: requests; each running one may need a block more.
         copy_kv: copies KV between slots now.
+        views: changes what tables stand for; None where they always stand for everything.
     """
 
     def __init__(
@@ -35,9 +38,11 @@ class CacheManager:
         prefix_cache: PrefixCache,
         queues: RequestQueues,
         copy_kv: Callable[[list[Copy]], None],
+        views: Views | None = None,
     ) -> None:
         self._allocator, self._pool, self._sessions, self._eviction = allocator, pool, sessions, eviction
         self._prefix_cache, self._queues, self._copy_kv = prefix_cache, queues, copy_kv
+        self.views = views
         self._copies: list[Copy] = []
 
     def take_copies(self) -> list[Copy]:
@@ -101,15 +106,21 @@ class CacheManager:
 
     # -- working copies ------------------------------------------------------------------------------------
 
-    def new_table(self, source: list[int], start: int, needed: int) -> KVTable:
-        """A table that shares the full blocks before ``start`` and owns the rest."""
-        kept = start // BLOCK
-        table = KVTable(list(source[:kept]))
+    def new_table(self, source: KVTable, start: int, needed: int) -> KVTable:
+        """A table that shares the full blocks of ``source``'s window before ``start`` and owns ``needed`` behind them."""
+        if start < source.view.start:
+            table = KVTable([], source.view, source.history)
+            assert self.views is not None
+            self.views.go_back(table, start)
+            table.extend(self._allocator.allocate(needed - 1, table.blocks[-1]))
+            return table
+        window, kept = source.window, (start - source.view.start) // BLOCK
+        table = KVTable(list(window[:kept]), View(source.view.start), source.history.until(start))
         own = self._allocator.allocate(needed, table.blocks[-1] if table.blocks else None)
         self._allocator.share(table.blocks)
         table.extend(own)
         if start % BLOCK:
-            self._copies.append(Copy(source[kept] * BLOCK, table.blocks[kept] * BLOCK, start % BLOCK))
+            self._copies.append(Copy(window[kept] * BLOCK, table.blocks[kept] * BLOCK, start % BLOCK))
         return table
 
     def extend(self, table: KVTable) -> bool:
@@ -117,8 +128,47 @@ class CacheManager:
         while not self._allocator.num_free:
             if not (self._prefix_cache.evict_one() or (not self.is_draining and self._eviction.evict_one())):
                 return False
-        table.extend(self._allocator.allocate(1, table.blocks[-1]))
+        table.extend(self._allocator.allocate(1, table.blocks[-1] if table.blocks else None))
         return True
+
+    def fits(self, sequence: Sequence, until: int) -> bool:
+        """Have a sequence's table stand for what its next token sees, with room for tokens before position ``until``,
+        at the price of idle state. False where there is none."""
+        if not self._show(sequence):
+            return False
+        while sequence.table.capacity < until:
+            if not self.extend(sequence.table):
+                return False
+        return True
+
+    def _show(self, sequence: Sequence) -> bool:
+        table, position = sequence.table, sequence.position
+        view = sequence.turn.view(position)
+        if view == table.view or self.views is None:
+            return True
+        self.run_copies()
+        if position < table.history.tokens:  # the log goes back here
+            if not self.make_room(1):
+                return False
+            self.views.go_back(table, position)
+        spare = table.blocks[blocks_for(table.place(position)) :]
+        self._allocator.release(spare)
+        table.replace(table.blocks[: len(table.blocks) - len(spare)], table.view)
+        if not self.make_room(self.views.blocks_for(table, view)):
+            return False
+        self.views.show(table, view)
+        for _ in range(min(len(spare), self._missing(sequence))):
+            if not self.extend(table):
+                break  # the others come when they are needed
+        return True
+
+    def _missing(self, sequence: Sequence) -> int:
+        """Blocks that the known tokens of a sequence still take, within its budget."""
+        table, turn = sequence.table, sequence.turn
+        wanted = blocks_for(table.place(turn.end))
+        if turn.budget is not None:
+            wanted = min(wanted, turn.budget.tokens // BLOCK)
+        return wanted - len(table.blocks)
 
     def new_banks(self, sequence: Sequence, source: int | None, session: Session | None) -> None:
         """A row for the sequence: a copy of ``source``, or what the session began with."""

@@ -107,5 +107,5 @@ class _TokenBudget:
 
 def _most(sequence: Sequence) -> int:
     """Tokens that it could be fed at once."""
-    left = len(sequence.turn.ids) - sequence.cursor
+    left = sequence.horizon - sequence.position
     return left if sequence.request.sampling.prompt_logprobs is None else min(left, _MAX_SCORED)

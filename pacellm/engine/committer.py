@@ -8,11 +8,14 @@ from pacellm.engine.integrity import IntegrityCheck
 from pacellm.engine.recovery import Recovery
 from pacellm.engine.request_state import Outbox
 from pacellm.engine.scheduler import Scheduler
+from pacellm.engine.sequence import Sequence
 from pacellm.engine.stats import EngineStats
 from pacellm.engine.step import Work
 from pacellm.errors import EngineError, reason
 from pacellm.faults import Faults
+from pacellm.recall.recaller import Recaller
 from pacellm.run.ahead import Flight
+from pacellm.run.runner import Output
 from pacellm.types import Progress
 
 
@@ -25,6 +28,7 @@ class Committer:
         recovery, faults: for what fails.
         stats: where steps and tokens are counted.
         integrity: asked after each step; None where it is not to be.
+        recaller: chooses what is called back; None where nothing is.
     """
 
     def __init__(
@@ -37,9 +41,11 @@ class Committer:
         stats: EngineStats,
         faults: Faults,
         integrity: IntegrityCheck | None,
+        recaller: Recaller | None = None,
     ) -> None:
         self._answers, self._scheduler, self._cache, self._recovery = answers, scheduler, cache, recovery
         self._outbox, self._stats, self._faults, self._integrity = outbox, stats, faults, integrity
+        self._recaller = recaller
 
     def commit(self, flight: Flight) -> None:
         """Take over what a step has given.
@@ -57,6 +63,9 @@ class Committer:
             if not sequence.is_running:
                 continue  # it ended meanwhile; a failed choice takes the others along
             try:
+                if work.asks is not None:
+                    self._choose(sequence, output)
+                    continue
                 self._advance(work)
                 if sequence.id in failed:
                     self._outbox.put(self._recovery.fail(sequence, failed[sequence.id]))
@@ -68,6 +77,11 @@ class Committer:
                 self._outbox.put(self._recovery.fail(sequence, failure))
         if self._integrity is not None:
             self._integrity.check()
+
+    def _choose(self, sequence: Sequence, output: Output) -> None:
+        """A sequence's question was asked: what is called back for it."""
+        assert self._recaller is not None
+        self._recaller.choose(sequence, output.asked[sequence.id])
 
     def _advance(self, work: Work) -> None:
         """A sequence's tokens were fed."""

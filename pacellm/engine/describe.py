@@ -6,8 +6,8 @@ import logging
 
 from pacellm.config import EngineConfig
 from pacellm.engine.engine import Engine
-from pacellm.kv.blocks import BLOCK
 from pacellm.sessions.files import SessionFiles
+from pacellm.view import BLOCK
 
 logger = logging.getLogger("pacellm")
 

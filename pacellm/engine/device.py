@@ -16,6 +16,8 @@ from pacellm.memory.pool import BankPool, bytes_per_row
 from pacellm.model.attention import choice as kernel_choice
 from pacellm.model.attention import cuda as attention_cuda
 from pacellm.model.attention.plan import PrefillKernel
+from pacellm.model.codes import Coder
+from pacellm.model.codes import detach as detach_codes
 from pacellm.model.fixed_rows import fix_rows
 from pacellm.model.linear import Products, choose
 from pacellm.model.load import LoadedModel
@@ -157,7 +159,12 @@ def new_runner(
             parallel.tell(model.ranks, parallel.Patch(None))
         parallel.tell(model.ranks, _begin(config, pool.num_rows if pool is not None else 0, num_blocks, kernel))
         kind = parallel.LeadingRunner
-    runner = kind(model, pool, num_blocks, config.bank, deterministic=config.deterministic, kernel=kernel, rows=rows)
+    detach_codes(model.module)
+    book = config.retrieval.book if "activity" in config.memory_index and config.budget is not None else None
+    runner = kind(
+        model, pool, num_blocks, config.bank, deterministic=config.deterministic, kernel=kernel, rows=rows,
+        coder=None if book is None else Coder(book, model.device),
+    )  # fmt: skip
     start_decoder(runner, config)
     return runner
 
@@ -173,6 +180,6 @@ def start_decoder(runner: Runner, config: EngineConfig) -> None:
     if problem is not None:
         logger.warning("decode attention by FlashAttention, without CUDA graphs: %s", problem)
     elif config.cuda_graphs:
-        tokens = config.max_model_len or 0
+        tokens = config.working_memory or config.max_model_len or 0
         runner.use_static_decode(max_seqs=config.max_num_seqs, max_tokens=tokens, capture=True)
         logger.info("decode steps as CUDA graphs")

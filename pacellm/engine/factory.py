@@ -39,7 +39,8 @@ from pacellm.engine.step import Copy
 from pacellm.engine.validation import RequestValidator
 from pacellm.experts.forward import check_density, detach
 from pacellm.faults import Faults
-from pacellm.kv.blocks import BLOCK, BlockAllocator
+from pacellm.kv.blocks import BlockAllocator
+from pacellm.kv.history import HistoryMemory
 from pacellm.kv.prefix_cache import PrefixCache
 from pacellm.memory.pool import BankPool
 from pacellm.model.attention.plan import PrefillKernel
@@ -47,6 +48,9 @@ from pacellm.model.fused import fuse
 from pacellm.model.linear import Products
 from pacellm.model.load import LoadedModel
 from pacellm.model.patch import unpatch
+from pacellm.model.rotation import learn_rotations, make_precise
+from pacellm.recall.recaller import Recaller
+from pacellm.recall.views import Views
 from pacellm.run.runner import Runner
 from pacellm.sessions.budget import DiskBudget
 from pacellm.sessions.claims import DirectoryClaims
@@ -67,6 +71,7 @@ from pacellm.sessions.snapshots import Snapshots
 from pacellm.sessions.stats import MoverStats
 from pacellm.sessions.store import SessionStore
 from pacellm.sessions.worker import Worker
+from pacellm.view import BLOCK
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,7 @@ class Scheduling:
     prefix_cache: PrefixCache
     cache: CacheManager
     scheduler: Scheduler
+    recaller: Recaller | None
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,8 @@ def build(model: LoadedModel, config: EngineConfig, tokenizer: Tokenizer | None)
     # its thread must not keep an engine that nobody else keeps
     worker = Worker(partial(faults.note, "worker"), wakeup)
     sessions = new_sessions(device.config, device.allocator, device.pool, device.runner.slabs, worker, model, records)
-    scheduling = new_scheduling(device.config, device.allocator, device.pool, sessions, device.runner.copy)
+    views = new_views(device, sessions.mover.host.history)
+    scheduling = new_scheduling(device.config, device.allocator, device.pool, sessions, device.runner.copy, views=views)
     requests: Requests = {}
     outbox, queues, scheduler = Outbox(), scheduling.queues, scheduling.scheduler
     prefix_cache, files = scheduling.prefix_cache, sessions.mover.files
@@ -199,7 +206,7 @@ def build(model: LoadedModel, config: EngineConfig, tokenizer: Tokenizer | None)
         ),
         committer=Committer(
             answers, scheduler, scheduling.cache, recovery, outbox, stats, faults,
-            integrity if device.config.check_integrity else None,
+            integrity if device.config.check_integrity else None, scheduling.recaller,
         ),
         stats=stats,
         faults=faults,
@@ -288,6 +295,7 @@ def new_scheduling(
     sessions: Sessions,
     copy_kv: Callable[[list[Copy]], None],
     clock: Callable[[], float] = time.monotonic,
+    views: Views | None = None,
 ) -> Scheduling:
     """Queues, and who decides what runs.
 
@@ -295,18 +303,42 @@ def new_scheduling(
         config: resolved.
         copy_kv: copies KV between slots now.
         clock: seconds.
+        views: puts what is called back into KV memory; None where contexts end where the model's does.
     """
     store, queues, pace = sessions.store, RequestQueues(), Pace()
     prefix_cache = PrefixCache(allocator, pool, segment=config.bank.segment, max_seqs=config.max_num_seqs)
-    cache = CacheManager(allocator, pool, store, sessions.eviction, prefix_cache, queues, copy_kv)
-    preset = config.bank.preset if config.pa else None
-    planner = AdmissionPlanner(prefix_cache, preset=preset, density=config.ce_density)
+    cache = CacheManager(allocator, pool, store, sessions.eviction, prefix_cache, queues, copy_kv, views)
+    preset, recaller = config.bank.preset if config.pa else None, _new_recaller(config, views)
+    planner = AdmissionPlanner(prefix_cache, preset=preset, density=config.ce_density, budget=config.budget)
     deadlines = Deadlines(config, queues, store, planner, pace, clock)
     admission = Admission(config, queues, store, sessions.mover, cache, prefix_cache, planner, deadlines, clock)
     scheduler = Scheduler(
-        config, queues, store, sessions.eviction, cache, prefix_cache, admission, deadlines, pace
+        config, queues, store, sessions.eviction, cache, prefix_cache, admission, deadlines, pace, recaller
     )  # fmt: skip
-    return Scheduling(queues, prefix_cache, cache, scheduler)
+    return Scheduling(queues, prefix_cache, cache, scheduler, recaller)
+
+
+def _new_recaller(config: EngineConfig, views: Views | None) -> Recaller | None:
+    if views is None:
+        return None
+    return Recaller(
+        config.memory_index, config.retrieval, views.rotations,
+        block=config.memory_block, distance=config.working_memory_window,
+    )  # fmt: skip
+
+
+def new_views(device: Device, memory: HistoryMemory) -> Views | None:
+    """What puts parts of histories into KV memory; None without working memory.
+
+    Raises:
+        ConfigError: the model's keys cannot be shown elsewhere than where they stood.
+    """
+    model, budget = device.model, device.config.budget
+    if budget is None:
+        return None
+    rotations = learn_rotations(model)
+    make_precise(model.module, model.context_length)
+    return Views(device.allocator, device.runner.slabs, model.windows, rotations, memory)
 
 
 def _new_operating(

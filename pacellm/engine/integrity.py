@@ -6,10 +6,11 @@ from collections import Counter, defaultdict
 
 from pacellm.engine.queues import RequestQueues
 from pacellm.errors import EngineError
-from pacellm.kv.blocks import BLOCK, BlockAllocator, KVTable
+from pacellm.kv.blocks import BlockAllocator, KVTable
 from pacellm.kv.prefix_cache import PrefixCache
 from pacellm.memory.pool import BankPool
 from pacellm.sessions.store import SessionStore
+from pacellm.view import BLOCK
 
 
 class IntegrityError(EngineError):
@@ -66,9 +67,9 @@ class IntegrityCheck:
         held: dict[int, list[tuple[object, int]]] = defaultdict(list)  # who holds a block, theirs up to which position
         for holder, table, end in self._holders():
             for number, block in enumerate(table.blocks):
-                held[block].append((holder, min(end, (number + 1) * BLOCK)))
+                held[block].append((holder, min(end, (number + 1) * BLOCK + table.view.offset)))
         for sequence in self._queues.running:
-            for block in sequence.table.blocks[sequence.position // BLOCK :]:
+            for block in sequence.table.blocks[sequence.table.place(sequence.position) // BLOCK :]:
                 if any(holder is not sequence and end > sequence.position for holder, end in held[block]):
                     raise IntegrityError(f"request {sequence.id} would overwrite KV block {block}, "
                                          "which is not its own")  # fmt: skip

@@ -19,6 +19,7 @@ from pacellm.engine.queues import RequestQueues
 from pacellm.engine.sequence import Sequence, Status
 from pacellm.engine.step import Step, Work
 from pacellm.kv.prefix_cache import PrefixCache
+from pacellm.recall.recaller import Recaller
 from pacellm.sessions.eviction import Eviction
 from pacellm.sessions.store import SessionStore
 
@@ -32,6 +33,7 @@ class Scheduler:
         sessions, eviction: what outlives them, and keeps it within budgets.
         cache, prefix_cache: the memory.
         admission: begins waiting requests. deadlines: knows who is late. pace: what steps cost.
+        recaller: chooses what is called back of histories beyond their budget; None where there is no budget.
     """
 
     def __init__(
@@ -45,11 +47,12 @@ class Scheduler:
         admission: Admission,
         deadlines: Deadlines,
         pace: Pace,
+        recaller: Recaller | None = None,
     ) -> None:
         self._config, self._sessions, self._eviction = config, sessions, eviction
         self.queues, self.waiting, self.running = queues, queues.waiting, queues.running
         self.cache, self.prefix_cache, self.admission = cache, prefix_cache, admission
-        self.deadlines, self.pace = deadlines, pace
+        self.deadlines, self.pace, self._recaller = deadlines, pace, recaller
         self.preemptions = 0
 
     # -- the next step -------------------------------------------------------------------------------------
@@ -63,6 +66,9 @@ class Scheduler:
         if decodes:
             budget = min(budget, self._config.max_num_mixed_tokens)
         prompts = [sequence for sequence in self.running if not sequence.is_decoding]
+        if self._recaller is not None:
+            budget -= self._add_questions(step, self._recaller)
+            prompts = self._looking(prompts, step)
         seconds = self.pace.seconds(decodes=decodes, several=len(prompts) > 1)
         add_chunks(step, prompts, budget, seconds, self.pace, self.deadlines.is_late)
         step.copies = self.cache.take_copies()
@@ -70,16 +76,39 @@ class Scheduler:
 
     def _add_decodes(self, step: Step, budget: int) -> int:
         for sequence in [sequence for sequence in self.running if sequence.is_decoding]:
-            if budget and sequence.status is Status.RUNNING and self._grow(sequence, step):
+            sequence.outgrow()
+            if budget and sequence.status is Status.RUNNING and self._grow(sequence, step, sequence.position + 1):
                 step.work.append(Work(sequence, 1))
                 budget -= 1
         return budget
 
-    def _grow(self, sequence: Sequence, step: Step) -> bool:
-        """Room for the sequence's next token, at the price of idle state and then of the youngest sequence."""
-        while sequence.position >= sequence.table.capacity:
-            if self.cache.extend(sequence.table):
+    def _looking(self, prompts: list[Sequence], step: Step) -> list[Sequence]:
+        """Those of ``prompts`` that can be gone on with: what their next tokens see is in place."""
+        found = []
+        for sequence in prompts:
+            is_next = sequence.status is Status.RUNNING and not sequence.is_asking
+            if is_next and self._grow(sequence, step, sequence.horizon):
+                found.append(sequence)
+        return [sequence for sequence in found if sequence.status is Status.RUNNING]
+
+    def _add_questions(self, step: Step, recaller: Recaller) -> int:
+        """Choose what is called back, where it is time to, or have the step ask; the tokens that ask."""
+        asked = 0
+        for sequence in [sequence for sequence in self.running if sequence.is_asking]:
+            assert sequence.question is not None
+            if not self._grow(sequence, step, sequence.question.stop):
                 continue
+            if sequence.question and recaller.looks_at is not None:
+                step.work.append(Work(sequence, len(sequence.question), asks=recaller.looks_at))
+                asked += len(sequence.question)
+            else:
+                recaller.choose(sequence)
+        return asked
+
+    def _grow(self, sequence: Sequence, step: Step, until: int) -> bool:
+        """Room for the sequence's tokens before position ``until``, which see what they are to see, at the price of idle
+        state and then of the youngest sequence."""
+        while not self.cache.fits(sequence, until):
             if self.cache.is_draining:
                 return False  # its turn comes when the worker has freed them; the others go on
             victim = self._least_urgent(step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import time
 from array import array
@@ -13,6 +14,7 @@ from pacellm.sessions.ending import Ending
 from pacellm.sessions.session import Session
 from pacellm.sessions.turn import Turn
 from pacellm.types import FinishReason, GenerationRequest, Kinship, Matcher, SessionStatus
+from pacellm.view import Recall
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,6 +69,8 @@ class Sequence:
         matcher: where it is in what its answer is constrained to, once it was asked.
         num_scored: prompt tokens after the first whose log-probability was reported.
         before: where its own turn began; of a further choice, where its prompt ended.
+        question: positions of what is asked, which chooses what is called back; None where the prompt fits its budget.
+        recall: what was called back; it outlives a preemption.
         working_sets: by layer the experts that its decoded tokens use, as long as they are known.
         cached, replayed: prompt tokens not computed again; tokens of the log that are.
     """
@@ -92,6 +96,8 @@ class Sequence:
     total_work: int = 0
     done_work: int = 0
     before: CountsBefore | None = None
+    question: range | None = None
+    recall: Recall | None = None
     working_sets: dict[int, Any] = field(default_factory=dict)
     admitted_at: float | None = None
     first_token_at: float | None = None
@@ -127,6 +133,37 @@ class Sequence:
     def pending(self) -> int:
         """Known tokens not yet fed."""
         return self.total_work - self.done_work
+
+    @property
+    def is_asking(self) -> bool:
+        """Its next tokens are the question whose answer is what they see."""
+        return self._asks_at == self.position
+
+    @property
+    def _asks_at(self) -> int | None:
+        """The position at which it will be chosen what is called back; None where it is, or nothing is."""
+        if self.question is None or len(self.work) != 1 or self.turn.recall is not None:
+            return None
+        return self.question.start
+
+    @property
+    def horizon(self) -> int:
+        """The position before which its known tokens see alike."""
+        position, ends = self.position, [self.turn.end]
+        for bound in (self.turn.next_view(position), self._asks_at):
+            if bound is not None and bound > position:
+                ends.append(bound)
+        return min(ends)
+
+    def outgrow(self) -> None:
+        """An answer that outgrows its budget sees what is most recent."""
+        budget = self.turn.budget
+        if budget is not None and self.turn.recall is None and self.position >= budget.tokens:
+            self.recalls(Recall.recent(budget))
+
+    def recalls(self, recall: Recall) -> None:
+        """What is called back for its question, or for the rest of its answer, was chosen."""
+        self.recall = self.turn.recall = recall
 
     @property
     def is_running(self) -> bool:
@@ -184,4 +221,4 @@ class Sequence:
     def fed(self) -> Turn:
         """The request's own turn as it enters the log: without the last sampled token, which was never fed."""
         turn = self.turn
-        return Turn(turn.start, turn.prompt_end, turn.ids[: self.cursor], turn.pa, turn.density)
+        return dataclasses.replace(turn, ids=turn.ids[: self.cursor])

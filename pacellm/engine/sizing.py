@@ -12,8 +12,8 @@ import torch
 
 from pacellm.config import EngineConfig
 from pacellm.errors import ConfigError
-from pacellm.kv.blocks import BLOCK
 from pacellm.model.load import LoadedModel, probe_step
+from pacellm.view import BLOCK
 
 logger = logging.getLogger("pacellm.engine")
 _MIN_BLOCKS = 2  # one for the prompt and one to go on
@@ -41,7 +41,15 @@ def resolve(model: LoadedModel, config: EngineConfig) -> EngineConfig:
             param="kv_cache_memory",
         )
     # a context that KV memory cannot hold would fail in the middle of an answer
-    config = dataclasses.replace(config, max_model_len=min(config.max_model_len or 0, memory // block_bytes * BLOCK))
+    fitting = memory // block_bytes * BLOCK
+    if config.working_memory is None:
+        config = dataclasses.replace(config, max_model_len=min(config.max_model_len or 0, fitting))
+    elif 2 * config.working_memory > fitting:
+        raise ConfigError(
+            f"kv_cache_memory of {memory:,} bytes holds {fitting:,} tokens; working_memory {config.working_memory:,} "
+            f"needs twice that, so at least {2 * config.working_memory * model.bytes_per_token:,} bytes",
+            param="kv_cache_memory",
+        )
     _check_disk_size(config)
     return config
 
@@ -66,15 +74,18 @@ def check_parallel(config: EngineConfig) -> None:
     Raises:
         ConfigError: names the setting.
     """
-    for name in ("session_dir", "session_host_memory"):
+    for name in ("session_dir", "session_host_memory", "working_memory"):
         if getattr(config, name):
             raise ConfigError(f"{name} is not there with tensor_parallel_size; leave it out", param=name)
 
 
 def host_memory(model: LoadedModel, config: EngineConfig) -> int:
-    """Bytes of host memory for sessions: on a CPU none beside the device's own."""
+    """Bytes of host memory for sessions: on a CPU none beside the device's own, or with working memory half of what is
+    available."""
     if config.session_host_memory is not None:
         return config.session_host_memory
+    if config.working_memory is not None and model.device.type == "cpu":
+        return available_memory(model, config)
     return 0 if model.device.type == "cpu" or model.ranks is not None else config.session_memory or 0
 
 

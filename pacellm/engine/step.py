@@ -12,6 +12,8 @@ class Work:
     """``count`` tokens of a sequence's current turn, from its cursor.
 
     Attributes:
+        asks: layers that look at the tokens, which are a question: what it calls back is to be chosen, and nothing of
+            them is kept. None: they are fed.
         ends: None for tokens that are known. Else the one token is still being chosen on the device, by the step
             before, and nothing is fed where it is one of these.
     """
@@ -19,6 +21,7 @@ class Work:
     sequence: Sequence
     count: int
     ends: tuple[int, ...] | None = None
+    asks: tuple[int, ...] | None = None
 
     @property
     def cursor(self) -> int:
@@ -29,6 +32,11 @@ class Work:
     def position(self) -> int:
         """Absolute position of the first token."""
         return self.sequence.turn.start + self.cursor
+
+    @property
+    def place(self) -> int:
+        """Where it lies in its sequence's table."""
+        return self.sequence.table.place(self.position)
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def expert_shares(model: LoadedModel, ids: Sequence[int], bins: int = 512) -> di
 
 
 def _kv_bytes(model: LoadedModel, tokens: int) -> int:
-    from pacellm.kv.blocks import BLOCK
+    from pacellm.view import BLOCK
 
     return (tokens // BLOCK + 3) * BLOCK * model.bytes_per_token
 

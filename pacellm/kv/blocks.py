@@ -1,4 +1,4 @@
-"""KV memory as refcounted blocks in runs. No torch: this decides *where*, the runner's slab holds *what*.
+"""KV memory as refcounted blocks in runs. This decides *where*, the runner's slab holds *what*.
 
 A block is ``BLOCK`` tokens. A table's blocks need not be adjacent, but the allocator keeps them so where it can:
 it extends the last run while the next block is free, and starts a new run in the smallest hole that fits what is asked
@@ -8,9 +8,10 @@ largest.
 
 from __future__ import annotations
 
+from pacellm.kv.history import History
 from pacellm.model.context import Run
+from pacellm.view import BLOCK, WHOLE, View
 
-BLOCK = 512
 GAP = 8
 
 
@@ -88,16 +89,40 @@ class BlockAllocator:
 
 
 class KVTable:
-    """Where one sequence's KV lies: its blocks in order of position."""
+    """Where one sequence's KV lies: its blocks in order of place.
 
-    def __init__(self, blocks: list[int] | None = None) -> None:
+    Args:
+        view: what they stand for.
+        history: what has left the view's window, or more.
+    """
+
+    def __init__(self, blocks: list[int] | None = None, view: View = WHOLE, history: History | None = None) -> None:
         self.blocks = blocks or []
+        self.view, self.history = view, history or History()
         self._runs: tuple[Run, ...] | None = None
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit."""
-        return len(self.blocks) * BLOCK
+        """Positions that fit."""
+        return len(self.blocks) * BLOCK + self.view.offset
+
+    def place(self, position: int) -> int:
+        """Where a position lies among the table's tokens."""
+        return position - self.view.offset
+
+    @property
+    def window(self) -> list[int]:
+        """The blocks behind the front."""
+        return self.blocks[self.view.front // BLOCK :]
+
+    def drop_front(self, allocator: BlockAllocator) -> None:
+        """Take the front away: it is made anew for whoever goes on."""
+        allocator.release(self.blocks[: self.view.front // BLOCK])
+        self.replace(self.window, View(self.view.start))
+
+    def replace(self, blocks: list[int], view: View) -> None:
+        """It stands for another view, in these blocks."""
+        self.blocks, self.view, self._runs = blocks, view, None
 
     def extend(self, blocks: list[int]) -> None:
         """Add blocks at the end."""
@@ -105,7 +130,7 @@ class KVTable:
         self._runs = None
 
     def runs(self) -> tuple[Run, ...]:
-        """The table as runs of adjacent blocks, in tokens."""
+        """The table as runs of adjacent blocks, by place, in tokens."""
         if self._runs is None:
             self._runs = _runs(self.blocks)
         return self._runs

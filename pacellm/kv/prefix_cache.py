@@ -20,6 +20,7 @@ from pacellm.kv.blocks import BlockAllocator, KVTable, blocks_for
 from pacellm.memory.pool import BankPool
 from pacellm.modes import PAMode
 from pacellm.sessions.turn import Turn
+from pacellm.view import BLOCK, Budget, View
 
 _MOST = 64
 
@@ -30,7 +31,7 @@ class CachedPrefix:
 
     Attributes:
         lineage: (tenant, session or None, its generation).
-        table: blocks up to ``position``; the last may go on with somebody else's tokens.
+        table: blocks up to ``position``, without a front; the last may go on with somebody else's tokens.
         row: banks as they stood at ``position``; None without PA.
         maker: id of the request that made it; ``session``: that request's.
         before: where the turn began, if it was that request's own.
@@ -41,6 +42,7 @@ class CachedPrefix:
     start: int
     ids: array[int]
     pa: PAMode
+    budget: Budget | None
     table: KVTable
     row: int | None
     maker: str
@@ -74,12 +76,16 @@ class PrefixCache:
     def __iter__(self) -> Iterator[CachedPrefix]:
         return iter(list(self._prefixes))
 
-    def find(self, lineage: Lineage, turns: list[Turn]) -> CachedPrefix | None:
-        """The prefix that saves most of feeding ``turns``, the last of which is the request's own; None without."""
+    def find(self, lineage: Lineage, turns: list[Turn], question: int | None = None) -> CachedPrefix | None:
+        """The prefix that saves most of feeding ``turns``, the last of which is the request's own; None without.
+
+        Args:
+            question: the first position that sees what is called back; no prefix goes beyond it.
+        """
         best: CachedPrefix | None = None
         for prefix in self._prefixes:
             is_deeper = prefix.lineage == lineage and (best is None or _depth(prefix) > _depth(best))
-            if is_deeper and _fits(prefix, turns):
+            if is_deeper and _fits(prefix, turns, question):
                 best = prefix
         return best
 
@@ -103,6 +109,8 @@ class PrefixCache:
         if position >= turn.prompt_end:
             return None
         end = position - position % self._segment
+        if sequence.question is not None and len(sequence.work) == 1 and end > _last_read(sequence):
+            return None  # what was called back for a question is for that one alone
         goes_back = any(later.start < end for later in sequence.work[1:])
         return end if end > turn.start and not goes_back else None
 
@@ -114,9 +122,9 @@ class PrefixCache:
         if end is None or any(prefix.position >= end for prefix in mine) or not self._has_row(num_running):
             return
         row = self._pool.take(sequence.row) if self._pool is not None and sequence.row is not None else None
-        blocks = sequence.table.blocks[: blocks_for(end)]
-        self._allocator.share(blocks)
-        self._add(sequence, end, KVTable(list(blocks)), row)
+        table = _settled(sequence.table, end)
+        self._allocator.share(table.blocks)
+        self._add(sequence, end, table, row)
         self._thin(mine, end)
 
     def take_over(self, sequence: Sequence) -> None:
@@ -126,11 +134,13 @@ class PrefixCache:
             return
         if any(prefix.position >= end for prefix in self._made_by(sequence)):
             return
-        blocks = sequence.table.blocks
-        self._allocator.release(blocks[blocks_for(end) :])
+        table = _settled(sequence.table, end)
+        front = sequence.table.view.front // BLOCK
+        self._allocator.release(sequence.table.blocks[:front])
+        self._allocator.release(sequence.table.blocks[front + len(table.blocks) :])
         if self._pool is not None and sequence.row is not None:
             self._pool.settle(sequence.row)
-        self._add(sequence, end, KVTable(blocks[: blocks_for(end)]), sequence.row)
+        self._add(sequence, end, table, sequence.row)
         sequence.table, sequence.row = KVTable(), None
 
     def _made_by(self, sequence: Sequence) -> list[CachedPrefix]:
@@ -150,6 +160,7 @@ class PrefixCache:
                 turn.start,
                 ids,
                 turn.pa,
+                turn.budget,
                 table,
                 row,
                 request.request_id,
@@ -222,13 +233,27 @@ class PrefixCache:
         return [prefix.row for prefix in self._prefixes if prefix.row is not None]
 
 
-def _fits(prefix: CachedPrefix, turns: list[Turn]) -> bool:
+def _last_read(sequence: Sequence) -> int:
+    """The last position that sees nothing that was called back for the question."""
+    turn = sequence.turn
+    assert sequence.question is not None
+    return max(sequence.question.start, 0 if turn.budget is None else turn.budget.tokens)
+
+
+def _settled(table: KVTable, end: int) -> KVTable:
+    """The part of a table before ``end``, without its front."""
+    return KVTable(table.window[: blocks_for(end - table.view.start)], View(table.view.start), table.history.until(end))
+
+
+def _fits(prefix: CachedPrefix, turns: list[Turn], question: int | None) -> bool:
     if prefix.index >= len(turns):
         return False
     turn, later = turns[prefix.index], turns[prefix.index + 1 :]
     if any(other.start < prefix.position for other in later):
         return False  # a turn that goes back would write over the prefix's KV
-    if (prefix.start, prefix.pa) != (turn.start, turn.pa) or prefix.position >= turn.prompt_end:
+    if (prefix.start, prefix.pa, prefix.budget) != (turn.start, turn.pa, turn.budget):
+        return False
+    if prefix.position >= turn.prompt_end or (question is not None and prefix.position > question):
         return False
     if prefix.index < len(turns) - 1:
         return True  # a turn of the log, which is the same as long as the generation is

@@ -33,12 +33,21 @@ KVShape = tuple[tuple[int, int], tuple[int, int]]
 
 @dataclass(frozen=True)
 class LayerProbe:
-    """What a layer's attention was seen to work on: its KV shapes, names of what it asks beyond a window, and the
-    number of its query heads."""
+    """What a layer's attention was seen to work on.
+
+    Attributes:
+        shapes: of its KV.
+        special: names of what it asks beyond a window.
+        query_heads: their number.
+        window: tokens that a query sees, itself included; None is all.
+        key: [Hkv, T, D] keys as they would be stored.
+    """
 
     shapes: KVShape
     special: list[str]
     query_heads: int
+    window: int | None
+    key: Tensor
 
 
 @dataclass(frozen=True)
@@ -105,18 +114,35 @@ class Experts:
     row: int
 
 
+@dataclass
+class Asked:
+    """What a question's tokens were seen to be.
+
+    Attributes:
+        layers: whose queries are wanted.
+        queries: of these [H, n, D], turned to their positions. scales: of their scores.
+        codes: [n, bits / 8] uint8, where codes are made.
+    """
+
+    layers: tuple[int, ...] = ()
+    queries: dict[int, Tensor] = field(default_factory=dict)
+    scales: dict[int, float] = field(default_factory=dict)
+    codes: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Chunk:
     """One sequence's part of a step.
 
     Attributes:
         start, stop: its rows in the packed step.
-        position: absolute position of its first token.
-        runs: where its KV lies, from position 0, with room for the chunk's own tokens.
+        position: of its first token among those that it sees, which is its absolute one as long as it sees all.
+        runs: where its KV lies, from the first token that it sees, with room for the chunk's own tokens.
         pieces: its rows cut at segment ends.
         banks: None where this request's FFNs are left alone.
         num_decoded: how many of its last rows are decoded tokens, now or in the log that is replayed.
         experts: its expert activity, None without a layout.
+        asked: takes what its tokens are seen to be, where they are a question; nothing else is kept of them then.
     """
 
     start: int
@@ -127,6 +153,7 @@ class Chunk:
     banks: Banks | None = None
     num_decoded: int = 0
     experts: Experts | None = None
+    asked: Asked | None = None
 
     @property
     def prompt_pieces(self) -> tuple[Piece, ...]:
@@ -214,7 +241,7 @@ class StepContext:
     step is one token of each sequence; a CPU's attention still goes by the chunks. ``deterministic`` fixes how sums are
     split, whatever else is in the step. ``total`` sums over the ranks of a tensor-parallel model. ``kernel`` attends
     prompts' chunks on CUDA; None is flash. ``side_stream`` is for what the step's result does not need.
-    A CPU's products have a multiple of ``rows`` rows. ``observed`` is what the banks of decoded tokens that
+    A CPU's products have a multiple of ``rows`` rows. ``codes`` [1, slots, bits / 8] are the tokens' codes. ``observed`` is what the banks of decoded tokens that
     are only observed are fed at the end of the step.
     """
 
@@ -234,6 +261,7 @@ class StepContext:
     kernel: PrefillKernel | None = None
     side_stream: torch.cuda.Stream | None = None
     rows: int = ROWS
+    codes: Tensor | None = None
     observed: list[Observed] = field(default_factory=list)
 
     @cached_property

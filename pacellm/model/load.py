@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from pacellm.errors import ConfigError, ModelError, PaceError
@@ -44,6 +44,7 @@ class LoadedModel:
         eos_token_ids: tokens that end an answer.
         kv_shapes: per layer ((kv heads, key size), (kv heads, value size)), as the model really produces them.
         query_heads: per layer, likewise.
+        windows: per layer, tokens that a query sees, itself included; None is all.
         dtype: of activations, KV and banks.
         device: where all of it lies.
         patchable_layers: those whose FFN can have banks: all but layers of routed experts alone.
@@ -58,6 +59,7 @@ class LoadedModel:
     eos_token_ids: frozenset[int]
     kv_shapes: list[KVShape]
     query_heads: list[int]
+    windows: list[int | None]
     dtype: torch.dtype
     device: torch.device
     patchable_layers: tuple[int, ...] | None = None
@@ -217,7 +219,8 @@ def prepare(module: nn.Module) -> LoadedModel:
     weight = module.get_input_embeddings().weight  # type: ignore[operator]
     if weight.dtype not in _DTYPES:
         raise ModelError(f"embeddings of {weight.dtype} are not served; use a checkpoint of float32, bfloat16, float16")
-    probed, vocab_size = _probe(module, weight.device)
+    ids = torch.zeros(4, dtype=torch.long, device=weight.device)
+    probed, vocab_size = probe_layers(module, ids, torch.arange(4, device=weight.device))
     kv_shapes = [layer.shapes for layer in probed]
     last = ffns(module)[-1]
     if last is not None and last.module is not decoder_layers(module)[-1]:
@@ -231,6 +234,7 @@ def prepare(module: nn.Module) -> LoadedModel:
         eos_token_ids=eos_token_ids(module),
         kv_shapes=kv_shapes,
         query_heads=[layer.query_heads for layer in probed],
+        windows=[layer.window for layer in probed],
         dtype=weight.dtype,
         device=weight.device,
         patchable_layers=patchable_layers(module),
@@ -304,16 +308,22 @@ def probe_step(model: LoadedModel, tokens: int) -> None:
         )
 
 
-def _probe(module: nn.Module, device: torch.device) -> tuple[list[LayerProbe], int]:
-    """What each layer's attention works on, and the number of logits, seen in a forward pass of four tokens through
-    PaceLLM's attention."""
+def probe_layers(module: nn.Module, ids: Tensor, positions: Tensor) -> tuple[list[LayerProbe], int]:
+    """What each layer's attention works on, and the number of logits, seen in a forward pass of some tokens through
+    PaceLLM's attention, which gives zeros: no token sees another.
+
+    Args:
+        ids, positions: [T] int64.
+
+    Raises:
+        ModelError: the module does not run, or not through PaceLLM's attention.
+    """
     step = StepContext(chunks=[], keys=[], values=[], probe={})
-    ids = torch.zeros(1, 4, dtype=torch.long, device=device)
     name = type(module).__name__
+    kept = torch.zeros(1, dtype=torch.long, device=ids.device)
     try:
         with torch.inference_mode(), step_context(step):
-            positions = torch.arange(4, device=device)[None]
-            output = module(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=ids[0, :1])
+            output = module(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=kept)
     except Exception as error:
         raise ModelError(f"{name} does not run here: {type(error).__name__}: {error}") from error
     seen = step.probe or {}

@@ -126,8 +126,11 @@ def step_after(step: Step, num_running: int, eos: Collection[int]) -> Step | Non
 
 
 def _goes_on(sequence: Sequence) -> bool:
-    """The next token is not its last one, and there is memory for it."""
-    return len(sequence.generated) + 1 < sequence.max_tokens and sequence.position + 1 < sequence.table.capacity
+    """The next token is not its last one, sees what this one sees, and there is memory for it."""
+    following, bound = sequence.position + 1, sequence.turn.next_view(sequence.position)
+    if bound is not None and following >= bound:
+        return False
+    return len(sequence.generated) + 1 < sequence.max_tokens and following < sequence.table.capacity
 
 
 def _depends_on_tokens(sequence: Sequence) -> bool:

@@ -14,7 +14,7 @@ from pacellm.engine.sequence import Sequence
 from pacellm.engine.step import Step, Work
 from pacellm.memory.expert_counts import EXPERTS
 from pacellm.memory.pool import BankPool
-from pacellm.model.context import Banks, Chunk, Experts, Piece
+from pacellm.model.context import Asked, Banks, Chunk, Experts, Piece
 from pacellm.modes import preset_of
 from pacellm.rows import ROWS, missing_rows
 from pacellm.transfer import to_device
@@ -50,7 +50,7 @@ def build(step: Step, pool: BankPool | None, segment: int, device: torch.device,
         ids.extend(sequence.turn.ids[sequence.cursor : sequence.cursor + work.count])
         positions.append(np.arange(sequence.position, sequence.position + work.count))
         chunks.append(_chunk(work, row, pool, segment))
-        if work.count == sequence.pending:
+        if work.count == sequence.pending and work.asks is None:
             wanted.append(len(ids) - 1)
             sampled.append(sequence)
     scored = _add_scored(step, wanted)
@@ -103,7 +103,7 @@ def _add_scored(step: Step, wanted: list[int]) -> list[tuple[Sequence, int]]:
     scored, row = [], 0
     for work in step.work:
         sequence = work.sequence
-        if sequence.request.sampling.prompt_logprobs is not None:
+        if sequence.request.sampling.prompt_logprobs is not None and work.asks is None:
             first = max(sequence.position, sequence.num_scored)
             end = min(sequence.position + work.count, len(sequence.prompt) - 1)
             if first < end:
@@ -118,7 +118,7 @@ def _chunk(work: Work, row: int, pool: BankPool | None, segment: int) -> Chunk:
     banks: Banks | None = None
     pieces: tuple[Piece, ...] = ()
     experts: Experts | None = None
-    if pool is not None and sequence.row is not None:
+    if pool is not None and sequence.row is not None and work.asks is None:
         owned, preset = pool.banks(sequence.row), preset_of(turn.pa)
         if preset is not None:
             banks = Banks(owned, pool.stages(sequence.row, preset), turn.pa, sequence.row)
@@ -130,10 +130,11 @@ def _chunk(work: Work, row: int, pool: BankPool | None, segment: int) -> Chunk:
     return Chunk(
         row,
         row + work.count,
-        work.position,
+        work.place,
         sequence.table.runs(),
         pieces,
         banks,
         num_decoded=num_decoded,
         experts=experts,
+        asked=Asked(work.asks) if work.asks is not None else None,
     )

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from pacellm.config import PRESETS
 from pacellm.engine.step import Step, Work
-from pacellm.kv.blocks import BLOCK
 from pacellm.memory.tokens import DecodedTokens
 from pacellm.model.context import DecodeRows, Shared
 from pacellm.modes import preset_of, writes
 from pacellm.run.batch import is_changed, uses_set
+from pacellm.view import BLOCK
 
 logger = logging.getLogger("pacellm.engine")
 
@@ -146,8 +146,9 @@ class Buffers:
         for row, work in enumerate(works):
             sequence, position, blocks = work.sequence, work.position, work.sequence.table.blocks
             wide[0, row], wide[1, row] = sequence.turn.ids[work.cursor] if work.ends is None else 0, position
-            wide[2, row] = blocks[position // BLOCK] * BLOCK + position % BLOCK
-            narrow[0, row] = position + 1
+            place = work.place
+            wide[2, row] = blocks[place // BLOCK] * BLOCK + place % BLOCK
+            narrow[0, row] = place + 1
             tables[row, : len(blocks)] = np.asarray(blocks, dtype=np.int32) * BLOCK
             preset = preset_of(sequence.turn.pa)
             if sequence.row is not None and preset is not None:
@@ -289,4 +290,4 @@ class Decoder:
 
 def _groups(works: list[Work]) -> list[Group]:
     tables = [work.sequence.table.blocks for work in works]
-    return shared_groups(tables, [work.position + 1 for work in works])
+    return shared_groups(tables, [work.place + 1 for work in works])

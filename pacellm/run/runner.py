@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,17 +13,19 @@ from pacellm.config import PAConfig
 from pacellm.engine.sequence import Sequence
 from pacellm.engine.step import Copy, Step, Work
 from pacellm.errors import EngineError
-from pacellm.kv.blocks import BLOCK, KVTable, blocks_for
+from pacellm.kv.blocks import KVTable, blocks_for
 from pacellm.memory.pool import BankPool
 from pacellm.model.attention.dispatch import slab
 from pacellm.model.attention.plan import PrefillKernel
-from pacellm.model.context import Chunk, DecodeRows, StepContext, step_context
+from pacellm.model.codes import Coder, attach
+from pacellm.model.context import Asked, Chunk, DecodeRows, StepContext, step_context
 from pacellm.model.ffn import observe
 from pacellm.model.load import LoadedModel
 from pacellm.model.side_stream import join_side_stream
 from pacellm.modes import preset_of
 from pacellm.rows import ROWS, missing_rows
 from pacellm.run import batch, graphs
+from pacellm.view import BLOCK
 
 logger = logging.getLogger("pacellm.engine")
 
@@ -44,6 +46,7 @@ class Output:
         logits: [S + P, V] in float32 or wider: a row for each sampled sequence, then those of scored prompt tokens.
         sampled: the S sequences that get a token.
         scored: sequences with the number of their rows, P together.
+        asked: by sequence, what its question was seen to be in the layers that an index looks at.
         is_ahead: the step was fed tokens that the sequences do not know of yet.
     """
 
@@ -51,6 +54,7 @@ class Output:
     sampled: list[Sequence]
     scored: list[tuple[Sequence, int]]
     is_ahead: bool = False
+    asked: dict[str, Asked] = field(default_factory=dict)
 
     def num_generated(self, sequence: Sequence) -> int:
         """Tokens that a sampled sequence was given before this one."""
@@ -68,6 +72,7 @@ class Runner:
         deterministic: sums are split the same whatever else is in a step.
         kernel: of prompts' chunks on CUDA; None is flash.
         rows: steps are padded to a multiple of them.
+        coder: makes the tokens' codes; None where nobody asks for them.
     """
 
     def __init__(
@@ -80,6 +85,7 @@ class Runner:
         deterministic: bool = False,
         kernel: PrefillKernel | None = None,
         rows: int = ROWS,
+        coder: Coder | None = None,
     ) -> None:
         self.rows = rows
         self.model, self.pool, self.pa, self.deterministic, self.kernel = model, pool, pa, deterministic, kernel
@@ -88,11 +94,14 @@ class Runner:
         slots = num_blocks * BLOCK + ROWS  # the last ones are nobody's: what pads a step is written there
         self._keys = slab([shape[0] for shape in model.kv_shapes], slots, model.dtype, model.device)
         self._values = slab([shape[1] for shape in model.kv_shapes], slots, model.dtype, model.device)
+        self._codes = [] if coder is None else slab([(1, coder.size)], slots, torch.uint8, model.device)
+        if coder is not None:
+            attach(model.module, coder)
 
     @property
     def slabs(self) -> list[Tensor]:
-        """KV memory: the keys of all layers, then the values; each [heads, slots, size]."""
-        return [*self._keys, *self._values]
+        """KV memory: the keys of all layers, then the values, then codes where they are made; each [heads, slots, size]."""
+        return [*self._keys, *self._values, *self._codes]
 
     def use_static_decode(self, *, max_seqs: int, max_tokens: int, capture: bool) -> None:
         """Run steps that only decode on static buffers; with ``capture`` as CUDA graphs."""
@@ -123,7 +132,13 @@ class Runner:
         except torch.OutOfMemoryError as error:  # for the stage of a first request by `paper`
             by_paper = (work.sequence for work in step.work if preset_of(work.sequence.turn.pa) == "paper")
             raise StepFailed(f"no memory for its stage: {error}", next(by_paper, None)) from error
-        return Output(self.forward(step, packed, packed.wanted), packed.sampled, packed.scored)
+        logits = self.forward(step, packed, packed.wanted)
+        asked = {
+            work.sequence.id: chunk.asked
+            for work, chunk in zip(step.work, packed.chunks, strict=True)
+            if chunk.asked is not None
+        }
+        return Output(logits, packed.sampled, packed.scored, asked=asked)
 
     def run_ahead(self, step: Step, tokens: Tensor) -> Output | None:
         """One decode pass on tokens [S] that are still being chosen on the device; None where it cannot be run so.
@@ -176,6 +191,7 @@ class Runner:
             total=total,
             kernel=self.kernel,
             rows=self.rows,
+            codes=self._codes[0] if self._codes else None,
             **more,
         )
 
@@ -212,7 +228,7 @@ class Runner:
     def scrub(self, table: KVTable) -> None:
         """Zero a failed sequence's KV, so that no non-finite number stays behind in a masked slot."""
         for run in table.runs():
-            for slabs in (*self._keys, *self._values):
+            for slabs in self.slabs:
                 slabs[:, run.slot : run.slot + run.length] = 0
 
     @torch.inference_mode()
@@ -222,7 +238,7 @@ class Runner:
 
     def _copy(self, copies: list[Copy]) -> None:
         for copy in copies:
-            for slabs in (*self._keys, *self._values):
+            for slabs in self.slabs:
                 source = slabs[:, copy.source : copy.source + copy.length]
                 slabs[:, copy.target : copy.target + copy.length] = source
 

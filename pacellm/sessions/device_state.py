@@ -8,13 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from pacellm.engine.step import Copy
-from pacellm.kv.blocks import BLOCK, BlockAllocator, KVTable, OutOfBlocks, blocks_for
+from pacellm.kv.blocks import BlockAllocator, KVTable, OutOfBlocks, blocks_for
 from pacellm.memory.pool import BankPool
 from pacellm.memory.state import Banks, copy_banks
 from pacellm.sessions.host_state import HostState, Span, download, spans_of
 from pacellm.sessions.mover import Mover
 from pacellm.sessions.session import Session
 from pacellm.sessions.store import SessionStore
+from pacellm.view import BLOCK
 
 
 class DeviceState:
@@ -62,7 +63,7 @@ class DeviceState:
         if source.table is None or source.moving:  # nothing else could give way
             return
         try:
-            table = self._copy_table(source.table, len(source.context))
+            table = self._copy_table(source.table, source.kv_tokens)
         except OutOfBlocks:
             return
         row = self._pool.take(source.row) if self._pool is not None and source.row is not None else None
@@ -76,7 +77,7 @@ class DeviceState:
         self._allocator.share(blocks)
         if rest:
             self._copy_kv([Copy(source.blocks[full] * BLOCK, last[0] * BLOCK, rest)])
-        return KVTable([*blocks, *last])
+        return KVTable([*blocks, *last], source.view, source.history.until(source.view.start))
 
     def _has_block_and_row(self) -> bool:
         return self._has_room(1) and (self._pool is None or self._pool.num_free > 0)
@@ -86,7 +87,7 @@ class DeviceState:
         if not session.is_resident or session.table is None:
             return None
         banks = self._banks(session.row)
-        if not kv:
+        if not kv or not session.table.view.is_whole:
             return HostState([], copy_banks(banks), len(session.context))
         return download(self._slabs, spans_of(session.table), len(session.context), banks)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from pacellm.kv.history import HistoryMemory
 from pacellm.sessions.host_state import HostState
 from pacellm.sessions.session import Session
 from pacellm.sessions.worker import Worker
@@ -15,17 +16,22 @@ class HostMemory:
     Args:
         capacity: bytes of KV and banks.
         worker: gives memory back: a gigabyte takes the system a tenth of a second.
+
+    Attributes:
+        history: what has left the windows of sessions, running requests and cached prefixes, as it is counted.
     """
 
     def __init__(self, capacity: int, worker: Worker) -> None:
         self.capacity, self._worker = capacity, worker
+        self.history = HistoryMemory()
         self._sessions: dict[int, Session] = {}  # by id; some may have lost their copy
         self._reserved = 0
 
     @property
     def bytes(self) -> int:
-        """Bytes of KV and banks in host memory, those on their way included."""
-        return self._reserved + sum(s.host.nbytes for s in list(self._sessions.values()) if s.host is not None)
+        """Bytes of KV and banks in host memory, those on their way and histories beyond their budget included."""
+        held = sum(s.host.nbytes for s in list(self._sessions.values()) if s.host is not None)
+        return self._reserved + self.history.bytes + held
 
     def has_room(self, wanted: int) -> bool:
         """``wanted`` bytes fit beside what is there."""

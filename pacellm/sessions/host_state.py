@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pacellm.kv.blocks import KVTable
+from pacellm.kv.history import History
 from pacellm.memory.state import Banks, banks_nbytes, copy_banks
 
 
@@ -35,11 +36,14 @@ class HostState:
         kv: [heads, tokens, size] for every slab (keys of all layers, then values); empty where only banks are kept.
         banks: by layer; empty without PA.
         tokens: that the KV stands for.
+        start: of these in the session's history. history: what lies before.
     """
 
     kv: list[Tensor]
     banks: Banks
     tokens: int
+    start: int = 0
+    history: History = field(default_factory=History)
 
     @property
     def nbytes(self) -> int:
@@ -48,7 +52,7 @@ class HostState:
 
     def clear(self) -> None:
         """Let the memory go now, whoever still holds this object."""
-        self.kv, self.banks = [], {}
+        self.kv, self.banks, self.history = [], {}, History()
 
 
 def download(slabs: list[Tensor], spans: list[Span], tokens: int, banks: Banks) -> HostState:

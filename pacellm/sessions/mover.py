@@ -25,6 +25,7 @@ from pacellm.sessions.session import Session
 from pacellm.sessions.stats import MoverStats
 from pacellm.sessions.store import SessionStore
 from pacellm.sessions.worker import Worker
+from pacellm.view import View
 
 logger = logging.getLogger("pacellm.sessions")
 
@@ -86,7 +87,7 @@ class Mover:
         state, session.host = session.host, None
         if state is None:
             return
-        if self.files is None or session.deleted or not self.files.budget.has_room(state.nbytes):
+        if self.files is None or session.deleted or state.start or not self.files.budget.has_room(state.nbytes):
             state.clear()
             return
         records = self.files.records
@@ -101,20 +102,20 @@ class Mover:
         if session.stored is not None:
             self._store.release(session)  # the disk has this generation already
             return True
-        tokens, banks = len(session.context), self._banks(session)
+        tokens, banks, table = session.kv_tokens, self._banks(session), session.table
         if not tokens:
             return False
         nbytes = tokens * self._bytes_per_token + banks_nbytes(banks)
-        spans = spans_of(session.table)
+        spans = spans_of(table)
         if self._make_host_room(nbytes):
             self.host.reserve(nbytes)
             session.moving = True
             self._worker.submit(
-                lambda: _timed(lambda: download(self._slabs, spans, tokens, banks)),
+                lambda: _timed(lambda: _with_history(download(self._slabs, spans, tokens, banks), table)),
                 lambda done: self._in_host_now(session, nbytes, done),
             )
             return True
-        if self.files is None or not self.files.budget.has_room(nbytes):
+        if self.files is None or not table.view.is_whole or not self.files.budget.has_room(nbytes):
             return False
         self._spill_to_disk(session, self.files)
         return True
@@ -156,7 +157,7 @@ class Mover:
     def _save(self, session: Session, files: SessionFiles) -> None:
         """Write an idle session: its log, and the state where there is one that is not on disk and has room there."""
         if session.table is not None and session.stored is None and len(session.context):
-            if files.budget.has_room(len(session.context) * self._bytes_per_token + banks_nbytes(self._banks(session))):
+            if session.table.view.is_whole and files.budget.has_room(len(session.context) * self._bytes_per_token + banks_nbytes(self._banks(session))):
                 self._spill_to_disk(session, files)
                 return
             self._store.release(session)
@@ -178,6 +179,8 @@ class Mover:
         tokens = self.stored_tokens(session)
         assert tokens is not None
         table = KVTable(self._allocator.allocate(blocks_for(tokens)))
+        if session.host is not None and session.host.start:
+            table = KVTable(table.blocks, View(session.host.start), session.host.history.until(session.host.start))
         row = self._pool.take() if self._pool is not None else None
         self._store.put(session, table, row)
         session.moving = session.loading = session.wanted = True
@@ -232,6 +235,11 @@ class Mover:
 
     def _banks(self, session: Session) -> Banks:
         return self._pool.banks(session.row) if self._pool is not None and session.row is not None else {}
+
+
+def _with_history(state: HostState, table: KVTable) -> HostState:
+    state.start, state.history = table.view.start, table.history.until(table.view.start)
+    return state
 
 
 def _timed(job):

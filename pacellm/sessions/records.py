@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +24,8 @@ from pacellm.sessions.host_state import HostState, Span, cut
 from pacellm.sessions.owner import About, Count
 from pacellm.sessions.session import Session
 from pacellm.sessions.turn import Turn
+from pacellm.view import Budget, checked_budget, checked_recall
+from pacellm.view import Span as TokenSpan
 
 # as logs number them; "on" and "read_only" were written when a fingerprint still told one preset for all turns
 _MODES: tuple[PAChoice, ...] = ("on", "off", "read_only", *(mode for mode in MODES if mode != "off"))
@@ -92,7 +95,8 @@ class Records:
 
     def log_tensors(self, log: list[Turn], origin: Banks | None) -> dict[str, Tensor]:
         """A log as tensors: ``turns`` [T, 5] int64 (start, prompt end, tokens, mode, density in millionths), ``ids``
-        [N] int32, ``origin``."""
+        [N] int32, ``origin``; of turns that have a budget also ``budgets`` [T, 3] int64 (tokens, window, where it is
+        beyond it from; 0 is none, -1 is nowhere) and ``recalls`` [R, 3] int64 (turn, start, length)."""
         turns = [
             [turn.start, turn.prompt_end, len(turn.ids), _MODES.index(turn.pa), round(1e6 * turn.density)]
             for turn in log
@@ -101,6 +105,7 @@ class Records:
         return {
             "turns": torch.tensor(turns, dtype=torch.int64).reshape(-1, 5),
             "ids": torch.from_numpy(ids),
+            **_view_tensors(log),
             **bank_tensors("origin", origin or {}),
         }
 
@@ -116,6 +121,7 @@ class Records:
             raise SnapshotRefused("snapshot has no log")
         ids = self._checked_ids(tensors.pop("ids", None))
         log = self._turns(turns.tolist(), ids.numpy(), preset)
+        _take_views(tensors, log)
         return log, take_banks("origin", tensors, self.like) or None
 
     def _checked_ids(self, ids: Tensor | None) -> Tensor:
@@ -280,6 +286,46 @@ class Records:
             saved=session.saved,
             banks=session.banks,
         )
+
+
+def _view_tensors(log: list[Turn]) -> dict[str, Tensor]:
+    if all(turn.budget is None for turn in log):
+        return {}
+    budgets = [
+        (*(turn.budget or Budget(0, 0)), -1 if turn.recall is None else turn.recall.start) for turn in log
+    ]
+    recalls = [
+        (number, *span) for number, turn in enumerate(log) if turn.recall is not None for span in turn.recall.spans
+    ]
+    return {
+        "budgets": torch.tensor(budgets, dtype=torch.int64),
+        "recalls": torch.tensor(recalls, dtype=torch.int64).reshape(-1, 3),
+    }
+
+
+def _take_views(tensors: dict[str, Tensor], log: list[Turn]) -> None:
+    """What the turns of a log saw, checked.
+
+    Raises:
+        SnapshotRefused: it cannot be.
+    """
+    budgets, recalls = tensors.pop("budgets", None), tensors.pop("recalls", None)
+    if budgets is None and recalls is None:
+        return
+    if budgets is None or recalls is None or budgets.shape != (len(log), 3) or recalls.ndim != 2:
+        raise SnapshotRefused(_CONTRADICTS)
+    spans: dict[int, list[TokenSpan]] = defaultdict(list)
+    try:
+        for number, start, length in recalls.tolist():
+            spans[number].append(TokenSpan(start, length))
+        for number, (turn, (tokens, window, start)) in enumerate(zip(log, budgets.tolist(), strict=True)):
+            turn.budget = checked_budget(tokens, window) if tokens else None
+            if start >= 0:
+                turn.recall = checked_recall(turn.budget, start, spans.pop(number, []))
+    except ValueError:
+        raise SnapshotRefused(_CONTRADICTS) from None
+    if spans:
+        raise SnapshotRefused(_CONTRADICTS)
 
 
 def ending_metadata(ending: Ending | None) -> dict[str, str]:

@@ -103,6 +103,11 @@ class Session:
         return self.table is not None and not self.loading
 
     @property
+    def kv_tokens(self) -> int:
+        """Tokens in its KV blocks: those of its window, all of them where it is within its budget."""
+        return len(self.context) - (self.table.view.start if self.table is not None else 0)
+
+    @property
     def in_use(self) -> bool:
         """A request or the worker needs it as it is."""
         return self.busy or self.moving or self.wanted

@@ -184,6 +184,7 @@ class SessionStore:
         turn = sequence.fed()
         folds = self.will_fold(session, turn)
         self.drop(session)
+        sequence.table.drop_front(self._allocator)
         self.put(session, sequence.table, sequence.row)
         sequence.table, sequence.row = KVTable(), None
         if self._pool is not None and session.row is not None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from pacellm.model.context import Piece
 from pacellm.modes import PAMode
+from pacellm.view import Budget, Recall, View, next_view, view_of
 
 
 @dataclass
@@ -22,6 +23,8 @@ class Turn:
         ids: the tokens from ``start`` on.
         pa: how banks took part.
         density: part of the experts that decoded tokens used, in whole millionths.
+        budget: of what its tokens see; None is no limit.
+        recall: what those from its ``start`` on see beyond the budget, once that was chosen.
     """
 
     start: int
@@ -29,11 +32,21 @@ class Turn:
     ids: array[int]
     pa: PAMode
     density: float = 1.0
+    budget: Budget | None = None
+    recall: Recall | None = None
 
     @property
     def end(self) -> int:
         """Position after the last token."""
         return self.start + len(self.ids)
+
+    def view(self, position: int) -> View:
+        """What a token at ``position`` sees."""
+        return view_of(self.budget, self.recall, position)
+
+    def next_view(self, position: int) -> int | None:
+        """The first position after ``position`` that may see another view; None where there is none."""
+        return next_view(self.budget, self.recall, position)
 
     def pieces(self, cursor: int, count: int, row: int, segment: int) -> Iterator[Piece]:
         """``count`` tokens from ``cursor``, cut at segment ends: multiples of ``segment``, the prompt's end, then

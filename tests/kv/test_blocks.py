@@ -4,8 +4,9 @@ import random
 
 import pytest
 
-from pacellm.kv.blocks import BLOCK, BlockAllocator, KVTable, OutOfBlocks, blocks_for
+from pacellm.kv.blocks import BlockAllocator, KVTable, OutOfBlocks, blocks_for
 from pacellm.model.attention import cpu as attention_cpu
+from pacellm.view import BLOCK
 
 
 def test_blocks_are_the_cpu_kernels_own_split():

@@ -6,7 +6,7 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCau
 
 from pacellm.errors import ModelError
 from pacellm.model.context import StepContext, current_step, step_context
-from pacellm.model.load import _check_cuda, _probe, load, prepare
+from pacellm.model.load import _check_cuda, load, prepare, probe_layers
 from pacellm.model.patch import patch
 from tests.model import family_models
 from tests.models import COMMON, FAMILIES, tiny
@@ -77,7 +77,7 @@ def test_steps_do_not_nest():
 def test_what_cuda_kernels_do_not_compute_is_refused_there(family, named):
     module = family_models.tiny(family)
     prepare(module)
-    probed, _ = _probe(module, torch.device("cpu"))
+    probed, _ = probe_layers(module, torch.zeros(4, dtype=torch.long), torch.arange(4))
     with pytest.raises(ModelError, match=f"^{named} is served on a CPU only; use --device cpu$"):
         _check_cuda(torch.bfloat16, probed)
 
@@ -85,7 +85,7 @@ def test_what_cuda_kernels_do_not_compute_is_refused_there(family, named):
 def test_types_that_cuda_kernels_do_not_take_are_refused_there():
     module = tiny("llama")
     prepare(module)
-    probed, _ = _probe(module, torch.device("cpu"))
+    probed, _ = probe_layers(module, torch.zeros(4, dtype=torch.long), torch.arange(4))
     _check_cuda(torch.bfloat16, probed)
     with pytest.raises(ModelError, match="use --dtype bfloat16 or --device cpu"):
         _check_cuda(torch.float32, probed)

@@ -71,7 +71,11 @@ def attention_forward(
     size, value_size = max(query.shape[3], value.shape[3]), value.shape[3]
     query = tempered(module, step, query)
     query, key, value = (_widen(part, size) for part in (query, key, value))
-    store(step, layer, key[0], value[0])
+    write_rows(step, [(step.keys[layer], key[0]), (step.values[layer], value[0])])
+    for chunk in step.chunks:
+        if chunk.asked is not None and layer in chunk.asked.layers:
+            chunk.asked.queries[layer] = query[0, :, chunk.start : chunk.stop].clone()
+            chunk.asked.scales[layer] = form.scale
     output = _attended(step, layer, query[0], form)
     return output[None, ..., :value_size], None
 
@@ -81,7 +85,8 @@ def _probed(probe: dict[int, LayerProbe], layer: int, query: Tensor, key: Tensor
     if layer in probe:
         raise RuntimeError(f"attention runs more than once in layer {layer}")
     size = max(query.shape[3], value.shape[3])
-    probe[layer] = LayerProbe(((key.shape[1], size), (value.shape[1], size)), form.special, query.shape[1])
+    shapes = (key.shape[1], size), (value.shape[1], size)
+    probe[layer] = LayerProbe(shapes, form.special, query.shape[1], form.window, key[0].clone())
     return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
 
 
@@ -118,29 +123,31 @@ def _widen(part: Tensor, size: int) -> Tensor:
     return part if part.shape[-1] == size else nn.functional.pad(part, (0, size - part.shape[-1]))
 
 
-def store(step: StepContext, layer: int, key: Tensor, value: Tensor) -> None:
-    """Put the step's keys and values [Hkv, T, D] into the slab, at each chunk's positions."""
+def write_rows(step: StepContext, pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Put what the step's tokens have into slabs, at each chunk's places: (slab [heads, slots, D], new [heads, T, D])."""
+    device = pairs[0][1].device
     if step.decode is not None:
-        _store_decoded(step.keys[layer], step.values[layer], step.decode.slots, key, value)
+        _write_decoded(pairs, step.decode.slots)
         return
     places = step.scratch.get("places")
     if not isinstance(places, Places):
-        places = step.scratch["places"] = _places(step, key.device)
-    for slab, new in ((step.keys[layer], key), (step.values[layer], value)):
+        places = step.scratch["places"] = _places(step, device)
+    for slab, new in pairs:
         for source, target in places.runs:
             slab[:, target] = new[:, source]
         if places.rows is not None and places.slots is not None:
             slab.index_copy_(1, places.slots, new[:, places.rows])
 
 
-def _store_decoded(keys: Tensor, values: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
-    if has_triton(keys.device):
+def _write_decoded(pairs: list[tuple[Tensor, Tensor]], slots: Tensor) -> None:
+    if len(pairs) == 2 and has_triton(slots.device):
         from pacellm.model import fused_triton
 
+        (keys, key), (values, value) = pairs
         fused_triton.store(keys, values, slots, key, value)
         return
-    keys.index_copy_(1, slots, key)
-    values.index_copy_(1, slots, value)
+    for slab, new in pairs:
+        slab.index_copy_(1, slots, new)
 
 
 @dataclass(frozen=True)
