@@ -1,0 +1,137 @@
+"""Chooses what a question calls back of a history beyond its budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+
+from pacellm.engine.sequence import Sequence
+from pacellm.kv.history import History
+from pacellm.model.codes import CodeBook
+from pacellm.model.context import Asked
+from pacellm.model.rotation import KeyRotation
+from pacellm.recall.activity import activity_votes
+from pacellm.recall.attention import attention_votes
+from pacellm.recall.lexical import lexical_votes
+from pacellm.view import BLOCK, Budget, Recall, Span
+
+IndexName = Literal["lexical", "activity", "attention"]
+INDEXES: tuple[IndexName, ...] = get_args(IndexName)
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """What is known of a model that its indexes need.
+
+    Attributes:
+        layers: those whose attention finds what a question is about.
+        book: of activity codes.
+    """
+
+    layers: tuple[int, ...] = ()
+    book: CodeBook | None = None
+
+
+class Recaller:
+    """Has indexes vote, and calls back the blocks with most votes.
+
+    Args:
+        indexes: which; several share what is called back evenly.
+        retrieval: what they need of the model.
+        rotations: how keys turn, by layer.
+        block: tokens of a block that is called back; a part of ``BLOCK``.
+        distance: tokens between a question and a key, as attention scores it.
+    """
+
+    def __init__(
+        self,
+        indexes: Items[IndexName],
+        retrieval: Retrieval,
+        rotations: Items[KeyRotation | None],
+        *,
+        block: int,
+        distance: int,
+    ) -> None:
+        self._indexes, self._retrieval, self._rotations = tuple(indexes), retrieval, rotations
+        self._block, self._distance = block, distance
+
+    @property
+    def looks_at(self) -> tuple[int, ...] | None:
+        """Layers whose attention to a question is wanted; None where the question need not be run."""
+        if self._indexes == ("lexical",):
+            return None
+        return self._retrieval.layers if "attention" in self._indexes else ()
+
+    def choose(self, sequence: Sequence, asked: Asked | None = None) -> Recall:
+        """Have it noted on a sequence what its question calls back."""
+        budget, question = sequence.turn.budget, sequence.question
+        assert budget is not None
+        assert question is not None
+        recall = Recall.recent(budget)
+        if question:
+            end = budget.reading(question.start).start
+            votes = [self.votes(index, sequence, question, end, asked) for index in self._indexes]
+            recall = Recall(question.start, chosen(votes, budget, self._block), budget)
+        sequence.recalls(recall)
+        return recall
+
+    def votes(
+        self, index: IndexName, sequence: Sequence, question: range, end: int, asked: Asked | None
+    ) -> np.ndarray:
+        """[end / block] an index's votes for the history's first ``end`` tokens."""
+        history = sequence.table.history
+        if index == "lexical":
+            return lexical_votes(sequence.prompt, question, end, self._block)
+        assert asked is not None
+        if index == "activity":
+            assert asked.codes is not None
+            return activity_votes(asked.codes.cpu().numpy(), _codes(history, end), self._block)
+        return self._attention(asked, question, history, end)
+
+    def _attention(self, asked: Asked, question: range, history: History, end: int) -> np.ndarray:
+        best = [
+            attention_votes(
+                asked.queries[layer], asked.scales[layer], question, history, layer, end,
+                self._rotations[layer], distance=self._distance, block=self._block,
+            ).amax(0)
+            for layer in asked.layers
+        ]  # fmt: skip
+        return torch.stack(best).amax(0).cpu().numpy()
+
+
+def chosen(votes: Items[np.ndarray], budget: Budget, block: int) -> tuple[Span, ...]:
+    """The first block of the history, and of the others those with most votes, each with the next one, which goes on
+    with what it says; as many as the budget has room for, in order.
+
+    Args:
+        votes: by index [n] of blocks of ``block`` tokens; they choose in turn.
+    """
+    taken = set(range(BLOCK // block))
+    count = len(taken) + budget.room // block
+    orders = [np.argsort(-one, kind="stable").tolist() for one in votes]
+    for turn in zip(*orders, strict=True):
+        for number in turn:
+            for one in (number, number + 1):
+                if one < len(votes[0]) and len(taken) < count:
+                    taken.add(one)
+        if len(taken) == count:
+            break
+    return tuple(_joined(sorted(taken), block))
+
+
+def _codes(history: History, end: int) -> np.ndarray:
+    return np.concatenate([block.parts[-1][0].numpy() for block in history.blocks[: end // BLOCK]])
+
+
+def _joined(blocks: list[int], block: int) -> list[Span]:
+    spans: list[Span] = []
+    for number in blocks:
+        if spans and spans[-1].end == number * block:
+            spans[-1] = Span(spans[-1].start, spans[-1].length + block)
+        else:
+            spans.append(Span(number * block, block))
+    return spans
