@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from pacellm.errors import ConfigError
 from pacellm.view import BLOCK, Budget
@@ -14,6 +14,8 @@ Preset = Literal["observe", "reference", "paper"]
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 Ties = Literal["index", "age"]
 ATTENTION_KERNELS = ("auto", "flash", "cudnn", "flash-attn-2", "flash-attn-3")
+IndexName = Literal["lexical", "activity", "attention"]
+INDEXES: tuple[IndexName, ...] = get_args(IndexName)
 _MAX_HISTORY = 1_000_000
 
 _NUMBERS: dict[str, dict[str, float]] = {
@@ -133,6 +135,9 @@ class EngineConfig:
         working_memory: tokens of a history that are seen at once and lie on the device; at most the model's context.
             None: contexts end where the model's does.
         working_memory_window: of them, those that are seen because they are recent.
+        working_memory_index: what votes for blocks to be called back; several share them. None: what is known of the
+            model decides.
+        working_memory_block: tokens that are called back together.
         max_num_batched_tokens: tokens of one step.
         max_num_seqs: requests that run at once.
         max_num_mixed_tokens: prefill tokens of a step that also decodes, so that streams keep flowing.
@@ -164,9 +169,8 @@ class EngineConfig:
     max_model_len: int | None = None
     working_memory: int | None = None
     working_memory_window: int = 1024
-    memory_index: tuple[str, ...] = ("lexical",)
-    memory_block: int = 64
-    retrieval: Any = None
+    working_memory_index: tuple[IndexName, ...] | None = None
+    working_memory_block: int = 64
     max_num_batched_tokens: int = 2048
     max_num_seqs: int = 16
     max_num_mixed_tokens: int = 256
@@ -273,11 +277,14 @@ class EngineConfig:
             raise ConfigError(
                 f"working_memory_window must be a multiple of {BLOCK}, not {window}", param="working_memory_window"
             )
+        block = self.working_memory_block
+        if block < 1 or BLOCK % block:
+            raise ConfigError(f"working_memory_block must divide {BLOCK}, not be {block}", param="working_memory_block")
         least = window + 3 * BLOCK
         if not least <= tokens <= context_length or tokens % BLOCK:
             raise ConfigError(
-                f"working_memory must be a multiple of {BLOCK} from {least:,} (a window of {window:,} and room for what "
-                f"is called back) to the model's context of {context_length:,} tokens, not {tokens:,}",
+                f"working_memory must be a multiple of {BLOCK} from {least:,} (a window of {window:,} and room for "
+                f"what is called back) to the model's context of {context_length:,} tokens, not {tokens:,}",
                 param="working_memory",
             )
 

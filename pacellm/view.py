@@ -107,7 +107,7 @@ class Recall:
 
     @classmethod
     def recent(cls, budget: Budget) -> Recall:
-        """Nothing is called back: an answer that grows beyond the budget loses what is oldest, the first block apart."""
+        """Nothing is called back: an answer that outgrows the budget loses what is oldest, the first block apart."""
         return cls(budget.tokens, _SINKS, budget)
 
 

@@ -12,13 +12,15 @@ import setuptools
 ROOT = Path(__file__).parent.parent
 # a module's place is that of its longest name here; it may import what lies lower, and its own package
 PLACES = (
-    ("errors", "view", "config", "types", "modes", "rows", "transfer", "kernels", "faults", "text.dialect", "text.constraints"),
+    ("errors", "view", "config", "types", "modes", "rows", "transfer", "kernels", "faults"),
+    ("text.dialect", "text.constraints"),
     ("text",),
     ("memory",),
     ("calibration.file", "calibration.gate", "calibration.draw", "experts.layout", "experts.cluster", "experts.draw"),
     ("model", "experts", "gguf", "text.tokenizer", "real_models"),
     # what all layers above pass around
-    ("kv.history", "kv.blocks", "sessions.turn", "sessions.session", "sessions.ending", "engine.sequence", "engine.step"),
+    ("kv.history", "kv.blocks", "sessions.turn", "sessions.session", "sessions.ending"),
+    ("engine.sequence", "engine.step"),
     ("kv", "recall"),
     ("sessions",),
     ("run",),

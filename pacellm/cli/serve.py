@@ -239,8 +239,9 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     add("--tensor-parallel-size", type=values.at_least_one, default=1, help="processes, one device each, that the "
         "model is split over")  # fmt: skip
     add("--max-model-len", type=values.size, help="longest context in tokens (default: the model's)")
-    add("--working-memory", type=values.size, metavar="TOKENS", help="serve histories beyond the model's context: so many "
-        "of their tokens are on the device and seen at once, recent ones and those that the question calls back")  # fmt: skip
+    add("--working-memory", type=values.size, metavar="TOKENS", help="serve histories beyond the model's "
+        "context: so many of their tokens are on the device and seen at once, recent ones and those that the question "
+        "calls back")  # fmt: skip
     add("--working-memory-window", type=values.size, default=defaults.working_memory_window, metavar="TOKENS",
         help="of them, recent ones")  # fmt: skip
     add("--max-history", type=values.size, default=1_000_000, metavar="TOKENS", help="longest history with "

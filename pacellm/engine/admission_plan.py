@@ -101,12 +101,12 @@ class AdmissionPlanner:
         return Turn(start, len(sequence.prompt), ids, mode, density, self._budget, sequence.recall)
 
     def question(self, sequence: Sequence) -> range | None:
-        """Positions of the tokens that choose what is called back; None where the prompt fits its budget.
+        """Positions of the tokens that choose what is called back; None where a prompt fits its budget or is only read.
 
         They lie beyond the budget: what lies within sees everything before it anyway.
         """
         length = len(sequence.prompt)
-        if self._budget is None or length <= self._budget.tokens:
+        if self._budget is None or length <= self._budget.tokens or sequence.max_tokens == 0:
             return None
         outline = sequence.request.outline
         count, behind = outline.question or (_VOTERS, outline.opening)

@@ -107,7 +107,7 @@ class CacheManager:
     # -- working copies ------------------------------------------------------------------------------------
 
     def new_table(self, source: KVTable, start: int, needed: int) -> KVTable:
-        """A table that shares the full blocks of ``source``'s window before ``start`` and owns ``needed`` behind them."""
+        """A table that shares the full blocks of ``source``'s window before ``start`` and owns ``needed`` behind."""
         if start < source.view.start:
             table = KVTable([], source.view, source.history)
             assert self.views is not None

@@ -16,13 +16,13 @@ from pacellm.memory.pool import BankPool, bytes_per_row
 from pacellm.model.attention import choice as kernel_choice
 from pacellm.model.attention import cuda as attention_cuda
 from pacellm.model.attention.plan import PrefillKernel
-from pacellm.model.codes import Coder
-from pacellm.model.codes import detach as detach_codes
 from pacellm.model.fixed_rows import fix_rows
 from pacellm.model.linear import Products, choose
 from pacellm.model.load import LoadedModel
 from pacellm.model.loops import make_even
 from pacellm.model.patch import patch
+from pacellm.model.retrieval import Coder
+from pacellm.model.retrieval import detach as detach_codes
 from pacellm.rows import ROWS
 from pacellm.run import parallel
 from pacellm.run.runner import Runner
@@ -160,7 +160,8 @@ def new_runner(
         parallel.tell(model.ranks, _begin(config, pool.num_rows if pool is not None else 0, num_blocks, kernel))
         kind = parallel.LeadingRunner
     detach_codes(model.module)
-    book = config.retrieval.book if "activity" in config.memory_index and config.budget is not None else None
+    uses_codes = config.budget is not None and "activity" in (config.working_memory_index or ())
+    book = model.retrieval.book if uses_codes and model.retrieval is not None else None
     runner = kind(
         model, pool, num_blocks, config.bank, deterministic=config.deterministic, kernel=kernel, rows=rows,
         coder=None if book is None else Coder(book, model.device),

@@ -48,6 +48,7 @@ from pacellm.model.fused import fuse
 from pacellm.model.linear import Products
 from pacellm.model.load import LoadedModel
 from pacellm.model.patch import unpatch
+from pacellm.model.retrieval import Retrieval
 from pacellm.model.rotation import learn_rotations, make_precise
 from pacellm.recall.recaller import Recaller
 from pacellm.recall.views import Views
@@ -173,7 +174,10 @@ def build(model: LoadedModel, config: EngineConfig, tokenizer: Tokenizer | None)
     worker = Worker(partial(faults.note, "worker"), wakeup)
     sessions = new_sessions(device.config, device.allocator, device.pool, device.runner.slabs, worker, model, records)
     views = new_views(device, sessions.mover.host.history)
-    scheduling = new_scheduling(device.config, device.allocator, device.pool, sessions, device.runner.copy, views=views)
+    scheduling = new_scheduling(
+        device.config, device.allocator, device.pool, sessions, device.runner.copy, views=views,
+        recaller=None if views is None else new_recaller(device, views),
+    )  # fmt: skip
     requests: Requests = {}
     outbox, queues, scheduler = Outbox(), scheduling.queues, scheduling.scheduler
     prefix_cache, files = scheduling.prefix_cache, sessions.mover.files
@@ -296,6 +300,7 @@ def new_scheduling(
     copy_kv: Callable[[list[Copy]], None],
     clock: Callable[[], float] = time.monotonic,
     views: Views | None = None,
+    recaller: Recaller | None = None,
 ) -> Scheduling:
     """Queues, and who decides what runs.
 
@@ -304,11 +309,12 @@ def new_scheduling(
         copy_kv: copies KV between slots now.
         clock: seconds.
         views: puts what is called back into KV memory; None where contexts end where the model's does.
+        recaller: chooses it.
     """
     store, queues, pace = sessions.store, RequestQueues(), Pace()
     prefix_cache = PrefixCache(allocator, pool, segment=config.bank.segment, max_seqs=config.max_num_seqs)
     cache = CacheManager(allocator, pool, store, sessions.eviction, prefix_cache, queues, copy_kv, views)
-    preset, recaller = config.bank.preset if config.pa else None, _new_recaller(config, views)
+    preset = config.bank.preset if config.pa else None
     planner = AdmissionPlanner(prefix_cache, preset=preset, density=config.ce_density, budget=config.budget)
     deadlines = Deadlines(config, queues, store, planner, pace, clock)
     admission = Admission(config, queues, store, sessions.mover, cache, prefix_cache, planner, deadlines, clock)
@@ -318,12 +324,12 @@ def new_scheduling(
     return Scheduling(queues, prefix_cache, cache, scheduler, recaller)
 
 
-def _new_recaller(config: EngineConfig, views: Views | None) -> Recaller | None:
-    if views is None:
-        return None
+def new_recaller(device: Device, views: Views) -> Recaller:
+    """What chooses what is called back."""
+    config = device.config
     return Recaller(
-        config.memory_index, config.retrieval, views.rotations,
-        block=config.memory_block, distance=config.working_memory_window,
+        config.working_memory_index or ("lexical",), device.model.retrieval or Retrieval(), views.rotations,
+        block=config.working_memory_block, distance=config.working_memory_window,
     )  # fmt: skip
 
 

@@ -106,8 +106,8 @@ class Scheduler:
         return asked
 
     def _grow(self, sequence: Sequence, step: Step, until: int) -> bool:
-        """Room for the sequence's tokens before position ``until``, which see what they are to see, at the price of idle
-        state and then of the youngest sequence."""
+        """Room for the sequence's tokens before ``until``, and what they see in place, at the price of idle state and
+        then of the youngest sequence."""
         while not self.cache.fits(sequence, until):
             if self.cache.is_draining:
                 return False  # its turn comes when the worker has freed them; the others go on

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from pacellm.config import EngineConfig
+from pacellm.config import EngineConfig, IndexName
 from pacellm.errors import ConfigError
 from pacellm.model.load import LoadedModel, probe_step
+from pacellm.model.retrieval import Retrieval
 from pacellm.view import BLOCK
 
 logger = logging.getLogger("pacellm.engine")
@@ -33,6 +34,7 @@ def resolve(model: LoadedModel, config: EngineConfig) -> EngineConfig:
         patchable_layers=model.patchable_layers,
         is_host=model.device.type == "cpu",
     )
+    config = dataclasses.replace(config, working_memory_index=_indexes(model, config))
     memory, block_bytes = config.kv_cache_memory or 0, BLOCK * model.bytes_per_token
     if memory < _MIN_BLOCKS * block_bytes:
         raise ConfigError(
@@ -52,6 +54,26 @@ def resolve(model: LoadedModel, config: EngineConfig) -> EngineConfig:
         )
     _check_disk_size(config)
     return config
+
+
+def _indexes(model: LoadedModel, config: EngineConfig) -> tuple[IndexName, ...]:
+    """What votes: what was asked for, or the best that is known of the model.
+
+    Raises:
+        ConfigError: it needs what nobody has found out of the model.
+    """
+    known = model.retrieval or Retrieval()
+    can = {"lexical": True, "activity": known.book is not None, "attention": bool(known.layers)}
+    for name in config.working_memory_index or ():
+        if not can[name]:
+            raise ConfigError(
+                f"the index {name} needs to be found out of a model: run pacellm calibrate, or use lexical",
+                param="working_memory_index",
+            )
+    if config.working_memory is not None and not config.working_memory_index and known == Retrieval():
+        logger.warning("what is called back is found by words alone: nobody has calibrated this model's indexes "
+                       "(pacellm calibrate)")  # fmt: skip
+    return config.working_memory_index or tuple(name for name in ("lexical", "attention") if can[name])
 
 
 def _check_disk_size(config: EngineConfig) -> None:

@@ -6,6 +6,7 @@ nobody holds it any more.
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -60,7 +61,7 @@ class HistoryBlock:
 
     def __init__(self, like: Sequence[Tensor], *, pin: bool = False) -> None:
         shapes = [(part.shape[0], BLOCK, part.shape[2]) for part in like]
-        sizes = [part.element_size() * heads * count * size for part, (heads, count, size) in zip(like, shapes, strict=True)]
+        sizes = [part.element_size() * math.prod(shape) for part, shape in zip(like, shapes, strict=True)]
         memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pin)
         self.nbytes = memory.nbytes
         self.parts = [

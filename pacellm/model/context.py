@@ -241,8 +241,8 @@ class StepContext:
     step is one token of each sequence; a CPU's attention still goes by the chunks. ``deterministic`` fixes how sums are
     split, whatever else is in the step. ``total`` sums over the ranks of a tensor-parallel model. ``kernel`` attends
     prompts' chunks on CUDA; None is flash. ``side_stream`` is for what the step's result does not need.
-    A CPU's products have a multiple of ``rows`` rows. ``codes`` [1, slots, bits / 8] are the tokens' codes. ``observed`` is what the banks of decoded tokens that
-    are only observed are fed at the end of the step.
+    A CPU's products have a multiple of ``rows`` rows. ``codes`` [1, slots, bits / 8] are the tokens' codes.
+    ``observed`` is what the banks of decoded tokens that are only observed are fed at the end of the step.
     """
 
     chunks: list[Chunk]

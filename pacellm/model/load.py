@@ -27,6 +27,7 @@ from pacellm.model.last_rows import keep_last_rows
 from pacellm.model.neurons import decoder_layers, ffns
 from pacellm.model.patch import patchable_layers
 from pacellm.model.ranks import Ranks
+from pacellm.model.retrieval import Retrieval
 from pacellm.model.rope import check_rope, scale_rope
 
 _LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -51,6 +52,7 @@ class LoadedModel:
         ranks: the tensor-parallel group that each layer is split over; ``kv_shapes`` and ``query_heads`` are this
             rank's then.
         layout: the order that its FFN neurons were put into, None where they are as they came.
+        retrieval: what indexes of working memory need of it; None where nobody has looked.
     """
 
     module: nn.Module
@@ -65,6 +67,7 @@ class LoadedModel:
     patchable_layers: tuple[int, ...] | None = None
     ranks: Ranks | None = None
     layout: Layout | None = None
+    retrieval: Retrieval | None = None
 
     @property
     def num_layers(self) -> int:

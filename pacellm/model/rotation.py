@@ -89,7 +89,7 @@ def _fitting(layer: int, seen: dict[int, LayerProbe], frequencies: list[Tensor])
         size = 2 * len(one)
         for first in sorted({0, base.shape[-1] - size} - set(range(-size, 0))):
             for pairs in ("half", "adjacent"):
-                rotation = KeyRotation(one, first, pairs)  # type: ignore[arg-type]
+                rotation = KeyRotation(one, first, pairs)
                 if all(_is_close(key, rotation.moved(base, position)) for position, key in others.items()):
                     return rotation
     raise ConfigError(
@@ -124,7 +124,7 @@ def make_precise(module: nn.Module, start: int) -> None:
     for owner in {id(owner): owner for owner, _ in _frequencies(module)}.values():
         forward: Any = owner.forward
         plain = forward.plain if isinstance(forward, PreciseAngles) else forward
-        owner.forward = PreciseAngles(owner, plain, start)  # type: ignore[method-assign,assignment]
+        owner.forward = PreciseAngles(owner, plain, start)
 
 
 class PreciseAngles:

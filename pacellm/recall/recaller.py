@@ -3,37 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 import torch
 
+from pacellm.config import IndexName
 from pacellm.engine.sequence import Sequence
 from pacellm.kv.history import History
-from pacellm.model.codes import CodeBook
 from pacellm.model.context import Asked
+from pacellm.model.retrieval import Retrieval
 from pacellm.model.rotation import KeyRotation
 from pacellm.recall.activity import activity_votes
 from pacellm.recall.attention import attention_votes
 from pacellm.recall.lexical import lexical_votes
-from pacellm.view import BLOCK, Budget, Recall, Span
-
-IndexName = Literal["lexical", "activity", "attention"]
-INDEXES: tuple[IndexName, ...] = get_args(IndexName)
-
-
-@dataclass(frozen=True)
-class Retrieval:
-    """What is known of a model that its indexes need.
-
-    Attributes:
-        layers: those whose attention finds what a question is about.
-        book: of activity codes.
-    """
-
-    layers: tuple[int, ...] = ()
-    book: CodeBook | None = None
+from pacellm.view import BLOCK, Recall, Span
 
 
 class Recaller:
@@ -75,13 +58,11 @@ class Recaller:
         if question:
             end = budget.reading(question.start).start
             votes = [self.votes(index, sequence, question, end, asked) for index in self._indexes]
-            recall = Recall(question.start, chosen(votes, budget, self._block), budget)
+            recall = Recall(question.start, chosen(votes, budget.room, self._block), budget)
         sequence.recalls(recall)
         return recall
 
-    def votes(
-        self, index: IndexName, sequence: Sequence, question: range, end: int, asked: Asked | None
-    ) -> np.ndarray:
+    def votes(self, index: IndexName, sequence: Sequence, question: range, end: int, asked: Asked | None) -> np.ndarray:
         """[end / block] an index's votes for the history's first ``end`` tokens."""
         history = sequence.table.history
         if index == "lexical":
@@ -103,15 +84,16 @@ class Recaller:
         return torch.stack(best).amax(0).cpu().numpy()
 
 
-def chosen(votes: Items[np.ndarray], budget: Budget, block: int) -> tuple[Span, ...]:
+def chosen(votes: Items[np.ndarray], room: int, block: int) -> tuple[Span, ...]:
     """The first block of the history, and of the others those with most votes, each with the next one, which goes on
-    with what it says; as many as the budget has room for, in order.
+    with what it says, in order.
 
     Args:
         votes: by index [n] of blocks of ``block`` tokens; they choose in turn.
+        room: tokens that may be called back.
     """
     taken = set(range(BLOCK // block))
-    count = len(taken) + budget.room // block
+    count = len(taken) + room // block
     orders = [np.argsort(-one, kind="stable").tolist() for one in votes]
     for turn in zip(*orders, strict=True):
         for number in turn:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pacellm.kv.blocks import BlockAllocator, KVTable
-from pacellm.kv.history import History, HistoryBlock, HistoryMemory
+from pacellm.kv.history import HistoryBlock, HistoryMemory
 from pacellm.model.rotation import KeyRotation
 from pacellm.view import BLOCK, View
 
@@ -69,8 +69,8 @@ class Views:
 
     @torch.inference_mode()
     def go_back(self, table: KVTable, position: int) -> None:
-        """Have a table, of which nothing from ``position`` on is wanted any more, end there, with blocks of its own where
-        it goes on. Its window may have begun later: then what it is gone on with comes out of the history.
+        """Have a table end at ``position``, from where on nothing is wanted any more. Where its window has begun later,
+        what it is gone on with comes out of the history.
 
         Raises:
             OutOfBlocks: as of the allocator; the table is as it was.

@@ -17,10 +17,10 @@ from pacellm.kv.blocks import KVTable, blocks_for
 from pacellm.memory.pool import BankPool
 from pacellm.model.attention.dispatch import slab
 from pacellm.model.attention.plan import PrefillKernel
-from pacellm.model.codes import Coder, attach
 from pacellm.model.context import Asked, Chunk, DecodeRows, StepContext, step_context
 from pacellm.model.ffn import observe
 from pacellm.model.load import LoadedModel
+from pacellm.model.retrieval import Coder, attach
 from pacellm.model.side_stream import join_side_stream
 from pacellm.modes import preset_of
 from pacellm.rows import ROWS, missing_rows
@@ -100,7 +100,7 @@ class Runner:
 
     @property
     def slabs(self) -> list[Tensor]:
-        """KV memory: the keys of all layers, then the values, then codes where they are made; each [heads, slots, size]."""
+        """KV memory, each [heads, slots, size]: the keys of all layers, then the values, then codes if they are made."""
         return [*self._keys, *self._values, *self._codes]
 
     def use_static_decode(self, *, max_seqs: int, max_tokens: int, capture: bool) -> None:

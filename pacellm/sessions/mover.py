@@ -157,7 +157,9 @@ class Mover:
     def _save(self, session: Session, files: SessionFiles) -> None:
         """Write an idle session: its log, and the state where there is one that is not on disk and has room there."""
         if session.table is not None and session.stored is None and len(session.context):
-            if session.table.view.is_whole and files.budget.has_room(len(session.context) * self._bytes_per_token + banks_nbytes(self._banks(session))):
+            if session.table.view.is_whole and files.budget.has_room(
+                len(session.context) * self._bytes_per_token + banks_nbytes(self._banks(session))
+            ):
                 self._spill_to_disk(session, files)
                 return
             self._store.release(session)

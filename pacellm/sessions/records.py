@@ -291,9 +291,7 @@ class Records:
 def _view_tensors(log: list[Turn]) -> dict[str, Tensor]:
     if all(turn.budget is None for turn in log):
         return {}
-    budgets = [
-        (*(turn.budget or Budget(0, 0)), -1 if turn.recall is None else turn.recall.start) for turn in log
-    ]
+    budgets = [(*(turn.budget or Budget(0, 0)), -1 if turn.recall is None else turn.recall.start) for turn in log]
     recalls = [
         (number, *span) for number, turn in enumerate(log) if turn.recall is not None for span in turn.recall.spans
     ]

@@ -124,7 +124,11 @@ def _widen(part: Tensor, size: int) -> Tensor:
 
 
 def write_rows(step: StepContext, pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Put what the step's tokens have into slabs, at each chunk's places: (slab [heads, slots, D], new [heads, T, D])."""
+    """Put what the step's tokens have into slabs, at each chunk's places.
+
+    Args:
+        pairs: slabs [heads, slots, D], and what goes there [heads, T, D].
+    """
     device = pairs[0][1].device
     if step.decode is not None:
         _write_decoded(pairs, step.decode.slots)

@@ -1,4 +1,5 @@
-"""Activity codes: what a token did in one FFN, as a few bits.
+"""What indexes of working memory need of a model: layers that retrieve, and activity codes, which are what a token did
+in one FFN, as a few bits.
 
 A code is sign(((x - mean) / deviation) R) of the FFN's inner activation x, with a Gaussian R that follows from a seed.
 Two tokens' activations are alike where their codes are: the share of bits that differ is their angle over pi (Charikar,
@@ -48,6 +49,19 @@ class CodeBook:
         generator = torch.Generator().manual_seed(self.seed)
         matrix = torch.randn(len(self.mean), self.bits, generator=generator)
         return matrix / self.deviation.cpu()[:, None]
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """What is known of a model that indexes need.
+
+    Attributes:
+        layers: those whose attention finds what a question is about.
+        book: of activity codes.
+    """
+
+    layers: tuple[int, ...] = ()
+    book: CodeBook | None = None
 
 
 class Coder(nn.Module):
