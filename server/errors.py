@@ -11,7 +11,15 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from pacellm.errors import Conflict, Draining, InvalidApiKey, Overloaded, PaceError, RequestError
+from pacellm.errors import (
+    Conflict,
+    Draining,
+    InvalidApiKey,
+    Overloaded,
+    PaceError,
+    RequestError,
+    UnsupportedEncoding,
+)
 
 from . import unserved
 
@@ -31,6 +39,8 @@ def response_of(error: PaceError) -> JSONResponse:
         headers["Retry-After"] = str(error.retry_after)
     elif isinstance(error, InvalidApiKey):
         headers["WWW-Authenticate"] = "Bearer"
+    elif isinstance(error, UnsupportedEncoding):
+        headers["Accept-Encoding"] = "gzip, deflate, identity"
     elif error.status >= 500:
         headers["x-should-retry"] = "false"  # a prompt that made the engine fail once would do it again
     return JSONResponse(body_of(error), status_code=error.status, headers=headers)

@@ -21,6 +21,7 @@ _ERRORS = {
     408: "The body did not come in time",
     409: "An equal request, or the session, is in use",
     413: "The body is over the limit",
+    415: "The body's Content-Encoding is not supported",
     429: "The queue is full, or the key's limit is reached",
     499: "The request was cancelled",
     500: "The request failed inside the server",

@@ -15,7 +15,7 @@ from ..tokens.schema import DetokenizeRequest, TokenizeRequest
 JSON = "application/json"
 TENSORS = "application/vnd.safetensors"
 PLAIN = "text/plain"
-_BODY = (408, 413, 429)
+_BODY = (408, 413, 415, 429)
 _ENGINE = (503,)
 _GENERATION = (404, 409, *_BODY, 499, 503, 504)
 _HI = [{"role": "user", "content": "What is the access code of the amber archive?"}]

@@ -11,7 +11,7 @@ from pacellm.errors import NotFound, RequestError, UnsupportedParameter
 from pacellm.types import GenerationRequest
 
 from ...auth import Caller, tenant_of
-from ...body import parsed
+from ...body import answered
 from ...event_queue import EventQueue
 from ...reading.chat_prompt import ChatPrompt
 from ...response_store import Key
@@ -30,21 +30,19 @@ router = APIRouter(prefix="/v1/responses")
 async def create_response(request: Request) -> Response:
     """An answer to new input, alone, behind an earlier response, or in a conversation; streamed or not."""
     service: Service = request.app.state.service
-    received, body = await parsed(request, parse_response)
     if "x-session-id" in request.headers:
         raise UnsupportedParameter("name a conversation in the body instead", param="X-Session-ID")
-    caller = Caller.of(request, received.size, body.timeout)
 
-    async def start() -> Response:
+    async def respond(size: int, body: ResponseRequest) -> Response:
         try:
-            answer, wire = await _submit(service, body, caller)
+            answer, wire = await _submit(service, body, Caller.of(request, size, body.timeout))
             if body.stream:
                 return await responding.streamed(service, answer, wire)
             return await responding.whole(request, answer, ResponseFold())
         except RequestError as error:
             raise named(error) from None
 
-    return await service.idempotency.answer(request, caller, received.digest, start)
+    return await answered(request, parse_response, respond)
 
 
 @router.get("/{response_id}")
