@@ -56,7 +56,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def parameter_error(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        name = str(first["loc"][-1])
+        name = ".".join(map(str, first["loc"][1:]))
         return response_of(RequestError(f"{name}: {first['msg']}", param=name, code="invalid_value"))
 
     @app.exception_handler(HTTPException)
