@@ -22,7 +22,7 @@ _Bias = Annotated[float, Field(ge=-100, le=100)]
 class StreamOptions(Strict):
     """What the stream carries besides text."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
@@ -89,7 +89,7 @@ class SamplingFields(GenerationFields):
 
     def wants_usage(self) -> bool:
         """A stream is to end with its usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and self.stream_options.include_usage is True
 
     def sampling_with(self, **changes: Any) -> SamplingParams:
         """The engine's parameters.
