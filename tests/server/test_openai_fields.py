@@ -174,6 +174,11 @@ def test_parts_of_fields_are_refused_by_name(api, field, value):
     assert caught.value.param == field
 
 
+def test_null_is_absent_in_stream_options_too():
+    body = parsed("chat", stream=True, stream_options={"include_usage": None, "include_obfuscation": None})
+    assert not body.wants_usage()
+
+
 def mentions_int(hint):
     return hint is int or any(mentions_int(one) for one in typing.get_args(hint))
 

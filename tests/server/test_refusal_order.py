@@ -107,6 +107,14 @@ def test_a_repetition_is_told_before_the_body_is_parsed(server, work, path):
     assert work == ["timed_body"] * 2
 
 
+def test_a_body_that_is_refused_leaves_the_key_free(server):
+    for path in BODIES:
+        key = {"Idempotency-Key": f"free{path}"}
+        for body in ({"seed": "x"}, {**BODIES[path], "model": "gpt-9"}):
+            assert post(server, path, body, **key).status_code in (400, 404)
+        assert post(server, path, **key).status_code == 200
+
+
 def test_while_the_first_runs_and_the_queue_is_full_a_repetition_is_told_at_once(server, work):
     path = "/v1/chat/completions"
     stored = post(server, path, **{"Idempotency-Key": "stored"})
