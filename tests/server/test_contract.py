@@ -56,7 +56,7 @@ UNSAID = {
         ("invalid_value", r"(input|messages\.\d+\.(tool_call_id|name))"),
         ("invalid_value", r"tool_choice(\.function)?\.name"),
         ("invalid_value", r"tools\.\d+(\.function)?\.name"),  # two of one name
-        ("(previous_response|conversation|session)_not_found", ".*"),
+        ("(previous_response|conversation|session|item)_not_found", ".*"),
         ("not_found", "(response_id|request_id)"), ("model_not_found", "model"),
         ("invalid_value", r"messages\.\d+\.(content|tool_calls.*)"),  # of an answer that is sent back
         ("invalid_value", "after"),
