@@ -14,6 +14,7 @@ Key = tuple[str, str]
 _TOMBSTONES = 65536
 _LOOK_SECONDS = 60.0
 _OVERHEAD = 512  # bytes of an entry beside its texts
+_ID = 96  # bytes of an item's id
 
 
 @dataclass(eq=False)
@@ -26,17 +27,19 @@ class Transcript:
         scope: of the tokenizer's memory; the same along a conversation.
         num_bytes, total_bytes: of its own messages, and of all.
         users: kept entries and later transcripts that need it.
+        item_ids: of the items that the answer came as.
     """
 
     messages: tuple[Message, ...]
     parent: Transcript | None
     scope: str
+    item_ids: tuple[str, ...] = ()
     num_bytes: int = field(init=False)
     total_bytes: int = field(init=False)
     users: int = 0
 
     def __post_init__(self) -> None:
-        self.num_bytes = _OVERHEAD + sum(_size(one) for one in self.messages)
+        self.num_bytes = _OVERHEAD + sum(_size(one) for one in self.messages) + _ID * len(self.item_ids)
         self.total_bytes = self.num_bytes + (0 if self.parent is None else self.parent.total_bytes)
 
     def all(self) -> list[Message]:

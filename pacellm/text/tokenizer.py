@@ -184,6 +184,11 @@ class ChatTokenizer:
         prefix = dialect.prefix(prompt, continues=continues)
         return self._tokenizer.get_response_parser(dict(dialect.template), prefix=prefix, tools=list(tools))
 
+    @property
+    def settable_variables(self) -> frozenset[str]:
+        """Names that the chat template reads, and that say neither what the messages are nor what the tokenizer is."""
+        return self.template_variables - _RESERVED
+
     def render(
         self,
         messages: list[dict[str, Any]],
@@ -210,7 +215,7 @@ class ChatTokenizer:
                 param="messages",
             )
         for name in variables or ():
-            if name in _RESERVED or name not in self.template_variables:
+            if name not in self.settable_variables:
                 raise UnsupportedParameter(
                     f"this model's chat template has no variable {name!r}", param=f"chat_template_kwargs.{name}"
                 )

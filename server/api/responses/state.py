@@ -150,7 +150,8 @@ class ConversationState:
         scope = self.scope
         assert scope is not None
         messages = (*self._body.messages(), message)
-        transcript = Transcript(messages, self._previous.transcript if self._previous is not None else None, scope)
+        before = self._previous.transcript if self._previous is not None else None
+        transcript = Transcript(messages, before, scope, tuple(item["id"] for item in answer["output"]))
         self._made = None
         if self._conversation is not None:
             self._service.response_store.put(self._conversation, transcript)
