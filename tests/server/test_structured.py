@@ -261,6 +261,8 @@ def test_a_keyword_is_refused_by_its_place_in_the_schema(live):
     schema = {"type": "object", "properties": {"a": {"type": "integer", "minimum": 10**19, "maximum": 2 * 10**19}}}
     with pytest.raises(openai.BadRequestError, match="schema: #/properties/a/minimum must be 0, or have a size"):
         ask(live, response_format=json_schema(schema))
+    with pytest.raises(openai.BadRequestError, match="schema: oneOf cannot be enforced"):
+        ask(live, response_format=json_schema({"oneOf": [{"type": "integer"}, {"type": "number"}]}))
     with pytest.raises(openai.BadRequestError, match=r"regex parse error: \^\(a\|b error: unclosed group"):
         ask(live, response_format=json_schema({"type": "string", "pattern": "^(a|b"}))
 
