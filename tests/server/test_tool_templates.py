@@ -39,7 +39,7 @@ def test_auto_on_a_template_with_tools(hermes, scripted, said, heard):
 
 @pytest.mark.parametrize("choice", ["auto", "required"])
 @pytest.mark.parametrize(
-    ("written", "meant"), [(r"\u00e9\ud83d\ude00", "é😀"), ("a</tool_call>", None), (r"\n\"}}", '\n"}}')]
+    ("written", "meant"), [(r"\u00e9\ud83d\ude00", "é😀"), ("a</tool_call>", "a</tool_call>"), (r"\n\"}}", '\n"}}')]
 )
 def test_arguments_are_json_as_the_model_writes_it(hermes, scripted, choice, written, meant):
     """Characters by their numbers, end marks, quotes: what the constraint lets through, and what is read."""
