@@ -25,6 +25,7 @@ from pacellm.text.detokenizer import Detokenizer, Vocabulary
 from pacellm.text.dialect import Dialect, detect
 from pacellm.text.literals import Literals, structure_of
 from pacellm.text.pieces import PieceMemo, too_long
+from pacellm.text.response_parser import CallParser
 
 # what the template is given by other means; a request sets none of these as a variable
 _RESERVED = frozenset(
@@ -182,7 +183,7 @@ class ChatTokenizer:
         if dialect.template is None:
             return None
         prefix = dialect.prefix(prompt, continues=continues)
-        return self._tokenizer.get_response_parser(dict(dialect.template), prefix=prefix, tools=list(tools))
+        return CallParser(dict(dialect.template), prefix=prefix, tools=list(tools))
 
     @property
     def settable_variables(self) -> frozenset[str]:

@@ -58,7 +58,6 @@ UNSAID = {
         ("invalid_value", r"tools\.\d+(\.function)?\.name"),  # two of one name
         ("(previous_response|conversation|session|item)_not_found", ".*"),
         ("not_found", "(response_id|request_id)"), ("model_not_found", "model"),
-        ("invalid_value", r"messages\.\d+\.(content|tool_calls.*)"),  # of an answer that is sent back
         ("invalid_value", "after"),
     ],
     "beside a header": [("None", "session_id"), ("None", "prompt"), ("None", "truncate_prompt_tokens"),

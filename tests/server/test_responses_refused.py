@@ -14,10 +14,6 @@ REFUSED = {
     "result of nothing": (
         {"input": [{"type": "function_call_output", "call_id": "call_9", "output": "x"}]}, "input", "invalid_value",
     ),
-    "reasoning item": (
-        {"input": [{"type": "reasoning", "content": [{"type": "reasoning_text", "text": "x"}]}]}, "input",
-        "unsupported_parameter",
-    ),
     "tool schema": (
         {"tools": [{"type": "function", "name": "f", "parameters": {"type": "object", "properties": 5}}],
          "tool_choice": "required"}, "tools.0.parameters", None,
@@ -47,11 +43,6 @@ REFUSED = {
         {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
         "input.0.content.0.type",
         None,
-    ),
-    "phase": (
-        {"input": [{"role": "assistant", "content": "x", "phase": "commentary"}, {"role": "user", "content": "x"}]},
-        "input.0.phase",
-        "invalid_value",
     ),
     "temperature": ({"temperature": 3}, "temperature", "invalid_value"),
     "max_output_tokens": ({"max_output_tokens": -1}, "max_output_tokens", "invalid_value"),

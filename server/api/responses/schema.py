@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -18,7 +18,7 @@ from ...schema import RESPONSE_PREFIX, SESSION_ID, WHOLE, Strict, parse, refuse_
 from ..fields import GenerationFields
 from ..formats import TextFormat
 from ..hints import HintFields
-from .input_items import InputItem, ResponseNamedTool, ResponseTool, messages_of
+from .input_items import InputItem, ResponseNamedTool, ResponseTool, messages_of, resolved
 
 
 class ConversationId(Strict):
@@ -110,11 +110,18 @@ class ResponseRequest(GenerationFields, HintFields):
         """The conversation that it belongs to."""
         return self.conversation.id if isinstance(self.conversation, ConversationId) else self.conversation
 
-    def messages(self) -> list[dict[str, Any]]:
-        """The new messages, as chat has them."""
+    def messages(self, item: Callable[[str], dict[str, Any] | None]) -> list[dict[str, Any]]:
+        """The new messages, as chat has them.
+
+        Args:
+            item: finds an item of a stored response by its id.
+
+        Raises:
+            NotFound: an item that is referred to is not kept.
+        """
         if isinstance(self.input, str):
             return [{"role": "user", "content": self.input}]
-        return messages_of(self.input)
+        return messages_of(resolved(self.input, item))
 
     def chat_input(self, messages: Sequence[dict[str, Any]]) -> ChatInput:
         """What is to be answered.
