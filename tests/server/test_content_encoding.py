@@ -64,6 +64,7 @@ def test_whole_again_however_it_was_cut(text, size):
         ("deflate", zlib.compress(BODY)[:-1]),
         ("deflate", BODY),
     ],
+    ids=["no gzip", "cut", "more behind", "sums", "one byte", "zlib", "zlib, more", "zlib, cut", "no zlib"],
 )
 def test_damaged(live, name, data):
     for size in (1, 10**9):
