@@ -13,6 +13,7 @@
     │   ├── Conflict             the same request is still being answered
     │   ├── BodyTimeout          the request's body did not come in time
     │   ├── BodyTooLarge         the request body is over the limit
+    │   ├── UnsupportedEncoding  the request body is packed in a way that is not read
     │   ├── SessionNotFound      no such session in the caller's namespace; another's looks the same
     │   │   └── SessionLost      there was one, and its log is gone: nothing can be appended to it
     │   ├── NotAppendable        a session's history that nothing can be appended to
@@ -92,6 +93,13 @@ class BodyTooLarge(RequestError):
     """The request body is over the configured limit."""
 
     status = 413
+
+
+class UnsupportedEncoding(RequestError):
+    """The request body is packed in a way that this server does not read."""
+
+    status = 415
+    code = "unsupported_content_encoding"
 
 
 class NotFound(RequestError):

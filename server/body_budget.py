@@ -62,7 +62,12 @@ class Claim:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give the room back; the body is gone."""
         self._budget.release(self._tenant, self._held)
+        self._held = 0
 
     def grow(self, size: int) -> None:
         """The body has so many bytes now.

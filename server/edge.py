@@ -51,11 +51,11 @@ class Edge:
             await self._app(scope, receive, send)
             return
         headers, started = Headers(scope=scope), time.monotonic()
-        given = headers.get("x-request-id")
-        known = given if given is not None and re.match(REQUEST_ID, given) else None
-        request_id = known or uuid.uuid4().hex
+        request_id = _request_id(headers)
         state = scope.setdefault("state", {})
         state["request_id"], state["arrival"] = request_id, started
+        # whoever has a GET has a HEAD too: the same head, without the body, which the connection leaves out
+        inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         status = 0
 
         async def answer(message: Message) -> None:
@@ -67,21 +67,14 @@ class Edge:
 
         token = logs.request_id.set(request_id)
         try:
-            problem = self._problem(headers, given, known) or self._stranger(scope["path"], headers)
+            problem = _problem(headers) or self._stranger(scope["path"], headers)
             app = self._app if problem is None else response_of(problem)
-            await app(scope, receive, answer)
+            await app(inner, receive, answer)
         finally:
             if status and self._count is not None and scope["path"] not in _PROBES:
                 self._count(status)
-            _log(scope, status, time.monotonic() - started)
+            _log(scope["method"], inner, status, time.monotonic() - started)
             logs.request_id.reset(token)
-
-    def _problem(self, headers: Headers, given: str | None, known: str | None) -> RequestError | None:
-        if len(headers) > MAX_HEADERS:
-            return RequestError(f"more than {MAX_HEADERS} headers", code="too_many_headers")
-        if given is not None and known is None:
-            return RequestError("X-Request-ID must be 1 to 128 of A-Z a-z 0-9 . _ : -", param="X-Request-ID")
-        return None
 
     def _stranger(self, path: str, headers: Headers) -> PaceError | None:
         """Refuse what a web page of someone else's may have sent."""
@@ -114,6 +107,18 @@ class Edge:
         return origin is not None and origin.partition("://")[2].lower() != host.lower()
 
 
+def _request_id(headers: Headers) -> str:
+    """The one that the client gave, or a new one where it gave none that can go into logs and headers as it is."""
+    given = headers.get("x-request-id", "")
+    return given if re.fullmatch(REQUEST_ID, given) else uuid.uuid4().hex
+
+
+def _problem(headers: Headers) -> RequestError | None:
+    if len(headers) > MAX_HEADERS:
+        return RequestError(f"more than {MAX_HEADERS} headers", code="too_many_headers")
+    return None
+
+
 def _is_address(host: str) -> bool:
     try:
         ipaddress.ip_address(host)
@@ -129,11 +134,11 @@ def _host(header: str) -> str:
     return header.partition(":")[0].lower().removesuffix(".")
 
 
-def _log(scope: Scope, status: int, seconds: float) -> None:
+def _log(method: str, scope: Scope, status: int, seconds: float) -> None:
     """Method, route and outcome; neither the query nor anything from a body."""
     route = scope.get("route")
     fields = {
-        "method": scope["method"] if scope["method"].isalpha() else "?",
+        "method": method if method.isalpha() else "?",
         "route": getattr(route, "path", None) or "unknown",
         "status": status,
         "duration_ms": round(1000 * seconds, 1),

@@ -15,10 +15,22 @@ from fastapi.responses import Response
 from pacellm.errors import Conflict, RequestError
 
 from . import sse
-from .auth import Caller
+from .auth import tenant_of
 
 KEY = r"^[\x21-\x7e]{1,255}$"
 _SECONDS = 3600.0
+
+
+def key_of(request: Request) -> str | None:
+    """The request's key, if it has one.
+
+    Raises:
+        RequestError: it is malformed.
+    """
+    key = request.headers.get("idempotency-key")
+    if key is not None and not re.match(KEY, key):
+        raise RequestError("Idempotency-Key must be 1 to 255 printable ASCII characters", param="Idempotency-Key")
+    return key
 
 
 @dataclass
@@ -43,23 +55,21 @@ class Idempotency:
         self._records: OrderedDict[tuple[str, str], _Record] = OrderedDict()
 
     async def answer(
-        self, request: Request, caller: Caller, digest: bytes, start: Callable[[], Awaitable[Response]]
+        self, request: Request, key: str | None, digest: bytes, start: Callable[[], Awaitable[Response]]
     ) -> Response:
         """The stored answer, or what ``start`` answers.
 
         Args:
+            key: None where the request has none.
             digest: of the request's body; with path and session it is what must be equal.
 
         Raises:
             Conflict: the first request with this key is still being answered.
-            RequestError: the key came with another request, or is malformed.
+            RequestError: the key came with another request.
         """
-        key = request.headers.get("idempotency-key")
         if key is None:
             return await start()
-        if not re.match(KEY, key):
-            raise RequestError("Idempotency-Key must be 1 to 255 printable ASCII characters", param="Idempotency-Key")
-        place = (caller.tenant, key)
+        place = (tenant_of(request), key)
         told = (request.url.path, request.headers.get("x-session-id", ""))
         fingerprint = hashlib.sha256("\0".join(told).encode() + b"\0" + digest).digest()
         self._expire()

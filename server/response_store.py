@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ Key = tuple[str, str]
 _TOMBSTONES = 65536
 _LOOK_SECONDS = 60.0
 _OVERHEAD = 512  # bytes of an entry beside its texts
+_ID = 96  # bytes of an item's id
 
 
 @dataclass(eq=False)
@@ -26,17 +28,19 @@ class Transcript:
         scope: of the tokenizer's memory; the same along a conversation.
         num_bytes, total_bytes: of its own messages, and of all.
         users: kept entries and later transcripts that need it.
+        item_ids: of the items that the answer came as.
     """
 
     messages: tuple[Message, ...]
     parent: Transcript | None
     scope: str
+    item_ids: tuple[str, ...] = ()
     num_bytes: int = field(init=False)
     total_bytes: int = field(init=False)
     users: int = 0
 
     def __post_init__(self) -> None:
-        self.num_bytes = _OVERHEAD + sum(_size(one) for one in self.messages)
+        self.num_bytes = _OVERHEAD + sum(_size(one) for one in self.messages) + _ID * len(self.item_ids)
         self.total_bytes = self.num_bytes + (0 if self.parent is None else self.parent.total_bytes)
 
     def all(self) -> list[Message]:
@@ -62,16 +66,18 @@ class StoredResponse:
     Attributes:
         answer: the response as JSON, None for a conversation.
         at: when it was stored, monotonic seconds.
+        items: ids of the response's output items.
     """
 
     transcript: Transcript
     answer: bytes | None
     at: float
+    items: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:
         """Its own bytes, without the transcript's."""
-        return _OVERHEAD + len(self.answer or b"")
+        return _OVERHEAD * (1 + len(self.items)) + len(self.answer or b"")
 
 
 class ResponseStore:
@@ -96,6 +102,7 @@ class ResponseStore:
         self._bytes: Counter[str] = Counter()
         self._next_look = 0.0
         self._lost: OrderedDict[Key, None] = OrderedDict()
+        self._responses: dict[Key, str] = {}  # by tenant and item's id, which response it is of
 
     @property
     def num_bytes(self) -> int:
@@ -119,16 +126,30 @@ class ResponseStore:
             self._entries[key[0]].move_to_end(key[1])
         return entry
 
+    def item(self, tenant: str, item_id: str) -> dict[str, Any] | None:
+        """An output item of a stored response."""
+        name = self._responses.get((tenant, item_id))
+        entry = None if name is None else self.get((tenant, name))
+        if entry is None or entry.answer is None:
+            return None
+        output: list[dict[str, Any]] = json.loads(entry.answer)["output"]
+        return next(one for one in output if one["id"] == item_id)
+
     def was_dropped(self, key: Key) -> bool:
         """There was an entry, and it gave way."""
         return key in self._lost
 
-    def put(self, key: Key, transcript: Transcript, answer: bytes | None = None) -> None:
-        """Keep an entry; one of the same name is replaced."""
+    def put(self, key: Key, transcript: Transcript, answer: bytes | None = None, items: Sequence[str] = ()) -> None:
+        """Keep an entry; one of the same name is replaced.
+
+        Args:
+            answer, items: of a response, as :class:`StoredResponse` has them.
+        """
         tenant, name = key
-        entry = StoredResponse(transcript, answer, time.monotonic())
+        entry = StoredResponse(transcript, answer, time.monotonic(), tuple(items))
         self._hold(tenant, transcript)
         self._remove(key)
+        self._responses |= {(tenant, item): name for item in items}
         self._entries.setdefault(tenant, OrderedDict())[name] = entry
         self._bytes[tenant] += entry.num_bytes
         self._lost.pop(key, None)
@@ -179,6 +200,8 @@ class ResponseStore:
         entry = self._entries.get(tenant, OrderedDict()).pop(name, None)
         if entry is not None:
             self._bytes[tenant] -= entry.num_bytes
+            for item in entry.items:
+                self._responses.pop((tenant, item), None)
             self._release(tenant, entry.transcript)
             if not self._entries[tenant]:
                 del self._entries[tenant]

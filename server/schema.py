@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from pacellm.errors import RequestError, UnsupportedParameter
 
@@ -13,6 +13,14 @@ SESSION_ID = r"^[A-Za-z0-9._:-]{1,256}$"
 RESPONSE_PREFIX = "resp_"  # of sessions that stored responses are
 MAX_KEYS = 4096  # of an object
 _UNION_BRANCHES = ("str", "constrained-str", "int", "float", "bool", "TextPart", "dict", "list")
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
+"""Of an integer field: 16.0 is one too, which clients write whose language has one kind of number."""
 
 
 class Strict(BaseModel):

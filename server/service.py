@@ -155,6 +155,20 @@ class Service:
                 f"model {name!r} is not served here; this server has {self.settings.model_name!r}", param="model"
             )
 
+    def check_turn(self, tenant: str) -> None:
+        """Refuse a request of a tenant that could not be queued now, before any work on it. What it is may have it
+        refused later.
+
+        Raises:
+            Overloaded, Draining, EngineDead: not now.
+        """
+        self.thread.check_turn()
+        limit = self.settings.max_requests_per_key
+        if limit is not None and self._count(tenant) >= limit:
+            raise Overloaded(
+                f"this key has {limit} requests queued or running, its limit", retry_after=1, code="rate_limit_exceeded"
+            )
+
     def submit(self, request: GenerationRequest, caller: Caller, events: EventQueue, number: int = 0) -> Generation:
         """Check and queue a request.
 
@@ -165,7 +179,9 @@ class Service:
             PaceError: it is refused, or its deadline has already passed; nothing was queued.
         """
         request = self.engine.check(request)
-        self._check_limits(request)
+        self.check_turn(request.tenant)
+        if request.session is not None:
+            self.check_room(request.session)
         left = self._seconds_left(caller)
         if left is not None:
             if left <= 0:
@@ -180,15 +196,6 @@ class Service:
         if left is not None:
             generation.deadline = asyncio.get_running_loop().call_later(left, self._end, generation, _late())
         return generation
-
-    def _check_limits(self, request: GenerationRequest) -> None:
-        limit = self.settings.max_requests_per_key
-        if limit is not None and self._count(request.tenant) >= limit:
-            raise Overloaded(
-                f"this key has {limit} requests queued or running, its limit", retry_after=1, code="rate_limit_exceeded"
-            )
-        if request.session is not None:
-            self.check_room(request.session)
 
     def drain(self) -> None:
         """Take no new requests; those submitted run to their end."""

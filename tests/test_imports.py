@@ -36,7 +36,13 @@ MODULES = {
     for top in ("pacellm", "pacellm/server")
     for path in (ROOT / top).rglob("*.py")
 }
-TRANSFORMERS = ("pacellm.model", "pacellm.gguf", "pacellm.text.tokenizer", "pacellm.demo")
+TRANSFORMERS = (
+    "pacellm.model",
+    "pacellm.gguf",
+    "pacellm.demo",
+    "pacellm.text.tokenizer",
+    "pacellm.text.response_parser",
+)
 HTTP = ("fastapi", "starlette", "uvicorn", "prometheus_client", "httpx", "opentelemetry")
 
 

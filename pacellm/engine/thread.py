@@ -86,6 +86,19 @@ class EngineThread:
                     before.append(len(other.prompt))
             return len(before), sum(before)
 
+    def check_turn(self) -> None:
+        """Refuse what could not be queued now, whatever it is.
+
+        Raises:
+            Overloaded, Draining, EngineDead: not now.
+        """
+        if not self.is_alive:
+            raise EngineDead("the engine has stopped; restart the server")
+        if self._draining:
+            raise Draining("the server is shutting down")
+        if len(self._queued) >= self.engine.config.max_waiting:
+            raise Overloaded(f"{len(self._queued)} requests are waiting; try again later")
+
     def submit(self, request: GenerationRequest) -> None:
         """Hand a request over; its place in the queue is reserved before this returns.
 
@@ -97,13 +110,8 @@ class EngineThread:
         """
         config, tokens = self.engine.config, len(request.prompt)
         with self._wake:
-            if not self.is_alive:
-                raise EngineDead("the engine has stopped; restart the server")
-            if self._draining:
-                raise Draining("the server is shutting down")
+            self.check_turn()
             queued = sum(len(waiting.prompt) for waiting in self._queued.values())
-            if len(self._queued) >= config.max_waiting:
-                raise Overloaded(f"{len(self._queued)} requests are waiting; try again later")
             if queued and queued + tokens > (config.max_waiting_tokens or 0):
                 raise Overloaded(f"{queued:,} prompt tokens are waiting; try again later")
             if request.request_id in self._submitted:

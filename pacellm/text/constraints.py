@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pacellm.text.dialect import ANSWER, CALL
+from pacellm.text.json_schema import MAX_LENGTH, enforceable, has_controls, has_open_names
 
 MAX_CALLS = 32
 """Calls in one constrained answer."""
@@ -15,8 +16,16 @@ MAX_CALLS = 32
 # between JSON's tokens: what people and models write, but no endless runs of it
 _BLANK = r"[ ]?|\n[ ]{0,20}"
 # as json.dumps and the chat templates' tojson write, so that an answer sent back is the text that was generated
-_TOJSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_TOJSON = (", ", ": ")
 _LENIENT = {"lenient": True, "coerce_one_of": True}
+# characters by their numbers: any, as llguidance would go on from "\\u00" with a control character only; or none, where
+# one might be another spelling of a name
+_ANY_NUMBER, _NO_NUMBER = {"json_allow_general_unicode_escapes": True}, {"json_allowed_escapes": 'nrbtf"\\'}
+_ANNOTATIONS = frozenset(("type", "title", "description", "$schema", "$id", "$comment", "default", "examples"))
+_PAIR = r"[dD][89aAbB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"  # of surrogates, which is one character
+_NUMBERED = rf"u([0-9a-ce-fA-CE-F][0-9a-fA-F]{{3}}|[dD][0-7][0-9a-fA-F]{{2}}|{_PAIR})"
+_TEXT = rf'"([^"\\\x00-\x1f\x7f]|\\(["\\\/bfnrt]|{_NUMBERED})){{0,{MAX_LENGTH}}}"'
+_DEPTH, _MEMBERS = 16, 1024  # of JSON that no schema describes: so it ends
 
 
 @dataclass(frozen=True)
@@ -92,9 +101,60 @@ class Mark:
 
 
 def of_json(schema: Mapping[str, Any], param: str, *, is_strict: bool = True) -> Grammar:
-    """JSON that a schema describes."""
-    options = {"whitespace_pattern": _BLANK, **({} if is_strict else _LENIENT)}
-    return Grammar((Part("json", param, schema={"x-guidance": options, **schema}),))
+    """JSON that a schema describes.
+
+    Raises:
+        RequestError: a keyword that cannot be enforced, if ``is_strict``.
+    """
+    return Grammar((_json_part("json", param, schema, None, is_strict=is_strict),))
+
+
+def _json_part(
+    name: str, param: str, schema: Mapping[str, Any], separators: tuple[str, str] | None, *, is_strict: bool
+) -> Part:
+    """JSON that a schema describes.
+
+    Args:
+        separators: between items, and between a key and its value, where nothing else may be; blanks where it is None.
+    """
+    if schema.keys() <= _ANNOTATIONS and schema.get("type", "object") == "object":
+        return Part(name, param, lark=_free_json(separators, only_object="type" in schema))
+    found = enforceable(schema, param, is_strict=is_strict)
+    options: dict[str, Any] = {"whitespace_pattern": _BLANK}
+    if separators is not None:
+        options = {"whitespace_flexible": False, "item_separator": separators[0], "key_separator": separators[1]}
+    options |= {} if has_controls(found) else _NO_NUMBER if has_open_names(found) else _ANY_NUMBER
+    options |= {} if is_strict else _LENIENT
+    return Part(name, param, schema={**found, "x-guidance": options})
+
+
+def _free_json(separators: tuple[str, str] | None, *, only_object: bool) -> str:
+    """Any JSON, or any object, whose numbers, texts, lists and depth have an end."""
+    comma, colon = (quoted(text) for text in separators or (",", ":"))
+    blank = "" if separators is not None else "_B?"
+    rules = [f"start: {'object_0' if only_object else 'value_0'}", f"value_{_DEPTH}: scalar"]
+    for depth in range(_DEPTH):
+        value, item = f"value_{depth + 1}", f"item_{depth}"
+        rules += [
+            f"value_{depth}: scalar | object_{depth} | array_{depth}",
+            f"{item}: {value} {blank}",
+            f"member_{depth}: TEXT {blank} {colon} {blank} {value} {blank}",
+            _listing(f"object_{depth}", "{}", f"member_{depth}", comma, blank),
+            _listing(f"array_{depth}", "[]", item, comma, blank),
+        ]
+    rules += [
+        'scalar: TEXT | NUMBER | "true" | "false" | "null"',
+        f"TEXT: /{_TEXT}/",
+        r"NUMBER: /-?(0|[1-9][0-9]{0,19})(\.[0-9]{1,20})?([eE][+-]?[0-9]{1,2})?/",
+        *([] if separators is not None else [r"_B: /[ ]|\n[ ]{0,20}/"]),
+    ]
+    return "\n".join(rules)
+
+
+def _listing(name: str, brackets: str, entry: str, comma: str, blank: str) -> str:
+    """A rule of entries between brackets."""
+    begin, end = (quoted(bracket) for bracket in brackets)
+    return f"{name}: {begin} {blank} ({entry} ({comma} {blank} {entry}){{0,{_MEMBERS - 1}}})? {end}"
 
 
 def of_regex(regex: str, param: str) -> Grammar:
@@ -208,7 +268,6 @@ def _call_rules(functions: Sequence[Function]) -> tuple[str, tuple[Part, ...]]:
     for number, function in enumerate(functions):
         head = quoted(f'{{"name": "{function.name}", "arguments": ')
         rules += f'call_{number}: {head} @arguments_{number} "}}"\n'
-        options = {**_TOJSON, **({} if function.is_strict else _LENIENT)}
-        schema = {**function.parameters, "x-guidance": options}
-        parts.append(Part(f"arguments_{number}", function.param, schema=schema))
+        name, schema = f"arguments_{number}", function.parameters
+        parts.append(_json_part(name, function.param, schema, _TOJSON, is_strict=function.is_strict))
     return rules, tuple(parts)

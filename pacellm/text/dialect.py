@@ -121,17 +121,19 @@ def _calls_of(chat_template: str) -> tuple[dict[str, Any] | None, tuple[str, str
     if "<function=" in chat_template and "<parameter=" in chat_template:
         return _TAGGED_CALLS, None
     if "arguments" in chat_template:
-        return _region(_CALLS, {"content": "text", "repeats": True}), _CALLS
+        return _call_region(_CALLS), _CALLS
     return None, None
 
 
-# what is between the marks of Qwen3-Coder and Qwen3.5
+# what is between the marks of Qwen3-Coder and Qwen3.5: a value has a line of its own, and ends where another begins or
+# none is left
+_PARAMETER = r"<parameter=(?P<key>[^<>\n]+)>\n?(?P<value>.*?)\n?</parameter>(?=\s*(?:<parameter=[^<>\n]+>|\Z))"
 _TAGGED_CALLS = {
     "open_pattern": r"\s*<tool_call>\s*<function=(?P<name>[^>\n]+)>",
     "close_pattern": r"</function>\s*</tool_call>\s*",
     "repeats": True,
     "content": "xml-inline",
-    "content_args": {"tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\s*(?P<value>.*?)\s*</parameter>"},
+    "content_args": {"tag_pattern": _PARAMETER},
     "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
 }
 
@@ -140,6 +142,12 @@ def _region(marks: tuple[str, str], field: dict[str, Any]) -> dict[str, Any]:
     """A field between literal marks; white space around them is nobody's."""
     begin, end = (re.escape(mark) for mark in marks)
     return {"open_pattern": rf"\s*{begin}\s*", "close_pattern": rf"\s*{end}\s*", **field}
+
+
+def _call_region(marks: tuple[str, str]) -> dict[str, Any]:
+    """A call whose text is left as it is."""
+    begin, end = (re.escape(mark) for mark in marks)
+    return {"open_pattern": rf"\s*{begin}", "close_pattern": rf"{end}\s*", "content": "text", "repeats": True}
 
 
 def _literals(field: Any) -> tuple[str, str] | None:
@@ -159,8 +167,7 @@ def _with_text_calls(template: Mapping[str, Any]) -> tuple[Mapping[str, Any], tu
     marks = _literals(field) or _literals({**field, "open": _plain_mark(field.get("open_pattern"))})
     if not plain or marks is None:
         return template, None
-    calls = _region(marks, {"content": "text", "repeats": True})
-    return {**template, "fields": {**template["fields"], "tool_calls": calls}}, marks
+    return {**template, "fields": {**template["fields"], "tool_calls": _call_region(marks)}}, marks
 
 
 def _plain_mark(pattern: Any) -> str | None:

@@ -273,5 +273,11 @@ class Grammars:
 
 
 def _short(error: str) -> str:
-    """A message's first line."""
-    return (error.strip() or "not valid").splitlines()[0][:300]
+    """A message's first line; of a wrong pattern also which it is, and why."""
+    lines = [line.strip() for line in (error.strip() or "not valid").splitlines()]
+    if lines[0].startswith("oneOf constraints are not supported"):
+        return "oneOf cannot be enforced where more than one of its schemas might apply; anyOf can"
+    if lines[0] == "regex parse error:" and len(lines) > 1:
+        why = next((line for line in lines if line.startswith("error:")), "")
+        return f"{lines[0]} {lines[1]} {why}"[:300]
+    return lines[0][:300]

@@ -35,7 +35,7 @@ LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 500_000,
     "step_lexer_fuel": 100_000,
     "step_max_items": 50_000,
-    "max_lexer_states": 50_000,
+    "max_lexer_states": 200_000,  # a text that is counted takes 4 to 8 for each character
     "max_grammar_size": 200_000,
     "verbose_errors": False,
 }

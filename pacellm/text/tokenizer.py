@@ -25,6 +25,7 @@ from pacellm.text.detokenizer import Detokenizer, Vocabulary
 from pacellm.text.dialect import Dialect, detect
 from pacellm.text.literals import Literals, structure_of
 from pacellm.text.pieces import PieceMemo, too_long
+from pacellm.text.response_parser import CallParser
 
 # what the template is given by other means; a request sets none of these as a variable
 _RESERVED = frozenset(
@@ -182,7 +183,12 @@ class ChatTokenizer:
         if dialect.template is None:
             return None
         prefix = dialect.prefix(prompt, continues=continues)
-        return self._tokenizer.get_response_parser(dict(dialect.template), prefix=prefix, tools=list(tools))
+        return CallParser(dict(dialect.template), prefix=prefix, tools=list(tools))
+
+    @property
+    def settable_variables(self) -> frozenset[str]:
+        """Names that the chat template reads, and that say neither what the messages are nor what the tokenizer is."""
+        return self.template_variables - _RESERVED
 
     def render(
         self,
@@ -210,7 +216,7 @@ class ChatTokenizer:
                 param="messages",
             )
         for name in variables or ():
-            if name in _RESERVED or name not in self.template_variables:
+            if name not in self.settable_variables:
                 raise UnsupportedParameter(
                     f"this model's chat template has no variable {name!r}", param=f"chat_template_kwargs.{name}"
                 )

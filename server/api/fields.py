@@ -10,19 +10,19 @@ from pacellm.errors import RequestError
 from pacellm.modes import PAChoice
 from pacellm.types import SamplingParams
 
-from ..schema import SESSION_ID, Strict
+from ..schema import SESSION_ID, WHOLE, Strict
 
 MAX_TIMEOUT = 86_400.0
 _Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 _TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
-_Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=1024, fail_fast=True)]
+_Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31), WHOLE]], Field(max_length=1024, fail_fast=True)]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class StreamOptions(Strict):
     """What the stream carries besides text."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
@@ -47,12 +47,12 @@ class GenerationFields(Strict):
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31), WHOLE] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
     ignore_eos: bool = False
     return_progress: bool = False
-    priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
+    priority: Annotated[int, Field(ge=-1000, le=1000), WHOLE] = 0
     timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT)] | None = None
     pacellm: PaceOptions = PaceOptions()
     # without effect on the result by its nature
@@ -76,7 +76,7 @@ class SamplingFields(GenerationFields):
     """What vLLM and OpenAI's older endpoints have beyond that, and which session to use."""
 
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31), WHOLE] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
@@ -85,11 +85,11 @@ class SamplingFields(GenerationFields):
     stop_token_ids: _Ids | None = None
     skip_special_tokens: bool = True
     session_id: Annotated[str, Field(pattern=SESSION_ID)] | None = None
-    truncate_prompt_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None
 
     def wants_usage(self) -> bool:
         """A stream is to end with its usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and self.stream_options.include_usage is True
 
     def sampling_with(self, **changes: Any) -> SamplingParams:
         """The engine's parameters.

@@ -67,9 +67,8 @@ class AppendedMessages:
         literals = tokenizer.literals
         self._tools = [literals.shielded_value(tool.shown()) for tool in asked.tools] or None
         self._variables = literals.shielded_value(dict(asked.variables or {}))
-        self._new = TemplateInput(
-            tokenizer, asked.messages, asked.tools, is_open=asked.continues, is_behind=True
-        ).messages()
+        self._template = TemplateInput(tokenizer, asked.messages, asked.tools, is_open=asked.continues, is_behind=True)
+        self._new = self._template.messages()
         self._texts = {end: self._attempt(end) for end in _ENDS}
         found = [text for text in self._texts.values() if isinstance(text, str)]
         if not found:
@@ -174,6 +173,7 @@ class AppendedMessages:
     def _render(self, entries: list[Entry], **options: Any) -> str:
         tools = self._tools if self._has_tools else None
         rendered = self._tokenizer.render(entries, tools=tools, variables=self._variables, **options)
+        rendered = self._template.restored(rendered)
         check_text(rendered, "messages")
         return rendered
 

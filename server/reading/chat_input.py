@@ -11,6 +11,8 @@ from pacellm.text.constraints import Grammar
 from .messages import Message
 from .tools import NamedTool, Tool
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+Verbosity = Literal["low", "medium", "high"]
 Choice = Literal["none", "auto", "required"] | NamedTool
 
 
@@ -31,6 +33,7 @@ class ChatInput:
         is_truncated: the prompt is cut to a length later, so it may be too long here.
         skip_special_tokens: special tokens are left out of the text.
         appends: the messages go on from a session's history.
+        effort, verbosity: how much the model is to think, and to say.
     """
 
     messages: Sequence[Message]
@@ -46,3 +49,5 @@ class ChatInput:
     is_truncated: bool = False
     skip_special_tokens: bool = True
     appends: bool = False
+    effort: Effort | None = None
+    verbosity: Verbosity | None = None

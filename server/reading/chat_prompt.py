@@ -15,6 +15,7 @@ from ..writing.parsers import AnswerParser, DialectParser, PlainParser
 from .answer_form import AnswerForm
 from .appending import AppendedMessages, outline_of
 from .chat_input import ChatInput
+from .hints import told
 from .rendering import check_characters, rendered_input
 from .text import text_limit
 
@@ -53,6 +54,7 @@ class RenderedChat:
     """
 
     def __init__(self, tokenizer: ChatTokenizer, grammars: Grammars, asked: ChatInput, limit: int | None) -> None:
+        asked = told(tokenizer, asked)
         self._tokenizer, self._asked = tokenizer, asked
         self._limit = text_limit(limit, is_cut=asked.is_truncated)
         check_characters(tokenizer, asked.messages, self._limit)

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from pacellm.errors import RequestError
 
 from ..schema import Strict
-from .tools import MAX_TOOLS, ToolCall, check_arguments
+from .tools import MAX_CALLS, ToolCall, check_arguments
 
 
 class TextPart(Strict):
@@ -18,6 +18,8 @@ class TextPart(Strict):
 
     type: Literal["text"]
     text: str
+    # without effect on the result by its nature
+    cache_control: Any = None
 
 
 class Message(Strict):
@@ -27,7 +29,7 @@ class Message(Strict):
     content: str | Annotated[list[TextPart], Field(max_length=4096, fail_fast=True)] | None = None
     name: Annotated[str, Field(max_length=256)] | None = None
     refusal: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
     tool_call_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -39,9 +41,15 @@ class Message(Strict):
     @classmethod
     def _own(cls, data: Any) -> Any:
         """An answer that is sent back may have what its client or another server noted on it: no part of the prompt."""
-        if isinstance(data, dict) and data.get("role") == "assistant":
-            return {name: value for name, value in data.items() if name in cls.model_fields}
-        return data
+        if not isinstance(data, dict) or data.get("role") != "assistant":
+            return data
+        found = {name: value for name, value in data.items() if name in cls.model_fields}
+        for name in ("reasoning_content", "reasoning"):  # another server's, encrypted or in parts
+            if not isinstance(found.get(name), str):
+                found.pop(name, None)
+        if isinstance(found.get("content"), list):
+            found["content"] = said_parts(found["content"])
+        return found
 
     def text(self) -> str:
         """The content as one string; a refusal is one too."""
@@ -72,11 +80,18 @@ class Message(Strict):
             if getattr(self, name) is not None and self.role != role:
                 message = f"{field}.{name} goes with the role {role}"
                 raise RequestError(message, param=f"{field}.{name}", code="invalid_value")
-        if self.content is None and self.refusal is None and not self.tool_calls:
+        if self.content is None and self.role != "assistant":
             raise RequestError(f"{field}.content is missing", param=f"{field}.content", code="invalid_value")
         if self.role == "tool" and self.tool_call_id is None:
             message = f"{field}.tool_call_id is missing: which call this is the result of"
             raise RequestError(message, param=f"{field}.tool_call_id", code="invalid_value")
+
+
+def said_parts(parts: list[Any]) -> list[Any]:
+    """What an answer's parts say: text and refusals. Others (reasoning, calls) are another server's notes."""
+    keys = {"text": "text", "output_text": "text", "refusal": "refusal"}
+    said = [part for part in parts if not isinstance(part, dict) or part.get("type") in keys]
+    return [{"type": "text", "text": part.get(keys[part["type"]])} if isinstance(part, dict) else part for part in said]
 
 
 def check_messages(messages: Sequence[Message], *, appends: bool = False) -> None:

@@ -51,6 +51,7 @@ def rendered_chat(
     template = TemplateInput(tokenizer, messages, tools, is_open=bool(options.get("continue_final_message")))
     variables = tokenizer.literals.shielded_value(dict(variables or {}))
     rendered = tokenizer.render(template.messages(), tools=template.tools(), variables=variables, **options)
+    rendered = template.restored(rendered)
     check_text(rendered, "messages")
     return rendered
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import re
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from pacellm.errors import UnsupportedParameter
 from pacellm.text.tokenizer import ChatTokenizer
 
 from .generic_tools import GenericTools, fitted, results_text, with_system
 from .messages import Message
-from .tools import Tool
+from .tools import Tool, ToolCall
+
+_STAND_IN = f"arguments-{secrets.token_hex(8)}"  # no text has it
 
 
 class TemplateInput:
     """A conversation for the chat template, its texts shielded.
+
+    A call's arguments that are no object have a stand-in that is one, as templates take nothing else.
 
     Args:
         tokenizer: of the model.
@@ -37,6 +42,7 @@ class TemplateInput:
         self._messages, self._tools, self._is_open, self._is_behind = messages, tools, is_open, is_behind
         self._names = {call.id: call.function.name for message in messages for call in message.tool_calls or ()}
         has_calls = bool(self._names) or any(message.role == "tool" for message in messages)
+        self._stand_ins: list[str] = []
         self._form = None if self._dialect.has_tools or not (tools or has_calls) else GenericTools(tokenizer.literals)
 
     def tools(self) -> list[dict[str, Any]] | None:
@@ -46,36 +52,32 @@ class TemplateInput:
         return [self._literals.shielded_value(tool.shown()) for tool in self._tools]
 
     def messages(self) -> list[dict[str, Any]]:
-        """For the template.
-
-        Raises:
-            RequestError: arguments that are no JSON object.
-            UnsupportedParameter: reasoning that this model has no place for.
-        """
+        """For the template."""
         entries = [self._entry(number, message) for number, message in enumerate(self._messages)]
         return entries if self._form is None else self._in_words(entries, self._form)
 
     def _entry(self, number: int, message: Message) -> dict[str, Any]:
         entry: dict[str, Any] = {"role": message.role, "content": self._content(number, message)}
-        if reasoning := message.reasoning_content or message.reasoning:
-            entry |= self._reasoning(number, reasoning)
-        calls = self._calls(number, message)
-        if calls:
-            ids = (self._literals.shielded(call.id) for call in message.tool_calls or ())
-            entry["tool_calls"] = [
-                {"id": i, "type": "function", "function": call} for i, call in zip(ids, calls, strict=True)
-            ]
+        reasoning = message.reasoning_content or message.reasoning
+        if reasoning and self._dialect.reasoning_key is not None:
+            entry[self._dialect.reasoning_key] = self._literals.shielded(reasoning, own=True)
+        if message.tool_calls:
+            entry["tool_calls"] = [self._call(call) for call in message.tool_calls]
         if message.role == "tool":
             name = message.name or self._names[message.tool_call_id or ""]
             entry |= self._literals.shielded_value({"tool_call_id": message.tool_call_id, "name": name})
         return entry
 
-    def _reasoning(self, number: int, text: str) -> dict[str, str]:
-        if self._dialect.reasoning_key is not None:
-            return {self._dialect.reasoning_key: self._literals.shielded(text, own=True)}
-        if self._dialect.think is None:
-            raise UnsupportedParameter("this model does not reason", param=f"messages.{number}.reasoning_content")
-        return {}
+    def restored(self, rendered: str) -> str:
+        """A rendered conversation with the texts that have stand-ins: where an object stood, or a value."""
+        if not self._stand_ins:
+            return rendered
+        name = rf"{_STAND_IN}-(\d+)"
+        rendered = re.sub(rf'\{{\s*"{_STAND_IN}"\s*:\s*"{name}"\s*\}}', self._stood_for, rendered)
+        return re.sub(name, self._stood_for, rendered).replace(_STAND_IN, "arguments")
+
+    def _stood_for(self, found: re.Match[str]) -> str:
+        return self._stand_ins[int(found[1])]
 
     def _in_words(self, entries: list[dict[str, Any]], form: GenericTools) -> list[dict[str, Any]]:
         """Tools, calls and results in plain words, and roles as the template takes them."""
@@ -105,11 +107,12 @@ class TemplateInput:
         marks = self._dialect.think if is_open or self._tokenizer.splits_answers else None
         return self._literals.shielded_answer(message.text(), marks, is_open=is_open)
 
-    def _calls(self, number: int, message: Message) -> list[dict[str, Any]]:
-        field = f"messages.{number}.tool_calls"
-        return [
-            self._literals.shielded_value(
-                {"name": call.function.name, "arguments": call.arguments(f"{field}.{place}.function.arguments")}
-            )
-            for place, call in enumerate(message.tool_calls or ())
-        ]
+    def _call(self, call: ToolCall) -> dict[str, Any]:
+        function: dict[str, Any] = {"name": self._literals.shielded(call.function.name)}
+        arguments = call.function.read()
+        if arguments is None:
+            self._stand_ins.append(self._literals.shielded(call.function.arguments))
+            function["arguments"] = {_STAND_IN: f"{_STAND_IN}-{len(self._stand_ins) - 1}"}
+        else:
+            function["arguments"] = self._literals.shielded_value(arguments)
+        return {"id": self._literals.shielded(call.id), "type": "function", "function": function}

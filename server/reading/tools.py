@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, field_validator
 
 from pacellm.errors import RequestError
 
@@ -14,6 +14,7 @@ from ..json_shape import MAX_DEPTH, shape_of
 from ..schema import Strict
 
 MAX_TOOLS = 128
+MAX_CALLS = 4096  # in one message; an answer may have that many where nothing constrains it
 MAX_ARGUMENTS = 2**18  # values in the arguments of all calls of a request, commas in their texts included
 NAME = r"^[A-Za-z0-9_-]{1,64}$"
 _Name = Annotated[str, Field(pattern=NAME)]
@@ -56,12 +57,32 @@ ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
 class CalledFunction(Strict):
-    """A function and the JSON it was called with; what a client has read out of that is its own."""
+    """A function and what it was called with: JSON, unless the model erred or was cut. What a client has read out of
+    that is its own."""
 
     model_config = ConfigDict(extra="ignore")
 
-    name: _Name
-    arguments: Annotated[str, Field(max_length=2**24)]
+    name: str
+    arguments: Annotated[str, Field(max_length=2**24)] = ""
+
+    @field_validator("arguments", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        """Some clients send what they have read."""
+        return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value or ""
+
+    def read(self) -> dict[str, Any] | None:
+        """The arguments as an object; None where they are no JSON object, or one that a template could not write."""
+        text = self.arguments.strip()
+        if not text:
+            return {}
+        try:
+            found = None if _depth(text) > MAX_DEPTH else json.loads(text)
+            if "\\ud" in text.lower():
+                json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair has no bytes
+        except (ValueError, RecursionError):
+            return None
+        return found if isinstance(found, dict) else None
 
 
 class ToolCall(Strict):
@@ -70,41 +91,26 @@ class ToolCall(Strict):
     model_config = ConfigDict(extra="ignore")
 
     id: Annotated[str, Field(min_length=1, max_length=256)]
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: CalledFunction
-
-    def arguments(self, param: str) -> dict[str, Any]:
-        """The arguments as an object.
-
-        Raises:
-            RequestError: they are no JSON object.
-        """
-        try:
-            found = json.loads(self.function.arguments)
-        except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict):
-            raise RequestError(f"{param} must be a JSON object", param=param, code="invalid_value")
-        return found
 
 
 def check_arguments(calls: Iterable[ToolCall]) -> None:
     """Refuse calls whose arguments are JSON that takes long to read. They are texts, so no limit of the body is theirs.
 
     Raises:
-        RequestError: too many values in all, or nested too deep.
+        RequestError: too many values in all.
     """
-    values = 0
-    for call in calls:
-        text = call.function.arguments
-        containers = text.count("[") + text.count("{")
-        values += containers + text.count(",")
-        if values > MAX_ARGUMENTS:
-            message = f"the arguments of all calls have more than {MAX_ARGUMENTS:,} values"
-            raise RequestError(message, param="messages", code="body_too_complex")
-        if containers > MAX_DEPTH and shape_of(text.encode("utf-8", "surrogatepass")).depth > MAX_DEPTH:
-            message = f"the arguments of a call are nested deeper than {MAX_DEPTH} levels"
-            raise RequestError(message, param="messages", code="body_too_complex")
+    texts = (call.function.arguments for call in calls)
+    if sum(text.count("[") + text.count("{") + text.count(",") for text in texts) > MAX_ARGUMENTS:
+        message = f"the arguments of all calls have more than {MAX_ARGUMENTS:,} values"
+        raise RequestError(message, param="messages", code="body_too_complex")
+
+
+def _depth(text: str) -> int:
+    """How deep a text of JSON is nested, at most."""
+    containers = text.count("[") + text.count("{")
+    return containers if containers <= MAX_DEPTH else shape_of(text.encode("utf-8", "surrogatepass")).depth
 
 
 def check_tools(tools: list[Tool], choice: ToolChoice | None, inner: str = ".function") -> None:

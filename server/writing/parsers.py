@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from pacellm.text.dialect import ANSWER, CALL, REASONING, Dialect
 
-from .tool_calls import MessageDelta, ToolCallScanner, begun, continued
+from .tool_calls import MessageDelta, ToolCallScanner, as_json, begun, continued
 
 _ANSWER_END = ANSWER.replace("<", "</")
 
@@ -46,7 +45,7 @@ class DialectParser:
     """What transformers' response parser makes of it.
 
     Args:
-        parser: at the answer's beginning.
+        parser: at the answer's beginning (``pacellm/text/response_parser.py``).
         dialect: that the parser reads.
         special: tokens to leave out of content and reasoning.
     """
@@ -55,31 +54,15 @@ class DialectParser:
         self._parser, self._dialect = parser, dialect
         self._special = re.compile("|".join(re.escape(text) for text in special)) if special else None
         self._scanner: ToolCallScanner | None = None
-        self._raw = ""  # of a call that is read when it is whole
         self.num_calls = 0
 
     def push(self, text: str) -> list[MessageDelta]:
         """What is certain by now."""
-        if self._parser is None:
-            return self._shown("content", text)
-        try:
-            events = self._parser.feed(text)
-        except (ValueError, KeyError, TypeError):  # no call after all, whatever its marks say
-            self._parser = None
-            return self._shown("content", self._raw + text)
-        return self._read(events)
+        return self._read(self._parser.feed(text))
 
     def finish(self) -> list[MessageDelta]:
         """What the parser held back."""
-        if self._parser is None:
-            return []
-        try:
-            _, events = self._parser.finalize()
-        except (ValueError, KeyError, TypeError):
-            return self._shown("content", self._raw)
-        finally:
-            self._parser = None
-        return self._read(events)
+        return self._read(self._parser.finish())
 
     def _read(self, events: list[dict[str, Any]]) -> list[MessageDelta]:
         out: list[MessageDelta] = []
@@ -106,28 +89,34 @@ class DialectParser:
         if event["type"] == "region_chunk":
             return self._scanner.push(event["text"])
         if event["type"] == "region_close":
-            rest, (begin, end) = self._scanner.finish(), self._dialect.call or ("", "")
             begun_calls = self._scanner.num_calls + self._scanner.is_inside
             is_none, self.num_calls, self._scanner = begun_calls == self.num_calls, begun_calls, None
-            end = "" if self._parser is None else end  # cut off
-            return self._shown("content", begin + rest + end) if is_none else []
+            return self._shown("content", event["raw"]) if is_none else []
         return []
 
     def _call(self, event: dict[str, Any]) -> list[MessageDelta]:
         """A call, or several, read when they are whole."""
         if event["type"] != "region_close":
-            self._raw += event.get("text", "")
             return []
-        self._raw = ""
+        functions = _functions_of(event["value"])
+        if not functions:
+            return self._shown("content", event["raw"])
         out: list[MessageDelta] = []
-        for value in event["value"] if isinstance(event["value"], list) else [event["value"]]:
-            function = value.get("function", value)
+        for function in functions:
             arguments = function.get("arguments", {})
             out.append(begun(self.num_calls, str(function["name"])))
-            written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-            out.append(continued(self.num_calls, written))
+            written = arguments if isinstance(arguments, str) else as_json(arguments)
+            out.append(continued(self.num_calls, written.removesuffix("}") if self._parser.is_cut else written))
             self.num_calls += 1
         return out
+
+
+def _functions_of(value: Any) -> list[dict[str, Any]]:
+    """The functions of one call or a list of calls; none where one of them has no name."""
+    calls = value if isinstance(value, list) else [value]
+    functions = [call.get("function", call) for call in calls if isinstance(call, dict)]
+    are_named = all(isinstance(function, dict) and "name" in function for function in functions)
+    return functions if are_named and len(functions) == len(calls) else []
 
 
 class ToolListParser:

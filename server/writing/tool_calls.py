@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from typing import Any
 
 MessageDelta = dict[str, Any]
+_HALVES = re.compile("[\ud800-\udfff]")
 
 
 def begun(index: int, name: str) -> MessageDelta:
@@ -20,6 +22,16 @@ def begun(index: int, name: str) -> MessageDelta:
 def continued(index: int, arguments: str) -> MessageDelta:
     """More of a call's arguments."""
     return {"tool_calls": [{"index": index, "function": {"arguments": arguments}}]}
+
+
+def as_json(value: Any) -> str:
+    """JSON that can be sent: a half of a surrogate pair has no bytes and stays escaped; what is no number is a text."""
+    try:
+        written = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        value = json.loads(json.dumps(value), parse_constant=str)
+        written = json.dumps(value, ensure_ascii=False)
+    return json.dumps(value) if _HALVES.search(written) else written
 
 
 class ToolCallScanner:
@@ -167,4 +179,4 @@ def _loaded(text: str) -> str:
         found = json.loads(text)
     except ValueError:
         return ""
-    return found if isinstance(found, str) else ""
+    return _HALVES.sub("\ufffd", found) if isinstance(found, str) else ""

@@ -109,9 +109,18 @@ def test_an_object_has_so_many_keys():
     assert caught.value.code == "body_too_complex"
 
 
-@pytest.mark.parametrize("arguments", ["[" * 500 + "]" * 500, "[" + "[]," * 200_000 + "[]]"])
-def test_arguments_of_calls_are_json_too(arguments):
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+def test_arguments_of_calls_are_json_too():
     with pytest.raises(RequestError) as caught:
-        parse_chat(json.dumps({"messages": [{"role": "assistant", "tool_calls": [call]}]}).encode())
+        parse_chat(called("[" + "[]," * 200_000 + "[]]"))
     assert caught.value.code == "body_too_complex"
+
+
+@pytest.mark.parametrize("arguments", ["[" * 500 + "]" * 500, '{"a":' * 20_000 + "1" + "}" * 20_000])
+def test_arguments_that_are_nested_too_deep_are_text(arguments):
+    body = parse_chat(called(arguments))
+    assert body.messages[0].tool_calls[0].function.read() is None
+
+
+def called(arguments):
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return json.dumps({"messages": [{"role": "assistant", "tool_calls": [call]}]}).encode()

@@ -218,7 +218,6 @@ BROKEN = [
     HEAD + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nA: b\r\n c\r\n\r\n",
     HEAD + b"Expect: 200-ok\r\nContent-Length: 2\r\n\r\n{}",
     HEAD + b"Upgrade: websocket\r\nConnection: upgrade\r\n\r\n",
-    HEAD + b"X-Request-ID: a b\r\n\r\n",
     HEAD + b"X-Session-ID: \xff\r\n\r\n",
     HEAD + b"Authorization: \xff\r\n\r\n",
 ]

@@ -14,10 +14,6 @@ REFUSED = {
     "result of nothing": (
         {"input": [{"type": "function_call_output", "call_id": "call_9", "output": "x"}]}, "input", "invalid_value",
     ),
-    "reasoning item": (
-        {"input": [{"type": "reasoning", "content": [{"type": "reasoning_text", "text": "x"}]}]}, "input",
-        "unsupported_parameter",
-    ),
     "tool schema": (
         {"tools": [{"type": "function", "name": "f", "parameters": {"type": "object", "properties": 5}}],
          "tool_choice": "required"}, "tools.0.parameters", None,
@@ -29,8 +25,8 @@ REFUSED = {
     ),
     "truncation": ({"truncation": "auto"}, "truncation", "unsupported_parameter"),
     "background": ({"background": True}, "background", "unsupported_parameter"),
-    "include": ({"include": ["message.output_text.logprobs"]}, "include", "unsupported_parameter"),
-    "reasoning": ({"reasoning": {"effort": "low"}}, "reasoning", "unsupported_parameter"),
+    "include": ({"include": ["message.output_text.logprobs"]}, "include.0", "invalid_value"),
+    "reasoning": ({"reasoning": {"effort": "little"}}, "reasoning.effort", "invalid_value"),
     "no schema": ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema", "invalid_value"),
     "no name": ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format.name", "invalid_value"),
     "bad schema": (
@@ -39,7 +35,7 @@ REFUSED = {
         None,
     ),
     "schema of text": ({"text": {"format": {"type": "text", "schema": {}}}}, "text.format.schema", "invalid_value"),
-    "verbosity": ({"text": {"verbosity": "low"}}, "text.verbosity", "unsupported_parameter"),
+    "verbosity": ({"text": {"verbosity": "some"}}, "text.verbosity", "invalid_value"),
     "empty input": ({"input": []}, "input", None),
     "no text": ({"input": 5}, "input", None),
     "role": ({"input": [{"role": "tool", "content": "x"}]}, "input.0.role", None),
@@ -47,11 +43,6 @@ REFUSED = {
         {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
         "input.0.content.0.type",
         None,
-    ),
-    "phase": (
-        {"input": [{"role": "assistant", "content": "x", "phase": "commentary"}, {"role": "user", "content": "x"}]},
-        "input.0.phase",
-        "invalid_value",
     ),
     "temperature": ({"temperature": 3}, "temperature", "invalid_value"),
     "max_output_tokens": ({"max_output_tokens": -1}, "max_output_tokens", "invalid_value"),

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tests.server.conftest import NAME, start
 from tests.server.respond import USUAL, create, post, raw_events
 from tests.server.talk import DICE, HERMES, PARAMETERS, WEATHER, check
@@ -75,11 +77,36 @@ def test_arguments_are_streamed(clean):
     assert {event.item_id for event in events if hasattr(event, "item_id")} == {added.item.id}
 
 
-def test_a_call_that_is_cut_is_said_and_not_gone_on_from(clean):
-    cut = create(clean, "Weather?", **{**CALLING, "max_output_tokens": 12}, extra_body={"seed": 1})
-    assert cut.status == "incomplete"
-    assert cut.output[-1].status == "incomplete"
+@pytest.mark.parametrize("max_output_tokens", [24, 32])
+def test_a_call_that_is_cut_is_said_and_its_conversation_goes_on(clean, max_output_tokens):
+    """Its client may answer it, with an error say, or send it back; there may be no arguments yet."""
+    changes = {**CALLING, "max_output_tokens": max_output_tokens}
+    cut = create(clean, "Weather?", **changes, extra_body={"seed": 1})
+    assert (cut.status, cut.output[-1].status) == ("incomplete", "incomplete")
+    call = cut.output[-1].to_dict()
+    assert bool(call["arguments"]) is (max_output_tokens > 24)
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "The arguments are no JSON."}
     assert post(clean, {"previous_response_id": cut.id}).status_code == 200
+    assert post(clean, {"previous_response_id": cut.id, "input": [result]}).status_code == 200
+    assert post(clean, {"input": [{"role": "user", "content": "Weather?"}, call, result]}).status_code == 200
+
+
+def test_references_to_items_are_the_items(clean):
+    made = create(clean, "Weather?", **CALLING, extra_body={"seed": 1})
+    call = made.output[-1].to_dict()
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "sunny"}
+    question = {"role": "user", "content": "Weather?"}
+
+    def count(reference):
+        answer = post(clean, {"input": [question, reference, result], "max_output_tokens": 0})
+        assert answer.status_code == 200, answer.text
+        return answer.json()["usage"]["input_tokens"]
+
+    assert count({"type": "item_reference", "id": call["id"]}) == count({"id": call["id"]}) == count(call)
+    clean.http.delete(f"/v1/responses/{made.id}")
+    gone = post(clean, {"input": [question, {"type": "item_reference", "id": call["id"]}]})
+    error = gone.json()["error"]
+    assert (gone.status_code, error["param"], error["code"]) == (404, "input.1.id", "item_not_found")
 
 
 def test_reasoning_text_and_calls_are_items(scripted):

@@ -256,6 +256,17 @@ def test_what_cannot_be_is_refused_at_once(live, name):
     assert ask(live, extra_body=structured(choice=["fine"])).choices[0].message.content == "fine"
 
 
+def test_a_keyword_is_refused_by_its_place_in_the_schema(live):
+    """Above int64 bounds were clamped to its end."""
+    schema = {"type": "object", "properties": {"a": {"type": "integer", "minimum": 10**19, "maximum": 2 * 10**19}}}
+    with pytest.raises(openai.BadRequestError, match="schema: #/properties/a/minimum must be 0, or have a size"):
+        ask(live, response_format=json_schema(schema))
+    with pytest.raises(openai.BadRequestError, match="schema: oneOf cannot be enforced"):
+        ask(live, response_format=json_schema({"oneOf": [{"type": "integer"}, {"type": "number"}]}))
+    with pytest.raises(openai.BadRequestError, match=r"regex parse error: \^\(a\|b error: unclosed group"):
+        ask(live, response_format=json_schema({"type": "string", "pattern": "^(a|b"}))
+
+
 def test_a_schema_that_is_not_strict_may_have_what_cannot_be_enforced(live):
     schema = {"type": "array", "items": {"enum": [1, 2]}, "uniqueItems": True, "maxItems": 3}
     answer = ask(live, response_format=json_schema(schema, strict=False), seed=1)

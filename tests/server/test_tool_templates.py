@@ -1,5 +1,7 @@
 """Calls and reasoning on templates that know them, through the real client."""
 
+import json
+
 import openai
 import pytest
 
@@ -33,6 +35,24 @@ def test_auto_on_a_template_with_tools(hermes, scripted, said, heard):
     body = {"tools": [WEATHER, DICE]}
     assert parts(ask(hermes, **body).choices[0]) == heard
     assert folded(ask(hermes, **body, stream=True)) == heard
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+@pytest.mark.parametrize(
+    ("written", "meant"), [(r"\u00e9\ud83d\ude00", "é😀"), ("a</tool_call>", "a</tool_call>"), (r"\n\"}}", '\n"}}')]
+)
+def test_arguments_are_json_as_the_model_writes_it(hermes, scripted, choice, written, meant):
+    """Characters by their numbers, end marks, quotes: what the constraint lets through, and what is read."""
+    tool = function(
+        parameters={"type": "object", "properties": {"a": {"type": "string"}}, "additionalProperties": False}
+    )
+    arguments = f'{{"a": "{written}"}}'
+    scripted(hermes, f'<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>')
+    body = {"tools": [tool], "tool_choice": choice}
+    heard = ("", "", [("f", arguments)], "tool_calls")
+    assert parts(ask(hermes, **body).choices[0]) == heard
+    assert folded(ask(hermes, **body, stream=True)) == heard
+    assert json.loads(arguments) == {"a": meant}
 
 
 def test_auto_lets_no_wrong_call_begin(hermes, scripted, monkeypatch):

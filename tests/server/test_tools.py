@@ -131,13 +131,6 @@ BAD = {
     ),
     "result without id": ({"messages": [*user("x"), {"role": "tool", "content": "x"}]}, "messages.1.tool_call_id"),
     "user's call": ({"messages": [{**user("x")[0], "tool_calls": [CALL]}]}, "messages.0.tool_calls"),
-    "arguments": (
-        {"messages": [{"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f", "arguments": "{"}}]}]},
-        "messages.0.tool_calls.0.function.arguments",
-    ),
-    "reasoning": (
-        {"messages": [{"role": "assistant", "content": "x", "reasoning_content": "y"}]}, "messages.0.reasoning_content",
-    ),
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from ...auth import Caller
-from ...body import parsed, session_of
+from ...body import answered, session_header, session_of
 from ...event_queue import EventQueue
 from ...service import Service
 from ...writing import responding
@@ -24,17 +24,16 @@ router = APIRouter()
 async def chat_completions(request: Request) -> Response:
     """One turn of a conversation, streamed or not."""
     service: Service = request.app.state.service
-    received, body = await parsed(request, parse_chat)
-    caller = Caller.of(request, received.size, body.timeout)
-    session = session_of(request, body.session_id)
+    header = session_header(request)
 
-    async def start() -> Response:
-        answer, wire = await _submit(service, body, caller, session)
+    async def respond(size: int, body: ChatCompletionRequest) -> Response:
+        session = session_of(header, body.session_id)
+        answer, wire = await _submit(service, body, Caller.of(request, size, body.timeout), session)
         if body.stream:
             return await responding.streamed(service, answer, wire)
         return await responding.whole(request, answer, ChatFold())
 
-    return await service.idempotency.answer(request, caller, received.digest, start)
+    return await answered(request, parse_chat, respond)
 
 
 async def _submit(

@@ -10,35 +10,31 @@ from pacellm.errors import RequestError
 from pacellm.text.constraints import Grammar
 from pacellm.types import SamplingParams
 
-from ...reading.chat_input import ChatInput
+from ...reading.chat_input import ChatInput, Effort, Verbosity
 from ...reading.messages import Message, check_messages
 from ...reading.tools import MAX_TOOLS, NamedTool, Tool, ToolChoice, check_tools
-from ...schema import parse, refuse_unless_neutral
+from ...schema import WHOLE, parse, refuse_unless_neutral
 from ..fields import SamplingFields
 from ..formats import ResponseFormat, StructuredOutputs
-
-Metadata = Annotated[
-    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
-]
+from ..hints import HintFields, Prediction
 
 # Accepted where the value means "as usual"; anything else would change the result and is refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
-    **dict.fromkeys(("audio", "moderation", "prediction", "prompt_cache_options", "prompt_cache_retention",
-                     "reasoning_effort", "verbosity", "web_search_options"), ()),
-}  # fmt: skip
+    **dict.fromkeys(("audio", "moderation", "web_search_options"), ()),
+}
 
 
-class ChatCompletionRequest(SamplingFields):
+class ChatCompletionRequest(SamplingFields, HintFields):
     """A conversation to go on with."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=16_384, fail_fast=True)]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Annotated[int, Field(ge=0, lt=2**31), WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
+    n: Annotated[int, Field(ge=1, le=128), WHOLE] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
@@ -47,23 +43,17 @@ class ChatCompletionRequest(SamplingFields):
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template_kwargs: Annotated[dict[str, bool | int | str], Field(max_length=16)] | None = None
+    reasoning_effort: Effort | None = None
+    verbosity: Verbosity | None = None
     # without effect on the result by their nature
-    metadata: Metadata | None = None
     store: bool | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    safety_identifier: Annotated[str, Field(max_length=512)] | None = None
-    prompt_cache_key: Annotated[str, Field(max_length=512)] | None = None
+    prediction: Prediction | None = None
     # accepted only with their neutral value
     functions: Any = None
     function_call: Any = None
     modalities: Any = None
     audio: Any = None
     moderation: Any = None
-    prediction: Any = None
-    prompt_cache_options: Any = None
-    prompt_cache_retention: Any = None
-    reasoning_effort: Any = None
-    verbosity: Any = None
     web_search_options: Any = None
 
     @property
@@ -105,6 +95,8 @@ class ChatCompletionRequest(SamplingFields):
             continues=self.continue_final_message,
             adds_prompt=not self.continue_final_message and self.add_generation_prompt is not False,
             variables=self.chat_template_kwargs,
+            effort=self.reasoning_effort,
+            verbosity=self.verbosity,
             is_truncated=self.truncate_prompt_tokens is not None,
             skip_special_tokens=self.skip_special_tokens,
             appends=self.pacellm.append,
@@ -116,7 +108,7 @@ class ChatCompletionRequest(SamplingFields):
         Raises:
             RequestError: a value out of range, or two that contradict each other.
         """
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:

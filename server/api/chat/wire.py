@@ -38,6 +38,7 @@ class ChatWire:
             "object": "chat.completion.chunk",
             "created": int(time.time()),
             "model": model,
+            **({} if body.service_tier is None else {"service_tier": "default"}),
         }
         self._has_role: set[int] = set()  # choices that have begun
         self._text_events: dict[int, sse.TextEvent] = {}  # of a stream, by choice that has begun

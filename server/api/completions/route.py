@@ -12,7 +12,7 @@ from pacellm.errors import RequestError
 from pacellm.types import Append, GenerationRequest
 
 from ...auth import Caller
-from ...body import parsed, session_of
+from ...body import answered, session_header, session_of
 from ...event_queue import EventQueue
 from ...generation import Generation
 from ...reading.text import text_append, text_prompt
@@ -31,13 +31,12 @@ router = APIRouter()
 async def completions(request: Request) -> Response:
     """Go on with one text or several, streamed or not; with ``echo`` and ``logprobs`` also score the prompts."""
     service: Service = request.app.state.service
-    received, body = await parsed(request, parse_completion)
-    caller = Caller.of(request, received.size, body.timeout)
-    session = session_of(request, body.session_id)
+    header = session_header(request)
 
-    async def start() -> Response:
+    async def respond(size: int, body: CompletionRequest) -> Response:
+        session = session_of(header, body.session_id)
         try:
-            answer, wire = await _submit(service, body, caller, session)
+            answer, wire = await _submit(service, body, Caller.of(request, size, body.timeout), session)
         except RequestError as error:
             error.param = "prompt" if error.param == "messages" else error.param
             raise
@@ -45,7 +44,7 @@ async def completions(request: Request) -> Response:
             return await responding.streamed(service, answer, wire)
         return await responding.whole(request, answer, CompletionsFold())
 
-    return await service.idempotency.answer(request, caller, received.digest, start)
+    return await answered(request, parse_completion, respond)
 
 
 async def _submit(

@@ -6,18 +6,18 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from pacellm.errors import RequestError
+from pacellm.errors import RequestError, UnsupportedParameter
 from pacellm.types import SamplingParams
 
-from ...schema import parse, refuse_unless_neutral
+from ...schema import WHOLE, parse, refuse_unless_neutral
 from ..fields import SamplingFields
 from ..formats import StructuredOutputs
 
-_Token = Annotated[int, Field(ge=0, lt=2**31)]
+_Token = Annotated[int, Field(ge=0, lt=2**31), WHOLE]
 _Tokens = Annotated[list[_Token], Field(min_length=1, fail_fast=True)]
 MAX_PROMPTS = 128
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {"best_of": (1,), "suffix": ("",)}
+NEUTRAL: dict[str, tuple[Any, ...]] = {"suffix": ("",)}
 
 
 class CompletionRequest(SamplingFields):
@@ -30,12 +30,12 @@ class CompletionRequest(SamplingFields):
         | Annotated[list[_Tokens], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     add_special_tokens: bool = True
     structured_outputs: StructuredOutputs | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    n: Annotated[int, Field(ge=1, le=128), WHOLE] | None = None
     # accepted only with their neutral value
-    best_of: Any = None
+    best_of: Annotated[int, Field(ge=1, le=128), WHOLE] | None = None
     suffix: Any = None
 
     def prompts(self) -> list[str | list[int]]:
@@ -65,6 +65,8 @@ def parse_completion(body: bytes | bytearray) -> CompletionRequest:
     """
     request = parse(CompletionRequest, body)
     refuse_unless_neutral(request, NEUTRAL)
+    if request.best_of not in (None, request.n or 1):
+        raise UnsupportedParameter("best_of is not supported beyond n: all choices are answered", param="best_of")
     if request.echo and request.pacellm.append:
         raise RequestError("echo does not go with pacellm.append: the history stays where it is", param="echo",
                            code="invalid_value")  # fmt: skip

@@ -44,6 +44,7 @@ _SESSION = one_of("none", "new", "resident", "restored", "replayed", "folded", "
 _DURABLE = {"durable": one_of(False)}
 _REASON = one_of("stop", "length", "tool_calls", None)
 _PART = fields(type=one_of("output_text"), text=TEXT, annotations=many(OBJECT), logprobs=many(OBJECT))
+_INPUT_PART, _ROLE = fields(type=one_of("input_text"), text=TEXT), one_of("system", "developer", "user")
 _THOUGHT = fields(type=one_of("reasoning_text"), text=TEXT)
 _STATUS = one_of("in_progress", "completed", "incomplete")
 
@@ -125,6 +126,16 @@ SCHEMAS: dict[str, Schema] = {
         ),
         pacellm=ref("Report"),
     ),
+    "ResponseItems": fields(
+        object=one_of("list"), data=many(ref("InputItem")), first_id=maybe(TEXT), last_id=maybe(TEXT), has_more=FLAG
+    ),
+    "InputItem": {
+        "anyOf": [
+            ref("ResponseItem"),
+            fields(id=TEXT, type=one_of("message"), status=_STATUS, role=_ROLE, content=many(_INPUT_PART)),
+            fields(id=TEXT, type=one_of("function_call_output"), status=_STATUS, call_id=TEXT, output=TEXT),
+        ]
+    },
     "ResponseDeleted": fields(id=TEXT, object=one_of("response"), deleted=one_of(True)),
     "Tokens": fields({"token_strs": many(TEXT)}, count=COUNT, max_model_len=COUNT, tokens=many(COUNT)),
     "Text": fields(prompt=TEXT),

@@ -12,6 +12,7 @@ from ...idempotency import KEY
 from ...schema import SESSION_ID, Strict
 from .answers import SCHEMAS, ref
 from .operations import JSON, OPERATIONS, Operation
+from .rules import Limits, narrow
 
 _ERRORS = {
     400: "A bad value; `param` names the field",
@@ -21,6 +22,7 @@ _ERRORS = {
     408: "The body did not come in time",
     409: "An equal request, or the session, is in use",
     413: "The body is over the limit",
+    415: "The body's Content-Encoding is not supported",
     429: "The queue is full, or the key's limit is reached",
     499: "The request was cancelled",
     500: "The request failed inside the server",
@@ -41,17 +43,23 @@ def document(app: FastAPI) -> dict[str, Any]:
         KeyError: a route that the table of operations does not know.
     """
     made = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    schemas: dict[str, Any] = {**SCHEMAS, "Document": {"type": "object"}}
+    bodies: dict[str, Any] = {}
     for path, methods in made["paths"].items():
         for method, described in methods.items():
-            _complete(described, OPERATIONS[method.upper(), path], schemas)
+            _complete(described, OPERATIONS[method.upper(), path], bodies)
+    narrow(bodies, Limits.of(app.state.service))
+    schemas = {**SCHEMAS, "Document": {"type": "object"}, **bodies}
     answers = {f"Error{status}": _error(status) for status in _ERRORS}
     made["components"] = {"schemas": schemas, "responses": answers, "securitySchemes": _KEY}
     return made
 
 
-def _complete(described: dict[str, Any], operation: Operation, schemas: dict[str, Any]) -> None:
-    """Give an operation its headers, its body, its answers and its key."""
+def _complete(described: dict[str, Any], operation: Operation, bodies: dict[str, Any]) -> None:
+    """Give an operation its headers, its body, its answers and its key.
+
+    Args:
+        bodies: gets the schemas of its body.
+    """
     for parameter in described.get("parameters", ()):
         if parameter["name"] == "name":
             parameter["schema"] = {"type": "string", "pattern": SESSION_ID}
@@ -62,7 +70,7 @@ def _complete(described: dict[str, Any], operation: Operation, schemas: dict[str
     described["responses"] = _answers(operation, described["description"].splitlines()[0])
     described["security"] = [] if operation.is_public else [{"bearer": []}]
     if operation.body is not None:
-        described["requestBody"] = _body(operation, schemas)
+        described["requestBody"] = _body(operation, bodies)
 
 
 def _answers(operation: Operation, description: str) -> dict[str, Any]:
@@ -87,23 +95,23 @@ def _header(name: str, pattern: str) -> dict[str, Any]:
     return {"name": name, "in": "header", "required": False, "schema": {"type": "string", "pattern": pattern}}
 
 
-def _body(operation: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
+def _body(operation: Operation, bodies: dict[str, Any]) -> dict[str, Any]:
     if isinstance(operation.body, str):
         content: dict[str, Any] = {operation.body: {"schema": {"type": "string", "format": "binary"}}}
     else:
         assert operation.body is not None
-        content = {JSON: {"schema": _request(operation.body, schemas), "example": operation.example}}
+        content = {JSON: {"schema": _request(operation.body, bodies), "example": operation.example}}
     return {"required": not operation.may_lack_body, "content": content}
 
 
-def _request(kind: type[Strict], schemas: dict[str, Any]) -> dict[str, Any]:
+def _request(kind: type[Strict], bodies: dict[str, Any]) -> dict[str, Any]:
     """A body's schema; fields that have to be as usual list what that is."""
     schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-    schemas |= schema.pop("$defs", {})
+    bodies |= schema.pop("$defs", {})
     neutral = getattr(sys.modules[kind.__module__], "NEUTRAL", {})
     for name, usual in neutral.items():
         schema["properties"][name] = {"enum": [None, *usual]}
-    schemas[kind.__name__] = schema
+    bodies[kind.__name__] = schema
     return ref(kind.__name__)
 
 

@@ -15,7 +15,7 @@ from ..tokens.schema import DetokenizeRequest, TokenizeRequest
 JSON = "application/json"
 TENSORS = "application/vnd.safetensors"
 PLAIN = "text/plain"
-_BODY = (408, 413, 429)
+_BODY = (408, 413, 415, 429)
 _ENGINE = (503,)
 _GENERATION = (404, 409, *_BODY, 499, 503, 504)
 _HI = [{"role": "user", "content": "What is the access code of the amber archive?"}]
@@ -76,6 +76,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("GET", "/v1/responses/{response_id}"): Operation("Response", errors=(404,)),
     ("DELETE", "/v1/responses/{response_id}"): Operation("ResponseDeleted", errors=(404,)),
+    ("GET", "/v1/responses/{response_id}/input_items"): Operation("ResponseItems", errors=(404,)),
     ("POST", "/tokenize"): Operation("Tokens", TokenizeRequest, {"prompt": "The river"}, (404, *_BODY)),
     ("POST", "/detokenize"): Operation("Text", DetokenizeRequest, {"tokens": [65, 66]}, (404, *_BODY)),
     ("GET", "/v1/models"): Operation("Models"),

@@ -155,7 +155,7 @@ class OutputItems:
 
     @property
     def message(self) -> Fields:
-        """What a later turn goes on from; a call that was cut is no part of it."""
+        """What a later turn goes on from."""
         return self._message
 
     @property
@@ -181,6 +181,6 @@ class OutputItems:
         if isinstance(item, TextItem):
             name = "content" if item.kind == "text" else "reasoning_content"
             self._message[name] = self._message.get(name, "") + text
-        elif status == "completed":
+        else:
             call = {"id": item.call_id, "type": "function", "function": {"name": item.name, "arguments": text}}
             self._message.setdefault("tool_calls", []).append(call)

@@ -2,83 +2,108 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
 from pacellm.errors import NotFound, RequestError, UnsupportedParameter
 from pacellm.types import GenerationRequest
 
+from ... import sse
 from ...auth import Caller, tenant_of
-from ...body import parsed
+from ...body import answered
 from ...event_queue import EventQueue
 from ...reading.chat_prompt import ChatPrompt
-from ...response_store import Key
+from ...response_store import StoredResponse
 from ...service import Service
 from ...writing import responding
 from ...writing.answer import Answer
 from ..submitting import chat_prompt, check_generation
-from .schema import ResponseRequest, parse_response
+from .item_list import input_items, page
+from .schema import Includable, ResponseRequest, parse_response
 from .state import ConversationState
 from .wire import ResponseFold, ResponsesWire, named
 
 router = APIRouter(prefix="/v1/responses")
+_Include = Annotated[Sequence[Includable], Query(alias="include[]")]  # as openai's clients write it
 
 
 @router.post("")
 async def create_response(request: Request) -> Response:
     """An answer to new input, alone, behind an earlier response, or in a conversation; streamed or not."""
     service: Service = request.app.state.service
-    received, body = await parsed(request, parse_response)
     if "x-session-id" in request.headers:
         raise UnsupportedParameter("name a conversation in the body instead", param="X-Session-ID")
-    caller = Caller.of(request, received.size, body.timeout)
 
-    async def start() -> Response:
+    async def respond(size: int, body: ResponseRequest) -> Response:
         try:
-            answer, wire = await _submit(service, body, caller)
+            answer, wire = await _submit(service, body, Caller.of(request, size, body.timeout))
             if body.stream:
                 return await responding.streamed(service, answer, wire)
             return await responding.whole(request, answer, ResponseFold())
         except RequestError as error:
             raise named(error) from None
 
-    return await service.idempotency.answer(request, caller, received.digest, start)
+    return await answered(request, parse_response, respond)
 
 
 @router.get("/{response_id}")
-async def show_response(request: Request, response_id: str) -> Response:
+async def show_response(request: Request, response_id: str, include: _Include = ()) -> Response:
     """A stored response."""
-    service: Service = request.app.state.service
-    entry = service.response_store.get(_key(request, response_id))
-    if entry is None or entry.answer is None:
-        raise _absent()
+    entry = _stored(request, response_id, "include")
     return Response(entry.answer, media_type="application/json")
+
+
+@router.get("/{response_id}/input_items")
+async def list_input_items(
+    request: Request,
+    response_id: str,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+    after: Annotated[str | None, Query(max_length=512)] = None,
+    include: _Include = (),
+) -> Response:
+    """The items that a stored response was made of, those of its conversation before it included, in pages."""
+    service: Service = request.app.state.service
+    transcript = _stored(request, response_id, "limit", "order", "after", "include").transcript
+
+    def made() -> bytes:
+        return sse.to_json(page(input_items(transcript), limit=limit, after=after, order=order)).encode()
+
+    answer = await service.off_loop(made, size=transcript.total_bytes, key=tenant_of(request))
+    return Response(answer, media_type="application/json")
 
 
 @router.delete("/{response_id}")
 async def delete_response(request: Request, response_id: str) -> dict[str, Any]:
     """Forget a stored response; those that went on from it stay."""
     service: Service = request.app.state.service
-    key = _key(request, response_id)
-    entry = service.response_store.get(key)
-    if entry is None or entry.answer is None:
-        raise _absent()
+    _stored(request, response_id)
+    key = (tenant_of(request), response_id)
     service.response_store.drop(key)
     service.delete_later(key)
     return {"id": response_id, "object": "response", "deleted": True}
 
 
-def _key(request: Request, response_id: str) -> Key:
-    """Refuses what these endpoints have no meaning for, as a stream of a stored response."""
+def _stored(request: Request, response_id: str, *known: str) -> StoredResponse:
+    """A stored response. Refuses what an endpoint has no meaning for, as a stream of one.
+
+    Args:
+        known: names of query parameters.
+
+    Raises:
+        RequestError: there is another parameter, or no such response.
+    """
     for name in request.query_params:
-        raise UnsupportedParameter(f"{name[:80]} is not a parameter of this endpoint", param=name[:80])
-    return tenant_of(request), response_id
-
-
-def _absent() -> NotFound:
-    return NotFound("there is no such response, or it is no longer kept", param="response_id")
+        if name.removesuffix("[]") not in known:
+            raise UnsupportedParameter(f"{name[:80]} is not a parameter of this endpoint", param=name[:80])
+    service: Service = request.app.state.service
+    entry = service.response_store.get((tenant_of(request), response_id))
+    if entry is None or entry.answer is None:
+        raise NotFound("there is no such response, or it is no longer kept", param="response_id")
+    return entry
 
 
 async def _submit(service: Service, body: ResponseRequest, caller: Caller) -> tuple[Answer, ResponsesWire]:

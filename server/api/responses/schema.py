@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -11,14 +11,14 @@ from pacellm.errors import RequestError, UnsupportedParameter
 from pacellm.text.constraints import Grammar
 from pacellm.types import SamplingParams
 
-from ...reading.chat_input import ChatInput, Choice
+from ...reading.chat_input import ChatInput, Choice, Effort, Verbosity
 from ...reading.messages import Message, check_messages
 from ...reading.tools import MAX_TOOLS, Tool, check_tools
-from ...schema import RESPONSE_PREFIX, SESSION_ID, Strict, parse, refuse_unless_neutral
-from ..chat.schema import Metadata
+from ...schema import RESPONSE_PREFIX, SESSION_ID, WHOLE, Strict, parse, refuse_unless_neutral
 from ..fields import GenerationFields
 from ..formats import TextFormat
-from .input_items import InputItem, ResponseNamedTool, ResponseTool, messages_of
+from ..hints import HintFields
+from .input_items import InputItem, ResponseNamedTool, ResponseTool, messages_of, resolved
 
 
 class ConversationId(Strict):
@@ -31,7 +31,17 @@ class TextOptions(Strict):
     """What the text is to be like."""
 
     format: TextFormat | None = None
-    verbosity: Literal["low", "medium", "high"] | None = None
+    verbosity: Verbosity | None = None
+
+
+class ReasoningOptions(Strict):
+    """How much is thought. What was is told in full, so nothing sums it up."""
+
+    effort: Effort | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+    context: Literal["auto"] | None = None
+    mode: Literal["standard"] | None = None
 
 
 class ResponseStreamOptions(Strict):
@@ -43,21 +53,30 @@ class ResponseStreamOptions(Strict):
 # Accepted where the value means "as usual"; anything else would change the result and is refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "background": (False,),
-    "include": ([],),
     "truncation": ("disabled",),
     "top_logprobs": (0,),
-    "reasoning": ({}, {"effort": None}, {"effort": None, "summary": None}),
-    **dict.fromkeys(("access_programs", "background_options", "context_management", "image", "max_tool_calls",
-                     "moderation", "prompt", "prompt_cache_options", "prompt_cache_retention"), ()),
-}  # fmt: skip
+    **dict.fromkeys(
+        ("access_programs", "background_options", "context_management", "image", "moderation", "prompt"), ()
+    ),
+}
+# what there is none of is left out, and reasoning is told as it is, not encrypted
+Includable = Literal[
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+    "reasoning.encrypted_content",
+]
 
 
-class ResponseRequest(GenerationFields):
+class ResponseRequest(GenerationFields, HintFields):
     """Something new to say, alone or behind what was said before."""
 
     input: str | Annotated[list[InputItem], Field(min_length=1, max_length=16_384, fail_fast=True)]
     instructions: str | None = None
-    max_output_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    max_output_tokens: Annotated[int, Field(ge=0, lt=2**31), WHOLE] | None = None
     store: bool | None = None
     previous_response_id: Annotated[str, Field(max_length=512)] | None = None
     conversation: Annotated[str, Field(pattern=SESSION_ID)] | ConversationId | None = None
@@ -66,26 +85,20 @@ class ResponseRequest(GenerationFields):
     tool_choice: Literal["none", "auto", "required"] | ResponseNamedTool | None = None
     parallel_tool_calls: bool | None = None
     stream_options: ResponseStreamOptions | None = None
+    reasoning: ReasoningOptions | None = None
     # without effect on the result by their nature
-    metadata: Metadata | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    safety_identifier: Annotated[str, Field(max_length=512)] | None = None
-    prompt_cache_key: Annotated[str, Field(max_length=512)] | None = None
+    include: Annotated[list[Includable], Field(max_length=64)] | None = None
+    max_tool_calls: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None  # of built-in tools: there are none
     # accepted only with their neutral value
     background: Any = None
-    include: Any = None
     truncation: Any = None
-    top_logprobs: Any = None
-    reasoning: Any = None
+    top_logprobs: Annotated[int, WHOLE] | None = None
     access_programs: Any = None
     background_options: Any = None
     context_management: Any = None
     image: Any = None
-    max_tool_calls: Any = None
     moderation: Any = None
     prompt: Any = None
-    prompt_cache_options: Any = None
-    prompt_cache_retention: Any = None
 
     @property
     def is_stored(self) -> bool:
@@ -97,11 +110,18 @@ class ResponseRequest(GenerationFields):
         """The conversation that it belongs to."""
         return self.conversation.id if isinstance(self.conversation, ConversationId) else self.conversation
 
-    def messages(self) -> list[dict[str, Any]]:
-        """The new messages, as chat has them."""
+    def messages(self, item: Callable[[str], dict[str, Any] | None]) -> list[dict[str, Any]]:
+        """The new messages, as chat has them.
+
+        Args:
+            item: finds an item of a stored response by its id.
+
+        Raises:
+            NotFound: an item that is referred to is not kept.
+        """
         if isinstance(self.input, str):
             return [{"role": "user", "content": self.input}]
-        return messages_of(self.input)
+        return messages_of(resolved(self.input, item))
 
     def chat_input(self, messages: Sequence[dict[str, Any]]) -> ChatInput:
         """What is to be answered.
@@ -121,6 +141,8 @@ class ResponseRequest(GenerationFields):
             only_one=self.parallel_tool_calls is False,
             several=self.parallel_tool_calls is True,
             format=self.format(),
+            effort=None if self.reasoning is None else self.reasoning.effort,
+            verbosity=None if self.text is None else self.text.verbosity,
         )
 
     def functions(self) -> list[Tool]:
@@ -163,8 +185,6 @@ def parse_response(body: bytes | bytearray) -> ResponseRequest:
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options needs stream: true", param="stream_options", code="invalid_value")
     _check_state(request)
-    if request.text is not None and request.text.verbosity not in (None, "medium"):
-        raise UnsupportedParameter("text.verbosity is not supported here with this value", param="text.verbosity")
     return request
 
 

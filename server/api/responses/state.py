@@ -29,7 +29,8 @@ class ConversationState:
         tenant: whose it is.
 
     Raises:
-        NotFound: what it is to go on from is not there (any more), or another tenant's.
+        NotFound: what it is to go on from, or an item that is referred to, is not there (any more), or another
+            tenant's.
         Conflict: another response of its conversation is being made.
     """
 
@@ -38,6 +39,7 @@ class ConversationState:
         self.is_lost = False  # the session it goes on from was gone; its messages were not
         self._service, self._body, self._tenant = service, body, tenant
         self._previous = self._known()
+        self._new = body.messages(self._item)
         self._session: Key | None = None
         self._made: Key | None = None  # a session that goes if this response is not kept
         self._is_over = False
@@ -83,7 +85,10 @@ class ConversationState:
         said = self._previous.transcript.all() if self._previous is not None else []
         instructions = self._body.instructions
         first = [] if instructions is None else [{"role": "system", "content": instructions}]
-        return [*first, *said, *self._body.messages()]
+        return [*first, *said, *self._new]
+
+    def _item(self, item_id: str) -> dict[str, Any] | None:
+        return self._service.response_store.item(self._tenant, item_id)
 
     def _known(self) -> StoredResponse | None:
         body, response_store = self._body, self._service.response_store
@@ -149,14 +154,16 @@ class ConversationState:
                 await self._service.operate(fork)
         scope = self.scope
         assert scope is not None
-        messages = (*self._body.messages(), message)
-        transcript = Transcript(messages, self._previous.transcript if self._previous is not None else None, scope)
+        messages = (*self._new, message)
+        before = self._previous.transcript if self._previous is not None else None
+        transcript = Transcript(messages, before, scope, tuple(item["id"] for item in answer["output"]))
         self._made = None
         if self._conversation is not None:
             self._service.response_store.put(self._conversation, transcript)
         self._service.response_store.put(
-            (self._tenant, self.id), transcript, json.dumps(answer, ensure_ascii=False).encode()
-        )
+            (self._tenant, self.id), transcript, json.dumps(answer, ensure_ascii=False).encode(),
+            [item["id"] for item in answer["output"]],
+        )  # fmt: skip
 
     def close(self) -> None:
         """It is over; what was not kept leaves nothing behind."""

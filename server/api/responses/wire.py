@@ -25,6 +25,7 @@ _NAMES = (
     (r"\bmessages(\.\w+)*", "input"),
     (r"\b(tools\.\d+|tool_choice)\.function\b", r"\1"),
     (r"\bresponse_format\b", "text.format"),
+    (r"\breasoning_effort\b", "reasoning.effort"),
 )
 
 
@@ -168,7 +169,7 @@ def _head(state: ConversationState, body: ResponseRequest, request: GenerationRe
         "incomplete_details": None,
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
-        "max_tool_calls": None,
+        "max_tool_calls": body.max_tool_calls,
         "model": model,
         "output": [],
         "frequency_penalty": sampling.frequency_penalty,
@@ -177,12 +178,12 @@ def _head(state: ConversationState, body: ResponseRequest, request: GenerationRe
         "previous_response_id": body.previous_response_id,
         "conversation": None if conversation is None else {"id": conversation},
         "prompt_cache_key": body.prompt_cache_key,
-        "reasoning": {"effort": None, "summary": None},
+        "reasoning": {"effort": None if body.reasoning is None else body.reasoning.effort, "summary": None},
         "safety_identifier": body.safety_identifier,
         "service_tier": "default",
         "store": body.is_stored,
         "temperature": sampling.temperature,
-        "text": {"format": _format(body), "verbosity": "medium"},
+        "text": {"format": _format(body), "verbosity": (body.text and body.text.verbosity) or "medium"},
         "tool_choice": _shown(body.tool_choice) or "auto",
         "tools": [_shown(tool) for tool in body.tools or ()],
         "top_logprobs": 0,

@@ -24,9 +24,9 @@ router = APIRouter()
 async def tokenize(request: Request) -> Response:
     """Ids of a text or of a conversation as the model would get it."""
     service: Service = request.app.state.service
-    received, body = await parsed(request, parse_tokenize)
+    size, body = await parsed(request, parse_tokenize)
     service.check_model(body.model)
-    answer = await service.off_loop(_tokens, service, body, size=received.size, key=tenant_of(request))
+    answer = await service.off_loop(_tokens, service, body, size=size, key=tenant_of(request))
     return Response(answer, media_type="application/json")
 
 

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ...reading.messages import Message, check_messages
 from ...reading.tools import MAX_TOOLS, Tool, check_tools
-from ...schema import Strict, parse
+from ...schema import WHOLE, Strict, parse
 
 
 class TokenizeRequest(Strict):
@@ -27,7 +27,7 @@ class DetokenizeRequest(Strict):
     """Ids to text."""
 
     model: str | None = None
-    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(fail_fast=True)]
+    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31), WHOLE]], Field(fail_fast=True)]
 
 
 def parse_tokenize(body: bytes | bytearray) -> TokenizeRequest:
