@@ -132,8 +132,8 @@ class Outline:
         opening: tokens at its end that only begin an answer.
         answered: what the context ends with once there is an answer.
         tools: digest of the tools that it shows, 0 for none.
-        question: (tokens, tokens behind them) of what is asked, from the prompt's end; None where nobody knows, and what
-            the prompt says last is taken for it.
+        question: (tokens, tokens behind them) of what is asked, from the prompt's end; None where nobody knows: then it
+            is what the prompt says last.
     """
 
     end: End | None = "text"

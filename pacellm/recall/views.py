@@ -42,9 +42,10 @@ class Views:
         return sum(slab.shape[0] * slab.shape[2] * slab.element_size() for slab in self._slabs)
 
     def blocks_for(self, table: KVTable, view: View) -> int:
-        """Blocks that :meth:`show` takes beside those that it gives back; negative where it gives back more."""
+        """Blocks that :meth:`show` takes beside those that it frees; negative where it frees more."""
         wanted = (view.front + max(0, table.view.start - view.start)) // BLOCK
-        return wanted - table.view.front // BLOCK - max(0, view.start - table.view.start) // BLOCK
+        leaving = table.blocks[: (table.view.front + max(0, view.start - table.view.start)) // BLOCK]
+        return wanted - sum(self._allocator.references(block) == 1 for block in leaving)
 
     @torch.inference_mode()
     def show(self, table: KVTable, view: View) -> None:

@@ -100,7 +100,7 @@ class Runner:
 
     @property
     def slabs(self) -> list[Tensor]:
-        """KV memory, each [heads, slots, size]: the keys of all layers, then the values, then codes if they are made."""
+        """KV memory, each [heads, slots, size]: keys of all layers, then values, then codes where they are made."""
         return [*self._keys, *self._values, *self._codes]
 
     def use_static_decode(self, *, max_seqs: int, max_tokens: int, capture: bool) -> None:
