@@ -265,6 +265,11 @@ class EngineConfig:
         )
 
     @property
+    def longest_answer(self) -> int | None:
+        """Tokens of an answer to a request that does not say; None is all that the context leaves."""
+        return self.working_memory
+
+    @property
     def budget(self) -> Budget | None:
         """Of what a token sees; None where it sees everything."""
         if self.working_memory is None:

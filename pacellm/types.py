@@ -177,6 +177,7 @@ class GenerationRequest:
         n: choices; each goes on from a copy of the state after the prompt, and the first is what a session keeps.
         ce_density: part of the experts that decoded tokens use; None is the engine's.
         experts: report expert activity.
+        memory: whether its history may outgrow what is seen at once; None is as the engine is.
         outline: of the prompt. append: makes the prompt out of the session's history.
         continues: the answer goes on from the prompt's text, so that a space in front of it belongs to it.
         arrival: monotonic seconds. deadline: when its answer is to be complete, None for no limit; what would be later
@@ -196,6 +197,7 @@ class GenerationRequest:
     constraint: Constraint | None = None
     ce_density: float | None = None
     experts: bool = False
+    memory: Literal["on", "off"] | None = None
     outline: Outline = Outline()
     append: Append | None = None
     continues: bool = False
@@ -244,6 +246,39 @@ class BankReads:
     filled: int = 0
     effective_rank: float = 0.0
     layers: dict[int, LayerReads] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A part of the history that was called back.
+
+    Attributes:
+        start, end: its positions.
+        vote: of the index that called it, more is better; scales differ between indexes.
+        token_ids: what it says.
+    """
+
+    start: int
+    end: int
+    vote: float
+    index: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """What working memory did for a request.
+
+    Attributes:
+        budget: tokens that are seen at once. resident: of them, in use at its end.
+        called_back: (start, end) of all that was called back, in order; () where the request saw all of its history.
+        passages: of it what was voted for most, best first.
+    """
+
+    budget: int
+    resident: int
+    called_back: tuple[tuple[int, int], ...] = ()
+    passages: tuple[Passage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -320,7 +355,8 @@ class ChoiceEnded:
 @dataclass(frozen=True)
 class Finished:
     """The last event of a request that went well. ``pa`` is how its banks took part; ``note`` names what was refused on
-    the way to its session; ``experts`` are prompt tokens by layer and expert, where asked for."""
+    the way to its session; ``experts`` are prompt tokens by layer and expert, where asked for; ``memory`` is there with
+    working memory."""
 
     reason: FinishReason
     usage: Usage
@@ -334,6 +370,7 @@ class Finished:
     note: str | None = None
     experts: dict[int, list[float]] | None = None
     kinship: Kinship = Kinship()
+    memory: MemoryUse | None = None
 
 
 @dataclass(frozen=True)

@@ -241,7 +241,7 @@ class _EngineCollector(Collector):
         for name, text, values in (
             ("bank_effective_rank", "Effective rank of the keys of the bank that finished last.", stats.effective_rank),
             ("bank_slot_age", "Mean writes since a slot was changed, same bank.", stats.slot_age),
-            ("bank_slots_filled", "FairSemaphore in use, same bank.", stats.filled),
+            ("bank_slots_filled", "Slots in use, same bank.", stats.filled),
         ):
             gauge = GaugeMetricFamily(f"pacellm_{name}", text, labels=["model_name", "layer"])
             for layer, value in dict(values).items():

@@ -16,8 +16,8 @@ from pacellm.engine.cache_manager import CacheManager
 from pacellm.engine.deadlines import Deadlines
 from pacellm.engine.queues import RequestQueues
 from pacellm.engine.sequence import Sequence
-from pacellm.engine.validation import tokens_to_generate
-from pacellm.errors import RequestError
+from pacellm.engine.validation import limit_of, tokens_to_generate
+from pacellm.errors import ContextLengthExceeded, RequestError
 from pacellm.kv.blocks import blocks_for
 from pacellm.kv.prefix_cache import PrefixCache
 from pacellm.sessions.history import bind
@@ -102,8 +102,9 @@ class Admission:
         assert request.session is not None
         try:
             bind(sequence, session, was_lost=self._sessions.was_lost(request.session))
-            length, limit = len(sequence.prompt), self._config.max_model_len or 0
-            sequence.max_tokens = tokens_to_generate(length, request.sampling.max_tokens, limit)
+            length, limit = len(sequence.prompt), limit_of(request, self._config)
+            asked = request.sampling.max_tokens
+            sequence.max_tokens = tokens_to_generate(length, asked, limit, self._config.longest_answer)
         except RequestError as error:
             if error.param == "messages":
                 error.param = request.append.param
@@ -140,6 +141,8 @@ class Admission:
     def _begin_if_fits(self, sequence: Sequence, session: Session | None) -> bool:
         """Give a waiting sequence its working copy; False where there is no room yet."""
         plan = self.planner.plan(sequence, session)
+        if not self._has_history_room(sequence, session, plan):
+            return False
         needed = _blocks_needed(plan)
         if self._has_room(plan, session, needed):
             self._begin(sequence, session, plan, needed)
@@ -156,6 +159,32 @@ class Admission:
         if session is not None:
             session.busy = was_busy
         return False
+
+    def _has_history_room(self, sequence: Sequence, session: Session | None, plan: AdmissionPlan) -> bool:
+        """There is host memory for what will leave the request's window, beside what running ones still add; idle state
+        gives way. Notes it as refused where there never will be."""
+        views, host = self._cache.views, self._mover.host
+        if views is None:
+            return True
+        wanted = views.token_bytes * max(0, _history_end(plan, sequence) - plan.table.history.tokens)
+        if wanted > host.capacity:
+            self._queues.refused.append((sequence, self._too_large(plan, wanted)))
+            return False
+        promised = sum(other.promised_history for other in self._queues.running) * views.token_bytes
+        while not host.has_room(wanted + promised):
+            if not (self._prefix_cache.evict_history(plan.prefix) or self._sessions.drop_history(session)):
+                break
+        if host.has_room(wanted + promised) or not self._queues.running:
+            sequence.history_end = _history_end(plan, sequence)
+            return True
+        return False
+
+    def _too_large(self, plan: AdmissionPlan, wanted: int) -> RequestError:
+        return ContextLengthExceeded(
+            f"the history would take {wanted:,} bytes of host memory, and this server has "
+            f"{self._mover.host.capacity:,} for all of them (--session-host-memory)",
+            param="messages",
+        )
 
     def _gives_way(self, sequence: Sequence, session: Session | None, plan: AdmissionPlan) -> bool:
         """Where nobody else holds anything, what a plan would go on from is itself in the way, and goes."""
@@ -210,6 +239,13 @@ class Admission:
         sequence.advance(parent.cursor)
         self._queues.running.append(sequence)
         return True
+
+
+def _history_end(plan: AdmissionPlan, sequence: Sequence) -> int:
+    """The position that a history may reach; 0 where it stays within its budget."""
+    end = max(turn.end for turn in plan.work) + sequence.max_tokens
+    budgets = [turn.budget.tokens for turn in plan.work if turn.budget is not None]
+    return end if budgets and end > min(budgets) else 0
 
 
 def _blocks_needed(plan: AdmissionPlan) -> int:

@@ -34,6 +34,7 @@ from pacellm.types import (
     Event,
     Finished,
     FinishReason,
+    MemoryUse,
     PromptScores,
     TokenLogprob,
     Usage,
@@ -262,7 +263,17 @@ class Answers:
             stop_reason=sequence.stop_reason,
             note=sequence.note,
             kinship=sequence.kinship,
+            memory=_memory_use(sequence),
         )
+
+
+def _memory_use(sequence: Sequence) -> MemoryUse | None:
+    budget, recall = sequence.turn.budget, sequence.turn.recall
+    if budget is None:
+        return None
+    called = () if recall is None else tuple((span.start, span.end) for span in recall.spans)
+    resident = sequence.table.place(sequence.position)
+    return MemoryUse(budget.tokens, resident, called, sequence.passages)
 
 
 def _reason(state: RequestState) -> FinishReason | None:

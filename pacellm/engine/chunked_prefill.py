@@ -85,8 +85,8 @@ class _TokenBudget:
                 return
             if self.seconds is not None and kept_seconds is not None:
                 left = self.seconds - kept_seconds
-                count = self._fitting(sequence.position, count, left)
-                price = self.pace.cost(sequence.position, count)
+                count = self._fitting(sequence.place, count, left)
+                price = self.pace.cost(sequence.place, count)
                 if not self._affords(price, left, is_first=number == 0):
                     if number == 0:
                         self.pace.save(left)

@@ -17,6 +17,7 @@ from pacellm.engine import factory
 from pacellm.engine.integrity import IntegrityError
 from pacellm.engine.request_state import new_request
 from pacellm.engine.stats import per_layer
+from pacellm.engine.validation import limit_of, tokens_to_generate
 from pacellm.errors import PaceError, RequestError
 from pacellm.model.load import LoadedModel
 from pacellm.sessions.operation_queue import Operation
@@ -124,7 +125,9 @@ class Engine:
         request = request if request.is_checked else self.check(request)
         if request.request_id in self.requests:
             raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
-        state = new_request(request, self.config.max_model_len or 0, self._vocabulary)
+        limit = limit_of(request, self.config)
+        most = tokens_to_generate(len(request.prompt), request.sampling.max_tokens, limit, self.config.longest_answer)
+        state = new_request(request, most, self._vocabulary)
         self.scheduler.deadlines.check(state.sequence)
         self.requests[request.request_id] = state
         self.scheduler.add(state.sequence)

@@ -66,7 +66,7 @@ class Executor:
         return flight
 
     def _launch(self, step: Step) -> Flight | None:
-        prompts = [(work.position, work.count) for work in step.work if not work.sequence.is_decoding]
+        prompts = [(work.place, work.count) for work in step.work if not work.sequence.is_decoding]
         started = time.monotonic()
         try:
             output = self._runner.run(step)

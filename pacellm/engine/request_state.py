@@ -70,18 +70,18 @@ class Outbox:
         return events
 
 
-def new_request(request: GenerationRequest, limit: int, vocabulary: Vocabulary | None) -> RequestState:
+def new_request(request: GenerationRequest, max_tokens: int, vocabulary: Vocabulary | None) -> RequestState:
     """A checked request as it enters the engine, with all its choices.
 
     Args:
-        limit: tokens of the context.
+        max_tokens: to generate.
         vocabulary: for the answers' text; None gives ids only.
     """
-    asked, seed = request.sampling.max_tokens, request.sampling.seed
+    seed = request.sampling.seed
     sequence = Sequence(
         request=request,
         prompt=array("i", request.prompt),
-        max_tokens=limit - len(request.prompt) if asked is None else asked,
+        max_tokens=max_tokens,
         seed=int.from_bytes(os.urandom(8), "little") if seed is None else seed,
         tools=request.outline.tools,
         num_branches=request.n - 1,

@@ -13,7 +13,7 @@ from pacellm.kv.blocks import KVTable
 from pacellm.sessions.ending import Ending
 from pacellm.sessions.session import Session
 from pacellm.sessions.turn import Turn
-from pacellm.types import FinishReason, GenerationRequest, Kinship, Matcher, SessionStatus
+from pacellm.types import FinishReason, GenerationRequest, Kinship, Matcher, Passage, SessionStatus
 from pacellm.view import Recall
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ class Sequence:
         num_scored: prompt tokens after the first whose log-probability was reported.
         before: where its own turn began; of a further choice, where its prompt ended.
         question: positions of what is asked, which chooses what is called back; None where the prompt fits its budget.
-        recall: what was called back; it outlives a preemption.
+        history_end: position that its history may reach; 0 where none was promised.
+        recall: what was called back; it outlives a preemption. passages: of it what was voted for most.
         working_sets: by layer the experts that its decoded tokens use, as long as they are known.
         cached, replayed: prompt tokens not computed again; tokens of the log that are.
     """
@@ -98,6 +99,8 @@ class Sequence:
     before: CountsBefore | None = None
     question: range | None = None
     recall: Recall | None = None
+    history_end: int = 0
+    passages: tuple[Passage, ...] = ()
     working_sets: dict[int, Any] = field(default_factory=dict)
     admitted_at: float | None = None
     first_token_at: float | None = None
@@ -130,6 +133,11 @@ class Sequence:
         return self.turn.start + self.cursor
 
     @property
+    def place(self) -> int:
+        """Tokens before it that it may see, at most."""
+        return self.table.place(self.position)
+
+    @property
     def pending(self) -> int:
         """Known tokens not yet fed."""
         return self.total_work - self.done_work
@@ -145,6 +153,11 @@ class Sequence:
         if self.question is None or len(self.work) != 1 or self.turn.recall is not None:
             return None
         return self.question.start
+
+    @property
+    def promised_history(self) -> int:
+        """Tokens of history that it may still add."""
+        return max(0, self.history_end - self.table.history.tokens)
 
     @property
     def horizon(self) -> int:

@@ -35,7 +35,8 @@ class RequestValidator:
         Raises:
             RequestError: names the field.
         """
-        tokens_to_generate(len(request.prompt), request.sampling.max_tokens, self._config.max_model_len or 0)
+        self._check_memory(request)
+        tokens_to_generate(len(request.prompt), request.sampling.max_tokens, limit_of(request, self._config))
         if not 1 <= request.n <= self._config.max_num_seqs:
             raise RequestError(f"n must be 1 to {self._config.max_num_seqs} here, not {request.n}", param="n")
         _check_combination(request)
@@ -45,6 +46,20 @@ class RequestValidator:
         _check_bias(request.sampling, self._model.vocab_size)
         prompt = _ids(request.prompt, self._model.vocab_size)
         return dataclasses.replace(request, prompt=prompt, is_checked=True)
+
+    def _check_memory(self, request: GenerationRequest) -> None:
+        budget = self._config.working_memory
+        if budget is None:
+            if request.memory == "on":
+                raise RequestError("this server has no working memory; start it with --working-memory TOKENS",
+                                   param="pacellm.memory", code="unsupported_parameter")  # fmt: skip
+            return
+        if request.sampling.prompt_logprobs is not None and len(request.prompt) > budget:
+            raise RequestError(
+                f"log-probabilities of a prompt are there up to {budget:,} tokens, and this one has "
+                f"{len(request.prompt):,}: what lies beyond is not seen all at once",
+                param="echo", code="unsupported_parameter",
+            )  # fmt: skip
 
     def _check_experts(self, request: GenerationRequest) -> None:
         try:
@@ -58,11 +73,19 @@ class RequestValidator:
             )
 
 
-def tokens_to_generate(prompt_tokens: int, max_tokens: int | None, limit: int) -> int:
+def limit_of(request: GenerationRequest, config: EngineConfig) -> int:
+    """Tokens of a request's context, prompt and answer together."""
+    if request.memory == "off" and config.working_memory is not None:
+        return config.working_memory
+    return config.max_model_len or 0
+
+
+def tokens_to_generate(prompt_tokens: int, max_tokens: int | None, limit: int, most: int | None = None) -> int:
     """How many tokens may be generated.
 
     Args:
         limit: of the context, prompt and answer together.
+        most: where the request does not say; None is all that is left.
 
     Raises:
         RequestError: no prompt, a prompt (with max_tokens) longer than the context.
@@ -82,7 +105,9 @@ def tokens_to_generate(prompt_tokens: int, max_tokens: int | None, limit: int) -
             f"of {limit:,} tokens; at most {room:,} are left",
             param="max_tokens",
         )
-    return room if max_tokens is None else max_tokens
+    if max_tokens is not None:
+        return max_tokens
+    return room if most is None else min(room, most)
 
 
 def _check_combination(request: GenerationRequest) -> None:

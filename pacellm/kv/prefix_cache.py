@@ -196,6 +196,14 @@ class PrefixCache:
         self.drop(self._prefixes[0])
         return True
 
+    def evict_history(self, keep: CachedPrefix | None) -> bool:
+        """Drop the prefix used longest ago that holds a history, but not ``keep``. False where there is none."""
+        for prefix in self._prefixes:
+            if prefix.table.history.blocks and prefix is not keep:
+                self.drop(prefix)
+                return True
+        return False
+
     def drop(self, prefix: CachedPrefix) -> None:
         """Give a prefix's blocks and row back."""
         self._prefixes.remove(prefix)

@@ -16,7 +16,10 @@ from pacellm.model.rotation import KeyRotation
 from pacellm.recall.activity import activity_votes
 from pacellm.recall.attention import attention_votes
 from pacellm.recall.lexical import lexical_votes
+from pacellm.types import Passage
 from pacellm.view import BLOCK, Recall, Span
+
+_SHOWN = 8  # passages
 
 
 class Recaller:
@@ -59,8 +62,20 @@ class Recaller:
             end = budget.reading(question.start).start
             votes = [self.votes(index, sequence, question, end, asked) for index in self._indexes]
             recall = Recall(question.start, chosen(votes, budget.room, self._block), budget)
+            sequence.passages = self._passages(votes, sequence)
         sequence.recalls(recall)
         return recall
+
+    def _passages(self, votes: Items[np.ndarray], sequence: Sequence) -> tuple[Passage, ...]:
+        """The blocks with most votes, each index's in turn."""
+        found: dict[int, Passage] = {}
+        orders = [np.argsort(-one, kind="stable")[:_SHOWN].tolist() for one in votes]
+        for turn in zip(*orders, strict=True):
+            for index, one, number in zip(self._indexes, votes, turn, strict=True):
+                start, end = number * self._block, (number + 1) * self._block
+                ids = tuple(sequence.prompt[start:end])
+                found.setdefault(number, Passage(start, end, float(one[number]), index, ids))
+        return tuple(found.values())[:_SHOWN]
 
     def votes(self, index: IndexName, sequence: Sequence, question: range, end: int, asked: Asked | None) -> np.ndarray:
         """[end / block] an index's votes for the history's first ``end`` tokens."""

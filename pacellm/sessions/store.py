@@ -309,6 +309,17 @@ class SessionStore:
         session.loading = False
         self._holding.pop(id(session), None)
 
+    def drop_history(self, keep: Session | None) -> bool:
+        """Drop the state of the idle session used longest ago that holds a history, but not of ``keep``; its log brings
+        it back. False where there is none."""
+        for session in self._sessions.values():
+            table, host = session.table, session.host
+            holds = (table is not None and table.history.blocks) or (host is not None and host.history.blocks)
+            if holds and session is not keep and not session.in_use:
+                self.drop(session)
+                return True
+        return False
+
     def _fold(self, session: Session) -> None:
         """The banks become the origin that the log starts from; the context is forgotten."""
         if session.row is not None and self._pool is not None:

@@ -34,10 +34,13 @@ class PaceOptions(Strict):
     append: bool = False
     ce_density: Annotated[float, Field(ge=1e-6, le=1)] | None = None
     experts: bool = False
+    memory: Literal["on", "off"] | None = None
 
     def engine_options(self) -> dict[str, Any]:
         """What the engine takes of it beside ``commit`` and ``append``."""
-        return {"pa": self.pa or "on", "ce_density": self.ce_density, "experts": self.experts}
+        return {
+            "pa": self.pa or "on", "ce_density": self.ce_density, "experts": self.experts, "memory": self.memory
+        }  # fmt: skip
 
 
 class GenerationFields(Strict):

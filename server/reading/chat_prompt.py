@@ -16,8 +16,11 @@ from .answer_form import AnswerForm
 from .appending import AppendedMessages, outline_of
 from .chat_input import ChatInput
 from .hints import told
+from .question import question_of
 from .rendering import check_characters, rendered_input
 from .text import text_limit
+
+_SHORT = 2048  # characters: no budget of working memory is so small
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,9 @@ class RenderedChat:
         else:
             ids = self._tokenizer.encode_chat(self._rendered, limit=self._limit, scope=scope, logged=logged)
         outline = Outline() if scope is None else outline_of(self._tokenizer, self._asked, ids)
+        if len(self._rendered) > _SHORT:
+            question = question_of(self._tokenizer, self._asked.messages, self._rendered)
+            outline = dataclasses.replace(outline, question=question)
         if self._form.dialect.template is not None:
             sampling = dataclasses.replace(sampling, skip_special_tokens=False)  # marks may be special tokens
         grammar = self._form.grammar(self._rendered)

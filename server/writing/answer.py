@@ -302,7 +302,8 @@ class Answer:
         """The end of a generation's only or last choice, with what is told of the request."""
         self._finished.append(event)
         last = self._last_ends.get(number) or ChoiceEnded(0, event.reason, event.stop_reason)
-        told = report(self._generations[number].request, event, self._session(event.session))
+        request, decode = self._generations[number].request, self._service.tokenizer.decode
+        told = report(request, event, self._session(event.session), decode)
         choice = self._choices[number * self._n + last.index]
         return self._wire.ended(choice.end(last.reason, last.stop_reason, told))
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
-from pacellm.types import Finished, GenerationRequest, Kinship
+from pacellm.types import Finished, GenerationRequest, Kinship, MemoryUse
 
 
-def report(request: GenerationRequest, event: Finished, session: str) -> dict[str, Any]:
+def report(
+    request: GenerationRequest, event: Finished, session: str, decode: Callable[[list[int]], str]
+) -> dict[str, Any]:
     """The object of a request that has ended well.
 
     Args:
         session: what became of it.
+        decode: ids to text.
     """
     return {
         "session_id": request.session[1] if request.session is not None else None,
@@ -23,6 +27,7 @@ def report(request: GenerationRequest, event: Finished, session: str) -> dict[st
         "cached_tokens": event.usage.cached_tokens,
         "replayed_tokens": event.usage.replayed_tokens,
         "pa": event.pa,
+        **({"memory": _memory(event.memory, decode)} if event.memory is not None else {}),
         "bank": dataclasses.asdict(event.bank) if event.bank is not None else None,
         **({"experts": _rounded(event.experts)} if event.experts is not None else {}),
         "timings": {
@@ -30,6 +35,26 @@ def report(request: GenerationRequest, event: Finished, session: str) -> dict[st
             "prefill_ms": round(1000 * event.prefill_seconds, 1),
             "decode_ms": round(1000 * event.decode_seconds, 1),
         },
+    }
+
+
+def _memory(use: MemoryUse, decode: Callable[[list[int]], str]) -> dict[str, Any]:
+    """What was seen of the history, and the passages that were called back."""
+    return {
+        "view": bool(use.called_back),
+        "budget_tokens": use.budget,
+        "resident_tokens": use.resident,
+        "called_back": [list(span) for span in use.called_back],
+        "passages": [
+            {
+                "start": one.start,
+                "end": one.end,
+                "index": one.index,
+                "vote": round(one.vote, 6),
+                "text": decode(list(one.token_ids)),
+            }
+            for one in use.passages
+        ],
     }
 
 

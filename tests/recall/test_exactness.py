@@ -94,8 +94,39 @@ def test_host_memory(model, alone):
 
 def test_replays(model, alone):
     """Each turn begins with nothing but the log."""
-    found = Story(new_engine(prepare(model), **SIZES, session_memory=0, session_host_memory=0))
-    assert found.found == alone
+
+    def drop(engine):
+        engine.prefix_cache.clear()
+        for session in engine.sessions:
+            engine.sessions.drop(session)
+
+    assert Story(new_engine(prepare(model), **SIZES), drop).found == alone
+
+
+def test_a_history_that_host_memory_cannot_hold_is_refused(model):
+    engine = new_engine(prepare(model), **SIZES, session_host_memory=4 * 512 * prepare(model).bytes_per_token)
+    for name, length in (("long", 4700), ("short", 2000)):
+        engine.add(request(name, prompt(length), READ))
+    events = run_until_idle(engine)
+    assert "host memory" in str(events["long"][-1].error)
+    assert finish(events["short"])
+
+
+def test_idle_histories_give_way(model):
+    """Host memory holds one history: each turn takes the place of the other session's, whose log brings it back."""
+    room = 14 * 512 * prepare(model).bytes_per_token
+    settings = {**SIZES, "bank": PAConfig(bank_size=12, segment=64)}  # banks that act would have read it twice
+    engine = new_engine(prepare(model), **settings, session_host_memory=room)
+    first = {}
+    for turn in range(2):
+        for session in ("a", "b"):
+            ids = [*prompt(4700, ord(session)), *prompt(40, 9)]
+            asked = request(f"{session}{turn}", ids, ANSWER, session=session, commit=not turn)
+            engine.add(dataclasses.replace(asked, outline=ASKED))
+            events = run_until_idle(engine)[f"{session}{turn}"]
+            assert told(events)[0] == first.setdefault(session, told(events)[0])
+            assert engine.mover.host.bytes <= room
+    assert finish(events).usage.replayed_tokens or finish(events).usage.cached_tokens < 4700
 
 
 def test_restarts(model, alone, tmp_path):

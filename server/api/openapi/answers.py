@@ -67,6 +67,7 @@ SCHEMAS: dict[str, Schema] = {
         pa=one_of(*MODES),
         bank=maybe(OBJECT),
         timings=fields(queue_ms=NUMBER, prefill_ms=NUMBER, decode_ms=NUMBER),
+        optional={"memory": OBJECT, "experts": OBJECT},
     ),
     "ChatCompletion": fields(
         id=TEXT,
