@@ -50,11 +50,11 @@ class Arm:
         self.block = recaller._block
         recaller.votes = self._voted  # type: ignore[method-assign]
         recaller.choose = self._chosen  # type: ignore[method-assign]
-        self.name, self.places = "lexical", (0, 0)
+        self.name, self.place = "lexical", 0
 
-    def use(self, name: str, places: tuple[int, int]) -> None:
-        """The arm, and the positions of the fact that is asked for (or, as a control, of another document's)."""
-        self.name, self.places = name, places
+    def use(self, name: str, place: int) -> None:
+        """The arm, and about where the fact is stated that is asked for (or, as a control, another document's)."""
+        self.name, self.place = name, place
         self._recaller._indexes = ("lexical",) if name in CONTROLS else tuple(name.split("+"))  # type: ignore[assignment]
 
     def _chosen(self, sequence: Any, asked: Any = None) -> Recall:
@@ -70,8 +70,8 @@ class Arm:
         count = end // self.block
         if self.name == "random":
             return np.random.default_rng(question.start).random(count)
-        votes = np.zeros(count)
-        votes[min(self.places[0] // self.block, count - 1)] = 1.0
+        votes, number = np.zeros(count), self.place // self.block
+        votes[max(0, number - 1) : number + 2] = 1.0
         return votes
 
 
@@ -88,20 +88,15 @@ def prose(texts: Path, length: int, num_facts: int, seed: int, tokenizer: Any) -
         text += files[len(text) % len(files)].read_text() + "\n\n"
     ids = tokenizer.encode(text)[:length]
     per = length // num_facts
-    parts, facts = [], []
+    parts: list[str] = []
+    facts: list[Fact] = []
     for number, (fact, sentence) in enumerate(zip(stated.facts, told, strict=True)):
         part = tokenizer.decode(ids[number * per : (number + 1) * per])
         place = part.find(". ", len(part) // 2) + 1 or len(part)
         parts.append(f"{part[:place]} {sentence.rstrip('.')}.{part[place:]}")
-        facts.append(Fact(fact.question, fact.answer, (number + 0.5) / num_facts))
+        before = len(tokenizer.encode("".join(parts)[: -len(part) + place]))
+        facts.append(Fact(fact.question, fact.answer, min(1.0, before / length)))
     return Document("".join(parts), facts)
-
-
-def place_of(tokenizer: Any, document: Document, fact: Fact) -> tuple[int, int]:
-    """Positions at which a fact's value is stated, in the document alone."""
-    start = document.text.find(fact.answer)
-    before = len(tokenizer.encode(document.text[:start]))
-    return before, before + len(tokenizer.encode(fact.answer))
 
 
 def main() -> None:
@@ -125,8 +120,8 @@ def main() -> None:
         foreign = _document(options, llm.tokenizer, seed + 1000)
         for fact in questions_of(document, options.questions, 0):
             for name in options.arms:
-                about, other = (document, fact) if name != "foreign" else (foreign, foreign.facts[0])
-                arm.use(name, place_of(llm.tokenizer, about, other))
+                depth = fact.depth if name != "foreign" else foreign.facts[len(records) % len(foreign.facts)].depth
+                arm.use(name, int(depth * options.length))
                 clock = time.monotonic()
                 answer = ask(llm, document, fact.question, "s")
                 right = fact.answer in str(answer) if options.texts else str(answer) == fact.answer

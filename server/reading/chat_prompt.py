@@ -92,7 +92,7 @@ class RenderedChat:
         else:
             ids = self._tokenizer.encode_chat(self._rendered, limit=self._limit, scope=scope, logged=logged)
         outline = Outline() if scope is None else outline_of(self._tokenizer, self._asked, ids)
-        if len(self._rendered) > _SHORT:
+        if self._appended is not None or len(self._rendered) > _SHORT:
             said = self._tokenizer.literals.shielded(self._asked.messages[-1].text())
             encode = partial(self._tokenizer.encode_behind, is_chat=True)
             outline = dataclasses.replace(outline, question=question_of(said, self._rendered, encode))

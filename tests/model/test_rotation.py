@@ -23,17 +23,19 @@ def test_keys_are_moved_as_the_model_turns_them(model):
     ids, moves = torch.tensor([5, 6, 7]), torch.tensor(MOVES)
     if name in REFUSED:
         with pytest.raises((ConfigError, ModelError)):
-            learn_rotations(loaded)
-            make_precise(loaded.module, 64)
-            probe_layers(loaded.module, ids, moves)
+            learned(loaded, ids, moves)
         return
-    rotations = learn_rotations(loaded)
-    make_precise(loaded.module, 64)
-    found, _ = probe_layers(loaded.module, ids, moves)
+    rotations, found = learned(loaded, ids, moves)
     base, _ = probe_layers(loaded.module, ids, torch.zeros_like(ids))
     for rotation, before, after in zip(rotations, base, found, strict=True):
         moved = before.key if rotation is None else rotation.moved(before.key, moves)
         torch.testing.assert_close(moved, after.key, rtol=0, atol=2e-4 * float(after.key.abs().max()))
+
+
+def learned(loaded, ids, moves):
+    rotations = learn_rotations(loaded)
+    make_precise(loaded.module, 64)
+    return rotations, probe_layers(loaded.module, ids, moves)[0]
 
 
 def test_positions_before_the_start_keep_their_bits():
