@@ -1,10 +1,12 @@
 """The load scenarios in their small versions against real servers (slow, ``make load``), and their arithmetic."""
 
+import asyncio
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 from load_tests import routing_simulation
@@ -13,9 +15,11 @@ from load_tests.scenarios.client import Reply
 from load_tests.scenarios.disconnects import KINDS, visits
 from load_tests.scenarios.kill import leftovers
 from load_tests.scenarios.many_sessions import differences
+from load_tests.scenarios.operations import Operation, Outcome
 from load_tests.scenarios.overload import Ended, judged
 from load_tests.scenarios.servers import report
 from load_tests.scenarios.talks import make_talk, percentile, spread
+from load_tests.scenarios.twins import Tally, Worker
 
 ROOT = Path(__file__).parent.parent
 SCENARIOS = ("long_beside_short", "many_sessions", "disconnects", "kill", "heavy_bodies", "overload", "histories")
@@ -122,3 +126,62 @@ def test_overload_counts_answers_in_time_and_names_refusals_that_do_not_help():
     assert failures == [
         "500 after 1.0 s", "a 429 without Retry-After", "refusals took up to 9.0 s", "0 answers in time are 0% of 10",
     ]  # fmt: skip
+
+
+def operation(kind, *touches, path="", **options):
+    return Operation(kind, touches, "POST", path, session=touches[-1], **options)
+
+
+def twin(*servers):
+    """A worker on a disk that is full at times, with sessions w-a to w-c. ``servers``: (commits, tokens) by name."""
+    worker = Worker("http://rough", "http://calm", "key", "w", 0, 0.0, Tally(), [], is_lenient=True)
+
+    def client(sessions):
+        def answer(request):
+            name = request.url.path.split("/")[3]
+            if request.method == "DELETE":
+                sessions.pop(name, None)
+            shown = sessions.get(name)
+            return httpx.Response(404) if shown is None else httpx.Response(
+                200, json=dict(zip(("commits", "tokens"), shown, strict=True))
+            )  # fmt: skip
+
+        return httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://server")
+
+    if servers:
+        worker._rough, worker._calm = map(client, servers)
+    return worker
+
+
+def test_only_what_is_written_ends_what_is_not_durable():
+    worker, reset = twin(), operation("reset", "w-a")
+    worker._note_durability(reset, Outcome(202, is_durable=False))
+    for other in (operation("turn in a session", "w-a"), operation("create", "w-a"), operation("refused", "w-a")):
+        worker._note_durability(other, Outcome(200))
+    assert worker._volatile == {"w-a"}
+    worker._note_durability(operation("turn in a session", "w-a", user="hello"), Outcome(200))
+    assert worker._volatile == set()
+    worker._note_durability(operation("create", "w-b"), Outcome(201))
+    worker._note_durability(reset, None)
+    assert worker._volatile == {"w-a", "w-b"}
+
+
+def test_what_a_fork_has_met_after_a_kill_is_in_doubt_where_its_source_is():
+    worker = twin()
+    fork = operation("fork", "w-b", path="/v1/sessions/w-a/fork")
+    worker._volatile, worker._tally.kills = {"w-a"}, 1
+    assert worker._may_be_rolled_back(fork)
+    assert worker._volatile == {"w-a", "w-b"}
+    assert not worker._may_be_rolled_back(operation("fork", "w-c", path="/v1/sessions/w-d/fork"))
+
+
+def test_what_a_kill_has_changed_is_a_failure_where_it_was_durable():
+    rough, calm = {"w-a": (1, 5), "w-b": (1, 7)}, {"w-a": (2, 9), "w-b": (2, 9), "w-c": (0, 0)}
+    worker = twin(rough, calm)
+    worker._volatile, worker._tally.kills = {"w-b"}, 1
+    asyncio.run(worker._look_after_a_kill())
+    assert worker._tally.failures == [
+        "w-a is {'commits': 1, 'tokens': 5} after kill 1, not {'commits': 2, 'tokens': 9} after "
+    ]
+    assert worker._volatile == {"w-b"}
+    assert (rough, calm) == ({"w-a": (1, 5)}, {"w-a": (2, 9)}), "what was not durable, or was never written, is gone"

@@ -78,6 +78,17 @@ class Operation:
     leaves_after: int = 0
     forgets: bool = field(default=False)
 
+    @property
+    def changes(self) -> bool:
+        """Where it succeeds, the sessions that it touches are others than before."""
+        return self.kind != "refused" and (self.kind != "turn in a session" or self.user is not None)
+
+    @property
+    def involved(self) -> set[str]:
+        """Sessions that it reads or changes."""
+        source = self.path.split("/")[3] if self.kind == "fork" else self.source
+        return {*self.touches, *([source] if source is not None else [])}
+
     async def run(
         self, client: httpx.AsyncClient, which: int, chain: tuple[str, str] | None, leaves: float | None
     ) -> Outcome | None:
@@ -132,7 +143,8 @@ class Operation:
             log = logs.setdefault(self.session, [])
             log += [{"role": "user", "content": self.user}, {"role": "assistant", "content": outcome.texts[0]}]
         elif self.kind == "fork":
-            logs[self.touches[-1]] = list(logs.get(self.path.split("/")[3], []))
+            (source,) = self.involved - {*self.touches}
+            logs[self.touches[-1]] = list(logs.get(source, []))
 
 
 class _Left(Exception):

@@ -19,6 +19,7 @@ PATIENCE = 180.0
 """Seconds that a client tries to reach a server again."""
 
 _EMPTY = {"commits": 0, "tokens": 0}
+_SYNCED = ("turn in a session", "conversation")  # on disk before anybody sees them
 _SETTLED = 4.0  # seconds without a change after which a request that was given up has not happened
 
 
@@ -78,7 +79,7 @@ class Worker:
         self._logs: dict[str, list[dict[str, str]]] = {}  # messages that a session stands for
         self._chain: tuple[str, str] | None = None  # the last response, by server
         self._trails: dict[str, deque[str]] = {}  # by session, the last operations
-        self._volatile: set[str] = set()  # sessions whose last change the disk has not taken, as was said
+        self._volatile: set[str] = set()  # sessions whose last change the disk may not have
         self._kills = 0  # that this worker knows of: a restart forgets responses, and what conversations said
 
     async def run(self, until: float, requests: int | None = None) -> None:
@@ -127,12 +128,18 @@ class Worker:
             self._trails.setdefault(session, deque(maxlen=8)).append(line)
 
     def _note_durability(self, operation: Operation, mine: Outcome | None) -> None:
-        """On a disk that is full at times, a change that is not durable holds until the server ends, and is said so."""
-        if not self._is_lenient or (mine is not None and mine.status >= 400):
+        """Which sessions may be others after a kill: on a disk that is full at times a change that is not durable holds
+        until the server ends, as its answer says, and an empty session is in memory only until something else is done
+        to it. What changes nothing makes nothing durable, either."""
+        if not operation.changes or (mine is not None and mine.status >= 400):
             return
-        if mine is None or not mine.is_durable:
-            self._volatile |= set(operation.touches)
+        if mine is None:
+            is_volatile = self._is_lenient and operation.kind not in _SYNCED
         else:
+            is_volatile = operation.kind == "create" or not mine.is_durable
+        if is_volatile:
+            self._volatile |= set(operation.touches)
+        elif mine is not None:
             self._volatile -= set(operation.touches)
 
     def _note_alone(self, operation: Operation, mine: Outcome | None) -> None:
@@ -164,8 +171,12 @@ class Worker:
         return self._kills != self._tally.kills and mine is None and theirs == _EMPTY
 
     def _may_be_rolled_back(self, operation: Operation) -> bool:
-        """The server was killed since it was last looked at, and may have lost what was not durable."""
-        return self._kills != self._tally.kills and bool(self._volatile & set(operation.touches))
+        """The server was killed since it was last looked at, and the operation may have met what was there before a
+        change that was not durable: what has come of it is not compared, and goes after the next look."""
+        if self._kills == self._tally.kills or not self._volatile & operation.involved:
+            return False
+        self._volatile |= set(operation.touches)
+        return True
 
     async def _repeat(self, operation: Operation, mine: Outcome | None) -> None:
         """What has happened on the disturbed server happens on the other, and is compared."""
@@ -190,7 +201,10 @@ class Worker:
             mine = await self._shown(self._rough, session)
             if theirs == _EMPTY and mine is None:
                 await self._until(self._calm, "DELETE", f"/v1/sessions/{session}")
-            elif mine != theirs and session in self._volatile:
+            elif mine != theirs and session not in self._volatile:
+                trail = "; ".join(self._trails.get(session, ()))
+                self._tally.failures.append(f"{session} is {mine} after kill {self._kills}, not {theirs} after {trail}")
+            elif mine != theirs:
                 rolled_back.add(session)
                 for client in (self._rough, self._calm):
                     await self._until(client, "DELETE", f"/v1/sessions/{session}")

@@ -23,6 +23,7 @@ from pacellm.memory.state import COUNTERS
 from pacellm.run.ahead import Chosen
 from pacellm.run.runner import Output
 from pacellm.run.sampler import logprob, sample, score
+from pacellm.sessions.atomic import Unsettled
 from pacellm.sessions.files import SessionFiles
 from pacellm.sessions.history import ending_of
 from pacellm.sessions.session import Session
@@ -217,12 +218,12 @@ class Answers:
             self._files.recorded(session)
             self._outbox.put((sequence.id, event))
             return
+        if session is not None and not session.deleted and isinstance(error, SessionConflict | Unsettled):
+            self._sessions.remove(session)  # memory may be behind; the next request reads what the disk has
         if error is None:
             error = SessionDeleted("the session was deleted while this request worked on it")
         elif not isinstance(error, PaceError):
             error = EngineError(f"the session could not be written: {reason(error)}")
-        if isinstance(error, SessionConflict) and session is not None:
-            self._sessions.remove(session)  # memory is behind; the next request reads what the owner has written
         self._outbox.put(self._recovery.fail(sequence, error))
 
     def _end(self, state: RequestState) -> Finished:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -22,30 +23,55 @@ class Draft(NamedTuple):
     keeps_former: bool = False
 
 
+class Unsettled(OSError):
+    """It failed when some of it had taken its place: the change may be there all the same."""
+
+    def __init__(self, error: OSError) -> None:
+        why = error.strerror or type(error).__name__
+        super().__init__(error.errno, f"{why}; the change may be there all the same", error.filename)
+
+
 def publish(folder: Path, *drafts: Draft) -> None:
     """Write all drafts, then let them take their places in order.
 
     Raises:
-        OSError: the disk is full, say; where a draft could not be written nothing has changed.
+        Unsettled: a draft could not take its place after others had, or the folder could not be synced.
+        OSError: the disk is full, say; nothing has changed.
     """
     paths = [folder / f"{draft.name}.draft" for draft in drafts]
     try:
         for path, draft in zip(paths, drafts, strict=True):
-            with os.fdopen(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "wb") as file:
-                draft.write(file)
-                file.flush()
-                if draft.sync:
-                    os.fsync(file.fileno())
+            _write(path, draft)
+        _place(folder, paths, drafts)
+    except BaseException:
+        for path in paths:
+            with suppress(OSError):  # what stays is written over, or tidied away
+                path.unlink(missing_ok=True)
+        raise
+
+
+def _write(path: Path, draft: Draft) -> None:
+    with os.fdopen(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "wb") as file:
+        draft.write(file)
+        file.flush()
+        if draft.sync:
+            os.fsync(file.fileno())
+
+
+def _place(folder: Path, paths: Sequence[Path], drafts: Sequence[Draft]) -> None:
+    has_begun = False
+    try:
         for path, draft in zip(paths, drafts, strict=True):
             if draft.keeps_former:
                 set_aside(folder / draft.name)
             path.replace(folder / draft.name)
-    except BaseException:
-        for path in paths:
-            path.unlink(missing_ok=True)
+            has_begun = True
+        if any(draft.sync for draft in drafts):
+            sync_folder(folder)
+    except OSError as error:
+        if has_begun:
+            raise Unsettled(error) from error
         raise
-    if any(draft.sync for draft in drafts):
-        sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:

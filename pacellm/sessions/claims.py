@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from pacellm.engine.sequence import Sequence
@@ -12,7 +13,7 @@ from pacellm.errors import PaceError, SnapshotRefused, reason
 from pacellm.memory.state import Banks
 from pacellm.sessions.disk import LOG, Disk, Sizes
 from pacellm.sessions.disk_usage import DiskUsage
-from pacellm.sessions.owner import Owner
+from pacellm.sessions.owner import About, Owner, OwnerRefused, parse_owner
 from pacellm.sessions.records import Facts, Records
 from pacellm.sessions.session import Key, Session
 from pacellm.sessions.store import SessionStore
@@ -130,6 +131,8 @@ class DirectoryClaims:
                 facts = self._records.facts(metadata)
                 found.log, found.origin = self._records.take_log(dict(tensors), metadata)
                 found.facts = facts
+                if facts.generation > owner.generation:  # its server died before owner.json was as new
+                    owner.about = _about(metadata) or owner.about
         except FileNotFoundError:
             found.note, found.is_lost = "the session's log was never written", True
         except SnapshotRefused as error:
@@ -220,6 +223,13 @@ class DirectoryClaims:
         _catch_up(session, found.facts.generation, owner.generation)
         if session.note is not None:
             logger.warning("session %r of tenant %r: %s", key[1], key[0], session.note)
+
+
+def _about(metadata: dict[str, str]) -> About | None:
+    """What a log tells that was written with it; None where it is of the time before logs did."""
+    with suppress(OwnerRefused):
+        return parse_owner(metadata.get("owner", "")).about
+    return None
 
 
 def _catch_up(session: Session, written: int, known: int) -> None:

@@ -89,7 +89,7 @@ class Disk:
     def close(self) -> None:
         """This server's sessions may be taken over by others."""
         if self._life >= 0:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # a mark that nobody locks is a dead server's
                 (self.directory / "servers" / self.server).unlink()
             os.close(self._life)
             self._life = -1
@@ -235,9 +235,12 @@ class Disk:
         return found is not None and not found.deleted
 
     def _grave(self, key: Key, owner: Owner | None, expired: bool) -> Owner:
-        """The tombstone that is to stand in ``owner``'s place: the same until it stands there."""
+        """The tombstone that is to stand in ``owner``'s place, or stands there and is this server's. However often
+        it is tried it is the same: what memory has begun since goes on from it."""
         epoch, generation = (owner.epoch, owner.generation) if owner is not None else (0, 0)
-        return Owner(*key, self.server, epoch + 1, generation + 1, deleted=True, expired=expired)
+        if owner is None or not owner.deleted or owner.server != self.server:
+            epoch, generation = epoch + 1, generation + 1
+        return Owner(*key, self.server, epoch, generation, deleted=True, expired=expired)
 
     def drop(self, key: Key, *names: str) -> None:
         """Remove files of a session that no other running server owns."""
