@@ -137,7 +137,8 @@ class EngineConfig:
         working_memory_window: of them, those that are seen because they are recent.
         working_memory_index: what votes for blocks to be called back; several share them. None: what is known of the
             model decides.
-        working_memory_block: tokens that are called back together.
+        working_memory_block: tokens that are voted for together.
+        working_memory_recall: tokens that are called back for a question, as far as the budget has room.
         max_num_batched_tokens: tokens of one step.
         max_num_seqs: requests that run at once.
         max_num_mixed_tokens: prefill tokens of a step that also decodes, so that streams keep flowing.
@@ -171,6 +172,7 @@ class EngineConfig:
     working_memory_window: int = 1024
     working_memory_index: tuple[IndexName, ...] | None = None
     working_memory_block: int = 64
+    working_memory_recall: int = 512
     max_num_batched_tokens: int = 2048
     max_num_seqs: int = 16
     max_num_mixed_tokens: int = 256
@@ -285,6 +287,11 @@ class EngineConfig:
         block = self.working_memory_block
         if block < 1 or BLOCK % block:
             raise ConfigError(f"working_memory_block must divide {BLOCK}, not be {block}", param="working_memory_block")
+        recall = self.working_memory_recall
+        if recall < BLOCK or recall % BLOCK:
+            raise ConfigError(
+                f"working_memory_recall must be a multiple of {BLOCK}, not {recall}", param="working_memory_recall"
+            )
         least = window + 3 * BLOCK
         if not least <= tokens <= context_length or tokens % BLOCK:
             raise ConfigError(

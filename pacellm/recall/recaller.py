@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 
 import numpy as np
@@ -30,6 +32,7 @@ class Recaller:
         retrieval: what they need of the model.
         rotations: how keys turn, by layer.
         block: tokens of a block that is called back; a part of ``BLOCK``.
+        room: tokens that are called back.
         distance: tokens between a question and a key, as attention scores it.
     """
 
@@ -40,10 +43,11 @@ class Recaller:
         rotations: Items[KeyRotation | None],
         *,
         block: int,
+        room: int,
         distance: int,
     ) -> None:
         self._indexes, self._retrieval, self._rotations = tuple(indexes), retrieval, rotations
-        self._block, self._distance = block, distance
+        self._block, self._room, self._distance = block, room, distance
 
     @property
     def looks_at(self) -> tuple[int, ...] | None:
@@ -61,7 +65,7 @@ class Recaller:
         if question:
             end = budget.reading(question.start).start
             votes = [self.votes(index, sequence, question, end, asked) for index in self._indexes]
-            recall = Recall(question.start, chosen(votes, budget.room, self._block), budget)
+            recall = Recall(question.start, chosen(votes, min(budget.room, self._room), self._block), budget)
             sequence.passages = self._passages(votes, sequence)
         sequence.recalls(recall)
         return recall
@@ -100,24 +104,43 @@ class Recaller:
 
 
 def chosen(votes: Items[np.ndarray], room: int, block: int) -> tuple[Span, ...]:
-    """The first block of the history, and of the others those with most votes, each with the next one, which goes on
-    with what it says, in order.
+    """The first block of the history, and of the others those with most votes, with what stands around them, in order.
+
+    A block with at least half of the most votes is a seed. Seeds grow evenly until the room is full, so a question that
+    one block answers gets that one's surroundings, not those that merely look alike: a small model mistakes them.
 
     Args:
-        votes: by index [n] of blocks of ``block`` tokens; they choose in turn.
+        votes: by index [n] of blocks of ``block`` tokens; their seeds take turns.
         room: tokens that may be called back.
     """
     taken = set(range(BLOCK // block))
-    count = len(taken) + room // block
-    orders = [np.argsort(-one, kind="stable").tolist() for one in votes]
-    for turn in zip(*orders, strict=True):
-        for number in turn:
-            for one in (number, number + 1):
-                if one < len(votes[0]) and len(taken) < count:
-                    taken.add(one)
-        if len(taken) == count:
-            break
+    count, total = len(taken) + room // block, len(votes[0])
+    seeds = _seeds(votes, room // block // 2)
+    for step in _steps(total):
+        for seed in seeds:
+            if 0 <= seed + step < total and len(taken) < count:
+                taken.add(seed + step)
     return tuple(_joined(sorted(taken), block))
+
+
+def _seeds(votes: Items[np.ndarray], most: int) -> list[int]:
+    orders = []
+    for one in votes:
+        order = np.argsort(-one, kind="stable")[:most]
+        orders.append([int(number) for number in order if 2 * one[number] >= one[order[0]]])
+    turns = itertools.zip_longest(*orders)
+    return list(dict.fromkeys(number for turn in turns for number in turn if number is not None))[:most]
+
+
+def _steps(total: int) -> Iterator[int]:
+    """0, then outwards, twice as far behind as before: what a block begins goes on in the next ones."""
+    yield 0
+    behind = before = 0
+    while max(behind, before) < total:
+        yield behind + 1
+        yield behind + 2
+        yield -(before + 1)
+        behind, before = behind + 2, before + 1
 
 
 def _codes(history: History, end: int) -> np.ndarray:

@@ -12,7 +12,13 @@ from tests.engine.helpers import finish, new_engine, prompt, request, tokens
 from tests.models import tiny
 
 BANK = PAConfig(preset="reference", bank_size=12, segment=64, theta_high=0.9, theta_low=0.5)
-SIZES = {"working_memory": 2560, "working_memory_window": 512, "max_model_len": 50_000, "bank": BANK}
+SIZES = {
+    "working_memory": 2560,
+    "working_memory_window": 512,
+    "working_memory_recall": 1024,
+    "max_model_len": 50_000,
+    "bank": BANK,
+}
 READ = SamplingParams(max_tokens=0)
 ANSWER = SamplingParams(max_tokens=5, temperature=0, ignore_eos=True, logprobs=0)
 LONG = SamplingParams(max_tokens=700, temperature=0, ignore_eos=True, logprobs=0)

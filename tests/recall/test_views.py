@@ -10,7 +10,7 @@ from tests.engine.helpers import new_engine, prompt, request, run_until_idle, to
 from tests.models import tiny
 from tests.recall import oracle
 
-SIZES = {"working_memory": 2560, "working_memory_window": 512, "max_model_len": 50_000}
+SIZES = {"working_memory": 2560, "working_memory_window": 512, "working_memory_recall": 1024, "max_model_len": 50_000}
 SCORED = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True, logprobs=0)
 
 

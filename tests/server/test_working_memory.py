@@ -53,7 +53,7 @@ def test_a_document_and_its_question_in_one_message(server, document):
     assert fact.answer in best["text"] + memory["passages"][1]["text"]
     assert (best["index"], best["end"] - best["start"]) == ("lexical", 64)
     assert memory["called_back"][0] == [0, 512]
-    assert sum(end - start for start, end in memory["called_back"]) == BUDGET - 1024
+    assert sum(end - start for start, end in memory["called_back"]) == 1024
 
 
 def test_questions_by_append_streamed_and_by_responses(server, document):
