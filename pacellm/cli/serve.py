@@ -198,6 +198,7 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         max_model_len=options.max_model_len if options.working_memory is None else options.max_history,
         working_memory=options.working_memory,
         working_memory_window=options.working_memory_window,
+        working_memory_recall=options.working_memory_recall,
         max_num_batched_tokens=options.max_num_batched_tokens,
         max_num_seqs=options.max_num_seqs,
         kv_cache_memory=options.kv_cache_memory_bytes,
@@ -244,6 +245,8 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         "calls back")  # fmt: skip
     add("--working-memory-window", type=values.size, default=defaults.working_memory_window, metavar="TOKENS",
         help="of them, recent ones")  # fmt: skip
+    add("--working-memory-recall", type=values.size, default=defaults.working_memory_recall, metavar="TOKENS",
+        help="tokens that a question calls back")  # fmt: skip
     add("--max-history", type=values.size, default=1_000_000, metavar="TOKENS", help="longest history with "
         "--working-memory, prompt and answer together")  # fmt: skip
     add("--max-num-batched-tokens", type=int, default=defaults.max_num_batched_tokens, help="tokens of one step")

@@ -29,6 +29,7 @@ def describe(engine: Engine, path: str, wanted_context: int) -> None:
             f"{config.max_model_len:,}",
             f"{wanted_context:,}",
         )
+    _describe_memory(engine)
     _describe_products(engine)
     _describe_tiers(engine)
     if model.layout is not None:
@@ -55,6 +56,24 @@ def describe(engine: Engine, path: str, wanted_context: int) -> None:
         engine.pool.bytes_per_row * engine.pool.num_rows / 2**20,
         engine.pool.num_rows - config.max_num_seqs,
         config.max_num_seqs,
+    )
+
+
+def _describe_memory(engine: Engine) -> None:
+    views, config = engine.parts.scheduling.cache.views, engine.config
+    if views is None:
+        return
+    host = engine.mover.host.capacity
+    logger.info(
+        "working memory: views of %s tokens, %s of them recent, %s called back by %s; %s bytes of host memory a token "
+        "of history, %.1f GiB for %s tokens of all sessions",
+        f"{config.working_memory:,}",
+        f"{config.working_memory_window:,}",
+        f"{config.working_memory_recall:,}",
+        " and ".join(config.working_memory_index or ()),
+        f"{views.token_bytes:,}",
+        host / 2**30,
+        f"{host // views.token_bytes:,}",
     )
 
 
