@@ -20,8 +20,9 @@ from pacellm.memory.state import Banks, copy_banks
 from pacellm.model.load import LoadedModel, find_device, load
 from pacellm.modes import PAChoice
 from pacellm.real_models import resolve
+from pacellm.text.question import question_of
 from pacellm.text.tokenizer import ChatTokenizer
-from pacellm.types import Completion, Delta, Event, Failed, Finished, GenerationRequest, SamplingParams
+from pacellm.types import Completion, Delta, Event, Failed, Finished, GenerationRequest, Outline, SamplingParams
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -129,6 +130,7 @@ class LLM:
         pa: PAChoice = "on",
         commit: bool = True,
         ce_density: float | None = None,
+        outline: Outline | None = None,
         **sampled: Any,
     ) -> list[Completion]:
         """What follows prompts, which run together; answers in their order.
@@ -139,6 +141,7 @@ class LLM:
             session: what a prompt works on, by name; for one prompt.
             pa: how its banks take part. commit: whether the session keeps what this does.
             ce_density: part of the experts that decoded tokens use.
+            outline: of each prompt, as where its question stands; None is plain text.
 
         Raises:
             PaceError: what the engine refuses, and what fails.
@@ -146,10 +149,8 @@ class LLM:
         several = _several(prompts)
         if session is not None and len(several) != 1:
             raise RequestError("a session takes one prompt at a time", param="session")
-        requests = [
-            self._request(self._ids(prompt), sampling, sampled, session, pa=pa, commit=commit, ce_density=ce_density)
-            for prompt in several
-        ]
+        how = {"pa": pa, "commit": commit, "ce_density": ce_density, "outline": outline or Outline()}
+        requests = [self._request(self._ids(prompt), sampling, sampled, session, **how) for prompt in several]
         return [Completion.of(events) for events in self._run(requests)]
 
     def chat(
@@ -294,8 +295,10 @@ class LLM:
         if append and session is None:
             raise RequestError("there is no session to append to; name one", param="session")
         said = [*self._said.get(session or "", ()), *new] if append else new
-        ids = self.tokenizer.encode(self.tokenizer.render([dict(message) for message in said]))
-        return said, self._request(ids, sampling, sampled, session, **how)
+        rendered = self.tokenizer.render([dict(message) for message in said])
+        ids, last = self.tokenizer.encode(rendered), said[-1].get("content")
+        question = question_of(last, rendered, self.tokenizer.encode_behind) if isinstance(last, str) else None
+        return said, self._request(ids, sampling, sampled, session, outline=Outline(question=question), **how)
 
     def _request(
         self,

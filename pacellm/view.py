@@ -10,8 +10,8 @@ was cut, what ran beside it, or where its history lay:
 
 * Positions below the budget see all before them.
 * Later ones are *read*: they see the history's first block and a window, which moves by whole blocks.
-* Those of a turn from ``Recall.start`` on see what was called back for it, and a window that takes the rest of the
-  budget.
+* Those of a turn from ``Recall.start`` on see what was called back for it in place of the first block, and the same
+  window: a small model finds what is near better than what is far.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Recall:
 
     def view(self, position: int) -> View:
         """What a token at ``position``, from ``start`` on, sees."""
-        window = self.budget.tokens - sum(span.length for span in self.spans)
+        window = self.budget.window + BLOCK if self.spans != _SINKS else self.budget.tokens - BLOCK
         return View(max(BLOCK, _block(position) + BLOCK - window), self.spans)
 
     @classmethod

@@ -143,6 +143,8 @@ class _EngineCollector(Collector):
         yield self._counter("prompt_tokens", "Prompt tokens computed, replays included.", stats.prompt_tokens)
         yield self._counter("generation_tokens", "Tokens generated.", stats.generation_tokens)
         yield self._counter("cached_prompt_tokens", "Prompt tokens not computed again.", stats.cached_tokens)
+        yield self._counter("recalls", "Requests that had a part of their history called back.", stats.recalls)
+        yield self._counter("recalled_tokens", "Tokens of histories that were called back.", stats.recalled_tokens)
         yield self._counter("num_preemptions", "Requests that had to start again.", engine.scheduler.preemptions)
         yield self._counter("steps", "Forward passes.", stats.steps)
         yield self._counter(
@@ -182,6 +184,7 @@ class _EngineCollector(Collector):
         usage = store.usage
         held.add_metric([self._model, "host", "kv"], usage.host_bytes - usage.host_bank_bytes)
         held.add_metric([self._model, "host", "bank"], usage.host_bank_bytes)
+        held.add_metric([self._model, "host", "history"], engine.mover.host.history.bytes)
         row_bytes = engine.pool.bytes_per_row if engine.pool is not None else 0
         held.add_metric([self._model, "disk", "kv"], usage.stored_tokens * engine.model.bytes_per_token)
         held.add_metric([self._model, "disk", "bank"], usage.stored * row_bytes)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pacellm.demo.generator import NOT_STATED, Document, Fact
 from pacellm.llm import LLM
 from pacellm.modes import PAChoice
+from pacellm.text.question import question_of
 from pacellm.text.tokenizer import ChatTokenizer
-from pacellm.types import Completion
+from pacellm.types import Completion, Outline
 
 
 def read(llm: LLM, document: Document, session: str, pa: PAChoice = "on") -> Completion:
@@ -25,15 +26,22 @@ def ask(
     Args:
         density: part of the experts that the answer uses; None is the engine's.
     """
-    prompt = prompt_of(llm.tokenizer, document, question)
+    tokenizer = llm.tokenizer
+    rendered = _rendered(tokenizer, document, question)
+    outline = Outline(question=question_of(question, rendered, tokenizer.encode_behind))
     return llm.generate(
-        [prompt], session=session, pa=pa, commit=False, ce_density=density, max_tokens=24, temperature=0
-    )[0]
+        [tokenizer.encode(rendered)], session=session, pa=pa, commit=False, ce_density=density, outline=outline,
+        max_tokens=24, temperature=0,
+    )[0]  # fmt: skip
 
 
 def prompt_of(tokenizer: ChatTokenizer, document: Document, question: str) -> list[int]:
     """Ids of a first question about a document."""
-    return tokenizer.encode(tokenizer.render([{"role": "user", "content": f"{document.text}\n\n{question}"}]))
+    return tokenizer.encode(_rendered(tokenizer, document, question))
+
+
+def _rendered(tokenizer: ChatTokenizer, document: Document, question: str) -> str:
+    return tokenizer.render([{"role": "user", "content": f"{document.text}\n\n{question}"}])
 
 
 def questions_of(document: Document, num_stated: int, num_unknown: int) -> list[Fact]:

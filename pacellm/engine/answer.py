@@ -238,6 +238,9 @@ class Answers:
         self._stats.modes[last.pa] += 1
         self._stats.cached_tokens += sequence.cached
         self._stats.count_dropped(sequence)
+        if last.memory is not None and last.memory.called_back:
+            self._stats.recalls += 1
+            self._stats.recalled_tokens += sum(end - start for start, end in last.memory.called_back)
         return dataclasses.replace(last, session=sequence.session_status)
 
     def _note_banks(self, session: Session, sequence: Sequence) -> None:

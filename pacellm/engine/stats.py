@@ -26,6 +26,7 @@ class EngineStats:
     Attributes:
         dropped_tokens: of sessions' histories, those that the next prompt did not begin with.
         dropped_histories: prompts that left most of their session's history out.
+        recalls, recalled_tokens: requests that had a part of their history called back, and how much.
         steps: forward passes; steps_ahead: of them launched before the tokens of the last one were read.
         prompt_tokens, generation_tokens, cached_tokens: fed from prompts (replays included), sampled, not computed
             again.
@@ -43,6 +44,8 @@ class EngineStats:
     cached_tokens: int = 0
     dropped_tokens: int = 0
     dropped_histories: int = 0
+    recalls: int = 0
+    recalled_tokens: int = 0
     aborted: int = 0
     failed: int = 0
     finished: Counter[str] = field(default_factory=Counter)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pacellm.errors import ConfigError
+from pacellm.errors import ConfigError, ModelError
 from pacellm.model.context import LayerProbe
 from pacellm.model.load import LoadedModel, probe_layers
 
@@ -63,7 +63,10 @@ def learn_rotations(model: LoadedModel) -> list[KeyRotation | None]:
     Raises:
         ConfigError: the model's keys depend on their position in another way.
     """
-    seen = {position: _keys_at(model, position) for position in _TRIED}
+    try:
+        seen = {position: _keys_at(model, position) for position in _TRIED}
+    except ModelError as error:
+        raise ConfigError(f"working memory needs positions beyond the trained; {error}", param=_PARAM) from error
     frequencies = [found.double().cpu() for _, found in _frequencies(model.module)]
     return [
         _fitting(layer, {position: layers[layer] for position, layers in seen.items()}, frequencies)
@@ -87,7 +90,7 @@ def _fitting(layer: int, seen: dict[int, LayerProbe], frequencies: list[Tensor])
         return None
     for one in frequencies:
         size = 2 * len(one)
-        for first in sorted({0, base.shape[-1] - size} - set(range(-size, 0))):
+        for first in sorted({0, base.shape[-1] - size}) if size <= base.shape[-1] else ():
             for pairs in ("half", "adjacent"):
                 rotation = KeyRotation(one, first, pairs)
                 if all(_is_close(key, rotation.moved(base, position)) for position, key in others.items()):

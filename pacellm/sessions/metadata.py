@@ -40,6 +40,7 @@ class SessionMetadata:
                 "kv": len(session.table.blocks) * self.block_bytes if session.table is not None else 0,
                 "bank": self.bank_bytes(session),
                 "host": session.host.nbytes if session.host is not None else 0,
+                "history": _history_bytes(session),
                 "log": session.log_bytes,
             },
             "bank": {"slots": self._slots, "layers": _rates(session.banks)} if self._pool is not None else None,
@@ -48,6 +49,12 @@ class SessionMetadata:
     def bank_bytes(self, session: Session) -> int:
         """Bytes of banks that it holds on the device."""
         return self._pool.bytes_per_row if self._pool is not None and session.row is not None else 0
+
+
+def _history_bytes(session: Session) -> int:
+    """Bytes of what has left its window, shared with its forks; in host memory."""
+    held = session.table or session.host
+    return 0 if held is None else sum(block.nbytes for block in held.history.blocks)
 
 
 def _rates(banks: dict[int, dict[str, int]]) -> dict[str, dict[str, Any]]:

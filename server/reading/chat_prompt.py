@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from array import array
 from dataclasses import dataclass
+from functools import partial
 
 from pacellm.text.constraints import Grammar
 from pacellm.text.grammar import Grammars
+from pacellm.text.question import question_of
 from pacellm.text.tokenizer import ChatTokenizer
 from pacellm.types import Append, Outline, SamplingParams
 
@@ -16,7 +18,6 @@ from .answer_form import AnswerForm
 from .appending import AppendedMessages, outline_of
 from .chat_input import ChatInput
 from .hints import told
-from .question import question_of
 from .rendering import check_characters, rendered_input
 from .text import text_limit
 
@@ -91,9 +92,10 @@ class RenderedChat:
         else:
             ids = self._tokenizer.encode_chat(self._rendered, limit=self._limit, scope=scope, logged=logged)
         outline = Outline() if scope is None else outline_of(self._tokenizer, self._asked, ids)
-        if len(self._rendered) > _SHORT:
-            question = question_of(self._tokenizer, self._asked.messages, self._rendered)
-            outline = dataclasses.replace(outline, question=question)
+        if self._appended is not None or len(self._rendered) > _SHORT:
+            said = self._tokenizer.literals.shielded(self._asked.messages[-1].text())
+            encode = partial(self._tokenizer.encode_behind, is_chat=True)
+            outline = dataclasses.replace(outline, question=question_of(said, self._rendered, encode))
         if self._form.dialect.template is not None:
             sampling = dataclasses.replace(sampling, skip_special_tokens=False)  # marks may be special tokens
         grammar = self._form.grammar(self._rendered)

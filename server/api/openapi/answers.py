@@ -155,7 +155,7 @@ SCHEMAS: dict[str, Schema] = {
         generation=COUNT,
         tier=one_of("device", "host", "disk", "log"),
         in_use=FLAG,
-        bytes=fields(kv=COUNT, bank=COUNT, host=COUNT, log=COUNT),
+        bytes=fields(kv=COUNT, bank=COUNT, host=COUNT, history=COUNT, log=COUNT),
         bank=maybe(OBJECT),
     ),
     "Sessions": fields(
