@@ -1,91 +1,83 @@
-"""Prompts with facts planted in a text, and what asks for them: tokens alone, so that they are there for every model.
-
-A fact is a few words and what they stand for, words too. It is asked for by its words, written in another way where
-the vocabulary has them so (``harbour``, `` Harbour``, ``HARBOUR``): an index that knew spelling alone would find half.
-"""
+"""Prompts with facts planted in a text, and questions about these in the facts' own words and in others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from random import Random
 
+from pacellm.calibration.file import KINDS
+from pacellm.view import BLOCK
+
 PART = 64
-"""Tokens of a block that votes are counted for."""
-SINKS = PART
-"""Tokens from the beginning that every question sees."""
-_KEY, _VALUE = 3, 3
-_LETTERS = 4
-_ENOUGH = 100
+"""Tokens of a block that is voted for."""
+SINKS = BLOCK
+"""Tokens from the beginning that every question sees; nothing of them is called back. With them among what is voted
+for, their end attracts most questions (SmolLM2)."""
+WINDOW = BLOCK
+"""Tokens before the questions that every question sees."""
+MOST = 24
+"""Facts of a prompt, one in each block between the two."""
+LEAST = 8
+"""Facts without which nothing is said about an index."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Tokens of a statement, and of its questions: one of each of ``KINDS``."""
+
+    stated: tuple[int, ...]
+    asked: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
 class Planted:
-    """A prompt and its questions.
+    """A prompt: ``SINKS`` tokens, a block for each fact, ``WINDOW`` tokens.
 
     Attributes:
-        ids: the first ``SINKS`` and the last ``window`` without facts, in every block between them one.
-        window: tokens at the end that every question sees.
-        questions: tokens of each. blocks: which has its fact, counted from the beginning.
+        ids: its tokens.
+        facts: in the order of their blocks.
     """
 
     ids: tuple[int, ...]
-    window: int
-    questions: tuple[tuple[int, ...], ...]
-    blocks: tuple[int, ...]
+    facts: tuple[Fact, ...]
+
+    @property
+    def end(self) -> int:
+        """Tokens that are voted for: all before the window."""
+        return len(self.ids) - WINDOW
 
 
-class Words:
-    """Words of a vocabulary and how else they are written.
-
-    Args:
-        ids: a text; words of it are taken, and where these are few, others.
-        vocabulary: the number of tokens.
-        decode: the text of a token.
-    """
-
-    def __init__(self, ids: Sequence[int], vocabulary: int, decode: Callable[[int], str]) -> None:
-        spellings: dict[str, list[int]] = {}
-        for token in range(vocabulary):
-            word = decode(token).strip()
-            if len(word) >= _LETTERS and word.isalpha():
-                spellings.setdefault(word.lower(), []).append(token)
-        known = set(ids)
-        groups = list(spellings.values())
-        for found in (
-            [group for group in groups if len(group) > 1 and not known.isdisjoint(group)],
-            [group for group in groups if not known.isdisjoint(group)],
-            [[token] for token in sorted(known)],
-        ):
-            self.groups = found
-            if len(found) >= _ENOUGH:
-                break
-
-    def fact(self, random: Random) -> tuple[list[int], list[int]]:
-        """(a fact, what asks for it)."""
-        chosen = random.sample(self.groups, _KEY + _VALUE)
-        stated = [random.choice(group) for group in chosen]
-        asked = [
-            random.choice([token for token in group if token != own] or [own])
-            for group, own in zip(chosen[:_KEY], stated, strict=False)
-        ]
-        return stated, asked
+def text_of_facts() -> str:
+    """Lines of statement | question in its words | question in others; written for this."""
+    return (files("pacellm.calibration") / "facts.txt").read_text(encoding="utf-8")
 
 
-def plant(ids: Sequence[int], words: Words, *, facts: int, window: int, seed: int) -> Planted:
-    """A prompt of a piece of a text, a fact in every block.
+def facts_of(written: str, encode: Callable[[str], Sequence[int]]) -> list[Fact]:
+    """The facts of such lines that fit into a block."""
+    lines = [line.split("|") for line in written.splitlines()]
+    found = [Fact(tuple(encode(f" {line[0]}")), tuple(tuple(encode(one)) for one in line[1:])) for line in lines]
+    assert all(len(fact.asked) == len(KINDS) for fact in found)
+    return [fact for fact in found if len(fact.stated) <= PART]
 
-    Args:
-        ids: the text, at least as long as the prompt. facts: blocks between its beginning and its window.
-    """
-    random = Random(seed)
-    length = SINKS + facts * PART + window
-    start = random.randrange(len(ids) - length + 1)
-    prompt = list(ids[start : start + length])
-    questions, blocks = [], list(range(SINKS // PART, SINKS // PART + facts))
-    for block in blocks:
-        stated, asked = words.fact(random)
-        place = block * PART + random.randrange(PART - len(stated) + 1)
-        prompt[place : place + len(stated)] = stated
-        questions.append(tuple(asked))
-    return Planted(tuple(prompt), window, tuple(questions), tuple(blocks))
+
+def plant(ids: Sequence[int], facts: Iterable[Fact], *, seed: int) -> Planted:
+    """A prompt of a piece of a text, which goes round where it is short; each fact somewhere in a block of its own."""
+    random, facts = Random(seed), tuple(facts)
+    length = SINKS + len(facts) * PART + WINDOW
+    start = random.randrange(len(ids))
+    prompt = [ids[(start + place) % len(ids)] for place in range(length)]
+    for number, fact in enumerate(facts):
+        place = SINKS + number * PART + random.randrange(PART - len(fact.stated) + 1)
+        prompt[place : place + len(fact.stated)] = fact.stated
+    return Planted(tuple(prompt), facts)
+
+
+def two_prompts(ids: Sequence[int], facts: Sequence[Fact], context: int) -> tuple[Planted, Planted] | None:
+    """One to choose by and one to report on, with different facts; None where there is no room or too few facts."""
+    count = min(MOST, len(facts) // 2, (context - SINKS - WINDOW) // PART)
+    if count < LEAST:
+        return None
+    order = Random(0).sample(list(facts), 2 * count)
+    return plant(ids, order[:count], seed=1), plant(ids, order[count:], seed=2)

@@ -67,13 +67,15 @@ def _indexes(model: LoadedModel, config: EngineConfig) -> tuple[IndexName, ...]:
     for name in config.working_memory_index or ():
         if not can[name]:
             raise ConfigError(
-                f"the index {name} needs to be found out of a model: run pacellm calibrate, or use lexical",
+                f"working_memory_index names {name}, which this model's calibration does not have, or found not to "
+                "work; run `pacellm calibrate MODEL`, or use lexical",
                 param="working_memory_index",
             )
     if config.working_memory is not None and not config.working_memory_index and known == Retrieval():
         logger.warning("what is called back is found by words alone: nobody has calibrated this model's indexes "
                        "(pacellm calibrate)")  # fmt: skip
-    return config.working_memory_index or tuple(name for name in ("lexical", "attention") if can[name])
+    best: IndexName = known.best or ("attention" if known.layers else "activity")
+    return config.working_memory_index or (("lexical", best) if can[best] else ("lexical",))
 
 
 def _check_disk_size(config: EngineConfig) -> None:
