@@ -161,7 +161,7 @@ def new_runner(
         kind = parallel.LeadingRunner
     detach_codes(model.module)
     uses_codes = config.budget is not None and "activity" in (config.working_memory_index or ())
-    coder = _coder(model) if uses_codes else None
+    coder = coder_of(model) if uses_codes else None
     runner = kind(
         model, pool, num_blocks, config.bank, deterministic=config.deterministic, kernel=kernel, rows=rows,
         coder=coder,
@@ -170,7 +170,7 @@ def new_runner(
     return runner
 
 
-def _coder(model: LoadedModel) -> Coder | None:
+def coder_of(model: LoadedModel) -> Coder | None:
     """What makes codes of a model's activity, wherever a layout has put its neurons."""
     book = model.retrieval.book if model.retrieval is not None else None
     if book is None:
