@@ -9,6 +9,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from pacellm.calibration.gate import find
+from pacellm.calibration.retrieval import known
 from pacellm.config import EngineConfig
 from pacellm.demo import MODEL_PATH
 from pacellm.engine.engine import Engine
@@ -17,6 +19,7 @@ from pacellm.experts.apply import apply_layout
 from pacellm.experts.layout import Layout
 from pacellm.memory.frames import counters_frame, slots_frame
 from pacellm.memory.state import Banks, copy_banks
+from pacellm.model.fingerprint import model_sample
 from pacellm.model.load import LoadedModel, find_device, load
 from pacellm.modes import PAChoice
 from pacellm.real_models import resolve
@@ -104,6 +107,7 @@ class LLM:
         config: EngineConfig | None = None,
         **options: Any,
     ) -> None:
+        config = dataclasses.replace(config or EngineConfig(), **options)
         if isinstance(model, LoadedModel):
             if tokenizer is None:
                 raise ConfigError("a loaded model needs its tokenizer", param="tokenizer")
@@ -112,9 +116,13 @@ class LLM:
             path = MODEL_PATH if model is None else resolve(str(model))
             loaded = load(path, dtype=dtype, device=find_device(device))
             self.tokenizer = tokenizer or ChatTokenizer(path, chat_template)
+            if config.working_memory is not None:
+                calibration, _ = find(path, None, lambda: model_sample(loaded.module))
+                loaded = dataclasses.replace(
+                    loaded, retrieval=known(calibration.retrieval if calibration else None, loaded)
+                )
         if layout is not None:
             loaded = apply_layout(loaded, Layout.load(layout))
-        config = dataclasses.replace(config or EngineConfig(), **options)
         self.engine = Engine(loaded, config, self.tokenizer.backend)
         self._names = itertools.count()
         self._said: dict[str, list[Message]] = {}  # by session: what its next appended message follows

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import os
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pacellm.config import PAConfig
 from pacellm.errors import ConfigError
@@ -25,9 +28,43 @@ HARMLESS = 1.01
 WORST = 1e9
 """What a ratio is written as that is larger, or no number."""
 
+KINDS = ("own", "other")
+"""Questions in the words of what they are about, and in others."""
+RETRIEVES = 0.25
+"""Share of questions from which on an index is used; one that guesses finds about 0.04."""
+
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Layer = Annotated[int, Field(ge=0)]
 Factor = Annotated[float, Field(ge=0, le=WORST)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def pack(numbers: np.ndarray) -> str:
+    """Numbers as text: float32, little endian, base64."""
+    return base64.b64encode(numbers.astype("<f4").tobytes()).decode()
+
+
+def unpack(text: str) -> np.ndarray:
+    """[n] float32 of :func:`pack`.
+
+    Raises:
+        ValueError: it is not that, or not all of it is finite.
+    """
+    try:
+        found = np.frombuffer(base64.b64decode(text, validate=True), "<f4")
+    except (binascii.Error, ValueError):
+        raise ValueError("not float32 numbers in base64") from None
+    if not len(found) or not np.isfinite(found).all():
+        raise ValueError("no numbers, or some that are not finite")
+    return found.astype(np.float32)
+
+
+def _packed(text: str) -> str:
+    unpack(text)
+    return text
+
+
+Numbers = Annotated[str, AfterValidator(_packed)]
 
 
 class _Section(BaseModel):
@@ -116,6 +153,73 @@ class ExpertSection(_Section):
         return max((one for one in self.densities if one.density <= density), key=lambda one: one.density, default=None)
 
 
+class Shares(_Section):
+    """Of questions in a fact's own words, and in others: those for which an index gives its block most votes."""
+
+    own: Share
+    other: Share
+
+    @property
+    def both(self) -> float:
+        """Of all."""
+        return (self.own + self.other) / 2
+
+
+class AttentionSection(_Section):
+    """Votes by attention.
+
+    Attributes:
+        layers: those that vote together.
+        found: by these, on other facts than they were chosen by.
+        alone: by layer, on those that they were chosen by.
+    """
+
+    layers: Annotated[list[Layer], Field(min_length=1)]
+    found: Shares
+    alone: dict[str, Shares]
+
+
+class ActivitySection(_Section):
+    """Votes by activity codes.
+
+    Attributes:
+        layer: whose FFN.
+        bits, seed: of a code, and of the numbers that make it.
+        mean, deviation: of the FFN's neurons over the text, in their original order, packed.
+        found, alone: as of attention.
+    """
+
+    layer: Layer
+    bits: Annotated[int, Field(ge=64, multiple_of=64)]
+    seed: Annotated[int, Field(ge=0)]
+    mean: Numbers
+    deviation: Numbers
+    found: Shares
+    alone: dict[str, Shares]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        deviation = unpack(self.deviation)
+        if len(deviation) != len(unpack(self.mean)) or not (deviation > 0).all():
+            raise ValueError("deviations are not one positive number for each mean")
+        return self
+
+
+class RetrievalSection(_Section):
+    """What finds facts in a text again.
+
+    Attributes:
+        facts: of a prompt, each in a block of its own.
+        lexical: by words alone.
+        attention, activity: None where the model has no such layers.
+    """
+
+    facts: Annotated[int, Field(ge=1)]
+    lexical: Shares
+    attention: AttentionSection | None
+    activity: ActivitySection | None
+
+
 class ModelSection(_Section):
     """Which model was measured, and in which number format."""
 
@@ -146,6 +250,7 @@ class Calibration(BaseModel):
     plain: Perplexity
     banks: BankSection | None = None
     experts: ExpertSection | None = None
+    retrieval: RetrievalSection | None = None
 
     @classmethod
     def load(cls, path: Path) -> Calibration:

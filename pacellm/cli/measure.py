@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pacellm import __version__
 from pacellm.calibration.file import (
     ACTING,
+    RETRIEVES,
     BankSection,
     Calibration,
     Effect,
@@ -24,6 +26,8 @@ from pacellm.calibration.file import (
     ExpertSection,
     ModelSection,
     Perplexity,
+    RetrievalSection,
+    Shares,
     TextSection,
     beside,
     check_writable,
@@ -35,6 +39,7 @@ from pacellm.errors import ConfigError
 
 if TYPE_CHECKING:
     from pacellm.calibration.perplexity import Meter
+    from pacellm.calibration.planted import Fact
     from pacellm.experts.layout import Layout
     from pacellm.model.load import LoadedModel
 
@@ -80,16 +85,19 @@ class _Subject:
 
     Attributes:
         ids: of the text, as many as are read.
+        facts: that are planted in it.
         about, text: how the file calls them.
     """
 
     model: LoadedModel
     ids: list[int]
+    facts: list[Fact]
     about: ModelSection
     text: TextSection
 
 
 def _subject(options: argparse.Namespace, path: Any, layout: Layout | None) -> _Subject:
+    from pacellm.calibration.planted import facts_of
     from pacellm.calibration.run import MAX_TOKENS, PART
     from pacellm.experts.forward import check_density
     from pacellm.model.fingerprint import model_sample
@@ -97,7 +105,9 @@ def _subject(options: argparse.Namespace, path: Any, layout: Layout | None) -> _
     from pacellm.text.tokenizer import ChatTokenizer
 
     source, written = _text(options)
-    ids = ChatTokenizer(path).encode(written, add_special_tokens=True)
+    tokenizer = ChatTokenizer(path)
+    ids = tokenizer.encode(written, add_special_tokens=True)
+    facts = facts_of(_facts(options), tokenizer.encode)
     device, pickles = find_device(options.device), options.allow_pickle
     model = load(path, dtype=options.dtype, device=device, rope_scaling=options.rope_scaling, allow_pickle=pickles)
     ids = ids[: min(MAX_TOKENS, model.context_length)]
@@ -107,7 +117,7 @@ def _subject(options: argparse.Namespace, path: Any, layout: Layout | None) -> _
     about = ModelSection(name=name, fingerprint=model_sample(model.module), dtype=str(model.dtype).split(".")[1])
     digest = hashlib.sha256(written.encode()).hexdigest()
     return _Subject(
-        model, ids, about, TextSection(name=source, digest=digest, tokens=len(ids), part=min(PART, len(ids)))
+        model, ids, facts, about, TextSection(name=source, digest=digest, tokens=len(ids), part=min(PART, len(ids)))
     )
 
 
@@ -136,10 +146,14 @@ def _measure(options: argparse.Namespace, path: Any, output: Path, layout: Layou
 
     work = BankMeasurement(meter, bank, able, _banks_of(same, bank), begin=progress.begin, keep=keep)
     progress.expect(work.cost(sets) + (meter.densities_cost(2) if layout is not None else 0))
-    meter.read_plain()
+    indexes = _Indexes(subject, next((one.retrieval for one in reversed(same) if one.retrieval), None), progress)
+    with indexes.reading():
+        meter.read_plain()
     plain = perplexity(meter.plain())
     check_known(plain, model.vocab_size)
-    made = functools.partial(_calibration, subject, plain, (before[0].model_extra or {}) if before else {})
+    made = functools.partial(
+        _calibration, subject, plain, (before[0].model_extra or {}) if before else {}, indexes.measure()
+    )
     found = made(work.run(sets) if able else None)
     experts = _experts(meter, model, layout, next((one.experts for one in same), None), progress)
     progress.end()
@@ -157,12 +171,54 @@ def _banks_of(same: list[Calibration], bank: PAConfig) -> BankSection | None:
 
 
 def _calibration(
-    subject: _Subject, plain: Perplexity, extra: dict[str, Any], section: BankSection | None
+    subject: _Subject,
+    plain: Perplexity,
+    extra: dict[str, Any],
+    retrieval: RetrievalSection | None,
+    section: BankSection | None,
 ) -> Calibration:
     import torch
 
     made = f"pacellm {__version__}, torch {torch.__version__}, {date.today().isoformat()}"
-    return Calibration(made=made, model=subject.about, text=subject.text, plain=plain, banks=section, **extra)
+    return Calibration(
+        made=made, model=subject.about, text=subject.text, plain=plain, banks=section, retrieval=retrieval, **extra
+    )
+
+
+class _Indexes:
+    """Measures what finds planted facts, where that is not known.
+
+    Args:
+        known: what is.
+    """
+
+    def __init__(self, subject: _Subject, known: RetrievalSection | None, progress: Progress) -> None:
+        from pacellm.calibration import planted, retrieval
+
+        self._model, self._progress, self._known = subject.model, progress, known
+        self._moments = retrieval.Moments(subject.model)
+        self._prompts = None
+        if known is None:
+            self._prompts = planted.two_prompts(subject.ids, subject.facts, subject.model.context_length)
+        if self._prompts is not None:
+            progress.expect(retrieval.cost(subject.model, self._prompts))
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Inside, the text is read."""
+        return self._moments.watching() if self._prompts is not None else nullcontext()
+
+    def measure(self) -> RetrievalSection | None:
+        """What finds facts; None where the model is not one for working memory, or its context is too short."""
+        from pacellm.calibration import retrieval
+
+        if self._prompts is None:
+            return self._known
+        self._progress.begin("indexes of working memory")
+        try:
+            return retrieval.measure(self._model, self._moments.books(), self._prompts, self._progress.add)
+        except ConfigError as error:
+            self._progress.begin(f"indexes of working memory: none ({error})")
+            return None
 
 
 def _experts(
@@ -189,6 +245,17 @@ def _text(options: argparse.Namespace) -> tuple[str, str]:
 
         return "the bundled model's", known_text()
     return "built in", text()
+
+
+def _facts(options: argparse.Namespace) -> str:
+    """Facts that the model can make something of."""
+    if options.model is None:
+        from pacellm.demo.known_text import known_facts
+
+        return known_facts()
+    from pacellm.calibration.planted import text_of_facts
+
+    return text_of_facts()
 
 
 def check_known(plain: Perplexity, vocab_size: int) -> None:
@@ -284,6 +351,8 @@ def table(found: Calibration) -> Iterator[str]:
     )
     if found.banks is not None:
         yield from _bank_lines(found.banks)
+    if found.retrieval is not None:
+        yield from _index_lines(found.retrieval)
     if found.experts is None:
         yield "densities: not measured (--ce-layout FILE)"
         return
@@ -303,6 +372,20 @@ def _bank_lines(banks: BankSection) -> Iterator[str]:
     yield from (
         f"{preset}: no harmless layer for --pa-layers auto" for preset, layers in banks.auto.items() if not layers
     )
+
+
+def _index_lines(found: RetrievalSection) -> Iterator[str]:
+    yield f"of {found.facts} facts, each among as many blocks, asked for in their own words and in others, found by"
+    yield f"words: {_shares(found.lexical)}"
+    if (attention := found.attention) is not None:
+        yield f"attention of layers {','.join(map(str, attention.layers))}: {_shares(attention.found)}"
+    if (activity := found.activity) is not None:
+        yield f"activity of layer {activity.layer}, {activity.bits} bits a token: {_shares(activity.found)}"
+
+
+def _shares(found: Shares) -> str:
+    useless = "" if found.both >= RETRIEVES else ", too few to be used"
+    return f"{found.own:.0%} and {found.other:.0%}{useless}"
 
 
 _FORMS = ("prompt", "decoded")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pacellm.cli import values
-from pacellm.config import ATTENTION_KERNELS, PRESETS, EngineConfig, PAConfig
+from pacellm.config import ATTENTION_KERNELS, INDEXES, PRESETS, EngineConfig, PAConfig
 from pacellm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -101,11 +101,14 @@ def _calibrated(
         PaceError: the model cannot be loaded, or would do harm that nobody has accepted.
     """
     from pacellm.calibration.gate import Gate
+    from pacellm.calibration.retrieval import known as known_indexes
     from pacellm.experts.apply import apply_layout
     from pacellm.experts.layout import Layout
 
     model, team = _load(str(path), options)
     known = _calibration(path, options, model)
+    if config.working_memory is not None and known[0] is not None:
+        model = dataclasses.replace(model, retrieval=known_indexes(known[0].retrieval, model))
     if options.ce_layout is not None:
         model = apply_layout(model, Layout.load(options.ce_layout))
     digest = None if model.layout is None else model.layout.digest
@@ -199,6 +202,7 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         working_memory=options.working_memory,
         working_memory_window=options.working_memory_window,
         working_memory_recall=options.working_memory_recall,
+        working_memory_index=options.working_memory_index,
         max_num_batched_tokens=options.max_num_batched_tokens,
         max_num_seqs=options.max_num_seqs,
         kv_cache_memory=options.kv_cache_memory_bytes,
@@ -247,6 +251,9 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         help="of them, recent ones")  # fmt: skip
     add("--working-memory-recall", type=values.size, default=defaults.working_memory_recall, metavar="TOKENS",
         help="tokens that a question calls back")  # fmt: skip
+    add("--working-memory-index", type=values.indexes, metavar="NAMES", help="what finds what is called back, with "
+        f"commas between; of {', '.join(INDEXES)} (default: lexical, and of the others the better one by the model's "
+        "calibration)")  # fmt: skip
     add("--max-history", type=values.size, default=1_000_000, metavar="TOKENS", help="longest history with "
         "--working-memory, prompt and answer together")  # fmt: skip
     add("--max-num-batched-tokens", type=int, default=defaults.max_num_batched_tokens, help="tokens of one step")

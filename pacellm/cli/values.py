@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Literal
+from typing import Literal, cast
+
+from pacellm.config import INDEXES, IndexName
 
 _UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
@@ -58,3 +60,12 @@ def layers(text: str) -> tuple[int, ...]:
 def layers_or_auto(text: str) -> tuple[int, ...] | Literal["auto"]:
     """The same, or ``auto``."""
     return "auto" if text == "auto" else layers(text)
+
+
+def indexes(text: str) -> tuple[IndexName, ...]:
+    """Names of indexes with commas between, each once."""
+    found = tuple(text.split(","))
+    if not set(found) <= set(INDEXES) or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of indexes; write it as {','.join(INDEXES[:2])}, of "
+                                         f"{', '.join(INDEXES)}")  # fmt: skip
+    return cast(tuple[IndexName, ...], found)

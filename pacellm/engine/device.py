@@ -161,13 +161,21 @@ def new_runner(
         kind = parallel.LeadingRunner
     detach_codes(model.module)
     uses_codes = config.budget is not None and "activity" in (config.working_memory_index or ())
-    book = model.retrieval.book if uses_codes and model.retrieval is not None else None
+    coder = coder_of(model) if uses_codes else None
     runner = kind(
         model, pool, num_blocks, config.bank, deterministic=config.deterministic, kernel=kernel, rows=rows,
-        coder=None if book is None else Coder(book, model.device),
+        coder=coder,
     )  # fmt: skip
     start_decoder(runner, config)
     return runner
+
+
+def coder_of(model: LoadedModel) -> Coder | None:
+    """What makes codes of a model's activity, wherever a layout has put its neurons."""
+    book = model.retrieval.book if model.retrieval is not None else None
+    if book is None:
+        return None
+    return Coder(book, model.device, None if model.layout is None else model.layout.layers[book.layer].permutation)
 
 
 def start_decoder(runner: Runner, config: EngineConfig) -> None:

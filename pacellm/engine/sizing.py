@@ -65,15 +65,23 @@ def _indexes(model: LoadedModel, config: EngineConfig) -> tuple[IndexName, ...]:
     known = model.retrieval or Retrieval()
     can = {"lexical": True, "activity": known.book is not None, "attention": bool(known.layers)}
     for name in config.working_memory_index or ():
-        if not can[name]:
+        if not can.get(name):
             raise ConfigError(
-                f"the index {name} needs to be found out of a model: run pacellm calibrate, or use lexical",
+                f"working_memory_index names {name}, which this model's calibration does not have, or found not to "
+                "work; run `pacellm calibrate MODEL`, or use lexical",
                 param="working_memory_index",
             )
-    if config.working_memory is not None and not config.working_memory_index and known == Retrieval():
-        logger.warning("what is called back is found by words alone: nobody has calibrated this model's indexes "
-                       "(pacellm calibrate)")  # fmt: skip
-    return config.working_memory_index or tuple(name for name in ("lexical", "attention") if can[name])
+    if config.working_memory_index:
+        return config.working_memory_index
+    best: IndexName = known.best or ("attention" if known.layers else "activity")
+    if can[best]:
+        return "lexical", best
+    if config.working_memory is not None:
+        why = "nobody has calibrated this model's indexes (pacellm calibrate)"
+        if model.retrieval is not None:
+            why = "by its calibration neither attention nor activity finds what this model is asked about"
+        logger.warning("what is called back is found by words alone: %s", why)
+    return ("lexical",)
 
 
 def _check_disk_size(config: EngineConfig) -> None:

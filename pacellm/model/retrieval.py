@@ -9,7 +9,7 @@ Two tokens' activations are alike where their codes are: the share of bits that 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +58,12 @@ class Retrieval:
     Attributes:
         layers: those whose attention finds what a question is about.
         book: of activity codes.
+        best: of the two indexes the one that finds more; None where nobody has compared.
     """
 
     layers: tuple[int, ...] = ()
     book: CodeBook | None = None
+    best: Literal["attention", "activity"] | None = None
 
 
 class Coder(nn.Module):
@@ -69,13 +71,16 @@ class Coder(nn.Module):
 
     Args:
         book: how.
+        order: [F] of each neuron its number in the book, where a layout has moved them.
     """
 
-    def __init__(self, book: CodeBook, device: torch.device) -> None:
+    def __init__(self, book: CodeBook, device: torch.device, order: Tensor | None = None) -> None:
         super().__init__()
         self.layer, self.size = book.layer, book.size
-        self._matrix = book.projection().to(device)
-        self._shift = (book.mean.to(device)[None] @ self._matrix)[0]
+        matrix = book.projection()
+        shift = (book.mean.cpu()[None] @ matrix)[0]
+        self._matrix = (matrix if order is None else matrix[order.cpu()]).to(device)
+        self._shift = shift.to(device)
         self._powers = (2 ** torch.arange(8, device=device)).to(torch.uint8)
 
     def forward(self, inner: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ _AT_ONCE = 8192  # tokens of the history
 def attention_votes(
     queries: Tensor,
     scale: float,
-    question: range,
+    question: Sequence[int],
     history: History,
     part: int,
     end: int,
@@ -27,12 +27,32 @@ def attention_votes(
     distance: int,
     block: int,
 ) -> Tensor:
-    """[Hkv, end / block] float32: by KV head the mean softmax mass over the history's first ``end`` tokens that the
-    question's tokens put on each block, every key as if it stood ``distance`` tokens before them.
+    """[Hkv, end / block] float32: by KV head the mean of :func:`attention_mass` over the question's tokens and a
+    group's heads."""
+    mass = attention_mass(queries, scale, question, history, part, end, rotation, distance=distance, block=block)
+    return mass.flatten(1, 2).mean(1)
+
+
+@torch.inference_mode()
+def attention_mass(
+    queries: Tensor,
+    scale: float,
+    question: Sequence[int],
+    history: History,
+    part: int,
+    end: int,
+    rotation: KeyRotation | None,
+    *,
+    distance: int,
+    block: int,
+) -> Tensor:
+    """[Hkv, G, n, end / block] float32: the softmax mass over the history's first ``end`` tokens that each of the
+    question's tokens puts on each block, every key as if it stood ``distance`` tokens before it.
 
     Args:
         queries: [H, n, D], turned to the question's positions.
         scale: of the scores.
+        question: its positions.
         history, part: whose keys, and which of a block's parts they are.
         rotation: of the layer.
     """
@@ -52,7 +72,7 @@ def attention_votes(
         weights = (scores - peak[..., None]).exp()
         sums.append(weights.unflatten(-1, (-1, block)).sum(-1))
         peaks.append(peak)
-    return _mass(sums, torch.stack(peaks)).mean(1)
+    return _mass(sums, torch.stack(peaks)).unflatten(1, (-1, len(rows)))
 
 
 def _mass(sums: Sequence[Tensor], peaks: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import shutil
 
 import httpx
 import pytest
@@ -25,6 +26,7 @@ from tests.server.conftest import NAME as MODEL
 from tests.server.conftest import Live
 
 pytestmark = pytest.mark.usefixtures("root_logger")
+WORKING = ("--kv-cache-memory-bytes", "256M", "--working-memory", "4K", "--max-history", "16K")
 SMALL = ("--kv-cache-memory-bytes", "256M", "--max-model-len", "4K")
 
 
@@ -65,6 +67,44 @@ def test_the_shipped_file_is_of_the_shipped_model():
     assert found.experts is not None
 
 
+def test_the_shipped_file_knows_what_retrieves():
+    found = Calibration.load(MODEL_PATH / NAME).retrieval
+    assert found.facts == 24
+    assert set(found.attention.alone) == {"3", "4"}
+    assert min(found.attention.found.own, found.attention.found.other) > 0.8
+    assert min(found.activity.found.own, found.activity.found.other) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("flags", "indexes"),
+    [
+        ([], ("lexical", "activity")),
+        (["--working-memory-index", "attention"], ("attention",)),
+        (["--working-memory-index", "activity,lexical"], ("activity", "lexical")),
+    ],
+)
+def test_serve_takes_indexes_from_the_calibration(flags, indexes, caplog):
+    service, _, _ = build(serve_options([*WORKING, *flags]))
+    assert service.engine.config.working_memory_index == indexes
+    service.engine.close()
+    assert "by words alone" not in caplog.text
+
+
+def test_serve_without_a_calibration_goes_by_words(tmp_path, capsys, caplog):
+    plain = tmp_path / "model"
+    shutil.copytree(MODEL_PATH, plain, ignore=shutil.ignore_patterns(NAME))
+    service, _, _ = build(serve_options([str(plain), *WORKING]))
+    assert service.engine.config.working_memory_index == ("lexical",)
+    service.engine.close()
+    assert "by words alone: nobody has calibrated" in caplog.text
+    assert main(["serve", str(plain), *WORKING, "--working-memory-index", "activity"]) == 2
+    assert "working_memory_index names activity" in capsys.readouterr().err
+    for wrong in ("", "lexical,lexical", "words"):
+        with pytest.raises(SystemExit):
+            serve_options([*WORKING, "--working-memory-index", wrong])
+        assert "argument --working-memory-index" in capsys.readouterr().err
+
+
 def test_a_table_a_picture_and_what_was_measured(short, layout, calibrated, tmp_path, capsys, monkeypatch):
     found = Calibration.load(calibrated)
     assert list(found.banks.layers) == list(ACTING)
@@ -86,7 +126,7 @@ def test_a_table_a_picture_and_what_was_measured(short, layout, calibrated, tmp_
 
 def test_a_stopped_run_goes_on_and_others_sections_stay(short, calibrated, tmp_path, monkeypatch):
     path, whole = tmp_path / "a.json", Calibration.load(calibrated)
-    own = {"retrieval": {"layers": [3]}}
+    own = {"later": {"layers": [3]}}
     path.write_text(json.dumps(json.loads(calibrated.read_text()) | {"banks": None, "experts": None} | own))
     banks = measure.Meter.banks
     calls = []

@@ -3,9 +3,10 @@
 import json
 import logging
 
+import numpy as np
 import pytest
 
-from pacellm.calibration.file import NAME, Calibration, beside, text
+from pacellm.calibration.file import NAME, Calibration, beside, pack, text
 from pacellm.calibration.gate import FLAG, Gate, find
 from pacellm.config import PAConfig
 from pacellm.errors import ConfigError, RequestError
@@ -24,6 +25,17 @@ def effects(decoded, prompt=1.0):
         return {"ratio": ratio, "low": ratio, "high": ratio, "tokens": 100}
 
     return {"prompt": None if prompt is None else one(prompt), "decoded": one(decoded)}
+
+
+def retrieval(**activity):
+    found = {"own": 1.0, "other": 0.5}
+    codes = {"layer": 1, "bits": 256, "seed": 0, "mean": pack(np.zeros(48)), "deviation": pack(np.ones(48))}
+    return {
+        "facts": 24,
+        "lexical": {"own": 0.9, "other": 0.1},
+        "attention": {"layers": [1, 2], "found": found, "alone": {"0": found, "1": found}},
+        "activity": {**codes, "found": found, "alone": {"1": found}, **activity},
+    }
 
 
 def content(**changes):
@@ -55,6 +67,7 @@ def content(**changes):
                 {"density": 0.5, "effects": effects(1.4, None)},
             ],
         },
+        "retrieval": retrieval(),
         **changes,
     }
 
@@ -75,13 +88,16 @@ def known(tmp_path):
 
 
 def test_a_file_comes_back_with_what_others_wrote(tmp_path):
-    later = {"retrieval": {"layers": [3, 4], "heads": {"3": [1]}}}
+    later = {"later": {"layers": [3, 4], "heads": {"3": [1]}}}
     found = Calibration.load(written(tmp_path / "a.json", **later))
     found.save(tmp_path / "b.json")
     assert json.loads((tmp_path / "b.json").read_text()) == content(**later)
     assert Calibration.load(tmp_path / "b.json") == found
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]
     assert Calibration.load(written(tmp_path / "c.json", banks=None, experts=None)).banks is None
+    old = {name: section for name, section in content().items() if name != "retrieval"}
+    (tmp_path / "d.json").write_text(json.dumps(old))
+    assert Calibration.load(tmp_path / "d.json").retrieval is None
 
 
 @pytest.mark.parametrize(
@@ -104,6 +120,13 @@ def test_a_file_comes_back_with_what_others_wrote(tmp_path):
         (json.dumps(content()).replace("94.46", "-94.46"), "is damaged: banks.sets.2.effects.prompt.ratio"),
         (json.dumps(content()).replace("94.46", "NaN"), "is damaged: banks.sets.2.effects.prompt.ratio"),
         (json.dumps(content())[:400], "cannot be read"),
+        (json.dumps(content(retrieval={"layers": [3]})), "is damaged: retrieval.facts"),
+        (json.dumps(content(retrieval=retrieval(bits=100))), "is damaged: retrieval.activity.bits"),
+        (json.dumps(content(retrieval=retrieval(mean="AAA"))), "is damaged: retrieval.activity.mean"),
+        (json.dumps(content(retrieval=retrieval(mean=""))), "is damaged: retrieval.activity.mean"),
+        (json.dumps(content(retrieval=retrieval(mean=pack(np.full(48, np.nan))))), "retrieval.activity.mean"),
+        (json.dumps(content(retrieval=retrieval(mean=pack(np.zeros(47))))), "is damaged: retrieval.activity: "),
+        (json.dumps(content(retrieval=retrieval(deviation=pack(np.zeros(48))))), "is damaged: retrieval.activity: "),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, broken, says):

@@ -1,0 +1,372 @@
+"""Which layers' attention finds what a question is about, and whose activity does: found out with planted facts.
+
+Questions are asked as working memory asks them: their tokens see a prompt's beginning and a window, never a fact, and
+an index votes over what lies before the window.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pacellm.calibration.file import (
+    KINDS,
+    RETRIEVES,
+    ActivitySection,
+    AttentionSection,
+    RetrievalSection,
+    Shares,
+    pack,
+    unpack,
+)
+from pacellm.calibration.planted import PART, SINKS, WINDOW, Planted
+from pacellm.errors import ConfigError
+from pacellm.kv.history import History, HistoryBlock
+from pacellm.model.attention.dispatch import slab
+from pacellm.model.context import Asked, Chunk, Run, StepContext, current_step, step_context
+from pacellm.model.load import LoadedModel
+from pacellm.model.neurons import ffns
+from pacellm.model.retrieval import CodeBook, Coder, Retrieval
+from pacellm.model.rotation import KeyRotation, learn_rotations
+from pacellm.recall.activity import activity_votes
+from pacellm.recall.attention import attention_mass
+from pacellm.recall.lexical import lexical_votes
+from pacellm.rows import missing_rows
+from pacellm.run.batch import padded
+from pacellm.view import BLOCK
+
+BITS, SEED = 256, 0
+_CHUNK = 512
+_DISTANCE = 1024  # tokens between a question and every key, as its vote sees them
+_MOST_LAYERS = 3
+_GAIN = 0.02  # of merit, for which a layer more votes
+_FLOOR = 1e-2  # of the mean deviation: a neuron that the text leaves alone is not to outweigh the others
+OnWork = Callable[[float], None]
+See = Callable[[int, Tensor], None]
+Found = TypeVar("Found", AttentionSection, ActivitySection)
+Votes = Mapping[int, np.ndarray]
+"""By layer [kinds, facts, blocks]."""
+
+
+# -- activity ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def watching(model: LoadedModel, see: See, layers: Sequence[int]) -> Iterator[None]:
+    """Inside, have ``see`` told a layer and its FFN's inner activations [n, F] of each step's tokens."""
+
+    def hook(layer: int) -> Callable[..., None]:
+        def look(down: object, given: tuple[Tensor, ...]) -> None:
+            step = current_step()
+            if step is not None and step.chunks:
+                see(layer, given[0].flatten(0, -2)[: step.chunks[-1].stop])
+
+        return look
+
+    found = [ffn for ffn in ffns(model.module) if ffn is not None and ffn.layer in layers]
+    hooks = [ffn.down.register_forward_pre_hook(hook(ffn.layer)) for ffn in found]
+    try:
+        yield
+    finally:
+        for one in hooks:
+            one.remove()
+
+
+class Moments:
+    """Means and deviations of inner activations, of the tokens that pass inside :meth:`watching`."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self._model, self._sums, self._tokens = model, dict[int, Tensor](), dict[int, int]()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Look at every layer that codes can be of: those with an FFN that every token passes, but the last, whose
+        FFN is left out where nobody reads its output."""
+        layers = [ffn.layer for ffn in ffns(self._model.module)[:-1] if ffn is not None]
+        with watching(self._model, self._add, layers):
+            yield
+
+    def _add(self, layer: int, inner: Tensor) -> None:
+        wide = inner.double()
+        sums = torch.stack([wide.sum(0), wide.square().sum(0)]).cpu()
+        self._sums[layer] = self._sums.get(layer, 0.0) + sums
+        self._tokens[layer] = self._tokens.get(layer, 0) + len(inner)
+
+    def books(self) -> dict[int, CodeBook]:
+        """By layer how its codes are made."""
+        found = {}
+        for layer, sums in self._sums.items():
+            mean, square = sums / self._tokens[layer]
+            deviation = (square - mean.square()).clamp(min=0).sqrt()
+            least = max(_FLOOR * float(deviation.mean()), 1e-6)
+            found[layer] = CodeBook(layer, mean.float(), deviation.clamp(min=least).float(), BITS, SEED)
+        return found
+
+
+# -- votes -------------------------------------------------------------------------------------------------
+
+
+class _Question(NamedTuple):
+    """Rows of one question among all, and its tokens."""
+
+    rows: slice
+    ids: tuple[int, ...]
+
+
+class Asking:
+    """Has indexes vote for the questions of planted prompts.
+
+    Args:
+        model: unpatched and without a layout.
+        books: of the codes, by layer.
+        on_work: told of tokens, each once for each layer.
+
+    Raises:
+        ConfigError: the model's keys cannot be shown at other positions, so it has no working memory.
+    """
+
+    def __init__(self, model: LoadedModel, books: Mapping[int, CodeBook], on_work: OnWork = lambda work: None) -> None:
+        self._model, self._on_work = model, on_work
+        self._rotations: list[KeyRotation | None] = learn_rotations(model)
+        self._coders = {layer: Coder(book, model.device) for layer, book in books.items()}
+        self._layers = tuple(layer for layer, window in enumerate(model.windows) if window is None)
+
+    @torch.inference_mode()
+    def votes(self, planted: Planted) -> tuple[Votes, Votes]:
+        """Of attention, and of activity codes."""
+        questions = _questions(planted)
+        self._begin(planted, questions)
+        codes: dict[int, list[Tensor]] = {layer: [] for layer in self._coders}
+
+        def encode(layer: int, inner: Tensor) -> None:
+            codes[layer].append(self._coders[layer](inner).cpu())
+
+        with watching(self._model, encode, tuple(codes)):
+            self._read(planted)
+            chunks = self._ask(planted, questions)
+        history = _history(self._keys, planted.end)
+        attention = {layer: self._attention(layer, chunks, history, planted) for layer in self._layers}
+        return attention, {
+            layer: _activity(torch.cat(parts).numpy(), questions, planted) for layer, parts in codes.items()
+        }
+
+    def _begin(self, planted: Planted, questions: Sequence[_Question]) -> None:
+        model, last = self._model, questions[-1].rows.stop
+        slots = -(-(len(planted.ids) + last) // BLOCK) * BLOCK + BLOCK  # tiles are read in whole blocks
+        self._keys = slab([shape[0] for shape in model.kv_shapes], slots, model.dtype, model.device)
+        self._values = slab([shape[1] for shape in model.kv_shapes], slots, model.dtype, model.device)
+
+    def _read(self, planted: Planted) -> None:
+        runs = (Run(0, 0, self._keys[0].shape[1]),)
+        for start in range(0, len(planted.ids), _CHUNK):
+            ids = planted.ids[start : start + _CHUNK]
+            self._pass(ids, range(start, start + len(ids)), [Chunk(0, len(ids), start, runs)])
+
+    def _ask(self, planted: Planted, questions: Sequence[_Question]) -> list[Chunk]:
+        """Every question by itself, behind the same prompt."""
+        length, seen = len(planted.ids), SINKS + WINDOW
+        front = Run(0, 0, SINKS), Run(SINKS, planted.end, WINDOW)
+        chunks = [
+            Chunk(rows.start, rows.stop, seen, (*front, Run(seen, length + rows.start, BLOCK)),
+                  asked=Asked(self._layers))
+            for rows, _ in questions
+        ]  # fmt: skip
+        ids = [token for question in questions for token in question.ids]
+        self._pass(ids, [length + place for question in questions for place in range(len(question.ids))], chunks)
+        return chunks
+
+    def _pass(self, ids: Sequence[int], positions: Sequence[int], chunks: list[Chunk]) -> None:
+        device, pad = self._model.device, (0, missing_rows(len(ids)))
+        rows, places = (torch.nn.functional.pad(torch.tensor(list(one)), pad).to(device) for one in (ids, positions))
+        with step_context(StepContext(chunks, self._keys, self._values, wanted=[0])):
+            self._model.module(
+                input_ids=rows[None], position_ids=places[None], use_cache=False, logits_to_keep=padded([0], device)
+            )
+        self._on_work(self._model.num_layers * len(ids))
+
+    def _attention(self, layer: int, chunks: Sequence[Chunk], history: History, planted: Planted) -> np.ndarray:
+        asked = [chunk.asked for chunk in chunks if chunk.asked is not None]
+        queries = torch.cat([one.queries[layer] for one in asked], 1)
+        positions = [len(planted.ids) + place for chunk in chunks for place in range(chunk.stop - chunk.start)]
+        mass = attention_mass(
+            queries, asked[0].scales[layer], positions, history, layer, planted.end, self._rotations[layer],
+            distance=_DISTANCE, block=PART,
+        )  # fmt: skip
+        votes = [mass[:, :, chunk.start : chunk.stop].mean((1, 2)).amax(0) for chunk in chunks]
+        return torch.stack(votes).cpu().numpy().reshape(len(KINDS), len(planted.facts), -1)
+
+
+def _questions(planted: Planted) -> list[_Question]:
+    """All of one kind, then all of the other."""
+    found: list[_Question] = []
+    for kind in range(len(KINDS)):
+        for fact in planted.facts:
+            start = found[-1].rows.stop if found else 0
+            found.append(_Question(slice(start, start + len(fact.asked[kind])), fact.asked[kind]))
+    return found
+
+
+def _history(keys: Sequence[Tensor], end: int) -> History:
+    blocks = []
+    for start in range(0, end, BLOCK):
+        blocks.append(HistoryBlock(keys))
+        for target, source in zip(blocks[-1].parts, keys, strict=True):
+            target.copy_(source[:, start : start + BLOCK])
+    return History(blocks)
+
+
+def _activity(codes: np.ndarray, questions: Sequence[_Question], planted: Planted) -> np.ndarray:
+    asked, history = codes[len(planted.ids) :], codes[: planted.end]
+    votes = [activity_votes(asked[question.rows], history, PART) for question in questions]
+    return np.stack(votes).reshape(len(KINDS), len(planted.facts), -1)
+
+
+def lexical(planted: Planted) -> np.ndarray:
+    """[kinds, facts, blocks] votes by words."""
+    votes = []
+    for question in _questions(planted):
+        ids = array("i", [*planted.ids, *question.ids])
+        votes.append(lexical_votes(ids, range(len(planted.ids), len(ids)), planted.end, PART))
+    return np.stack(votes).reshape(len(KINDS), len(planted.facts), -1)
+
+
+# -- what they find ----------------------------------------------------------------------------------------
+
+
+def ranks(votes: np.ndarray) -> np.ndarray:
+    """[kinds, facts] of each fact's block its place among all but the first, from 1. Ties: the lower index."""
+    votes = votes[:, :, SINKS // PART :]
+    places = np.arange(votes.shape[2])
+    own = np.take_along_axis(votes, places[None, : votes.shape[1], None], 2)
+    before = places[None, None] < places[None, : votes.shape[1], None]
+    return 1 + ((votes > own) | ((votes == own) & before)).sum(2)
+
+
+def shares(votes: np.ndarray) -> Shares:
+    """Of questions whose fact's block has most votes."""
+    own, other = (ranks(votes) == 1).mean(1)
+    return Shares(own=round(float(own), 4), other=round(float(other), 4))
+
+
+def merit(votes: np.ndarray) -> float:
+    """What is chosen by: the mean reciprocal rank, which is less noise than a share, of votes without what all
+    questions of a prompt have in common. A block that attracts them all takes one place of what is called back, and
+    says little about a layer."""
+    logs = np.log(votes.astype(np.float64) + 1e-12)
+    return float((1 / ranks(logs - logs.mean((0, 1)))).mean())
+
+
+def best_layers(votes: Votes) -> list[int]:
+    """The layer that finds most, and others as long as they find more with it, each question by the largest vote."""
+    chosen: list[int] = []
+    best = -_GAIN
+    while len(chosen) < min(_MOST_LAYERS, len(votes)):
+        found = {layer: merit(together(votes, [*chosen, layer])) for layer in votes if layer not in chosen}
+        layer = max(found, key=lambda one: (found[one], -one))
+        if found[layer] < best + _GAIN:
+            break
+        chosen.append(layer)
+        best = found[layer]
+    return sorted(chosen)
+
+
+def together(votes: Votes, layers: Sequence[int]) -> np.ndarray:
+    """The largest vote of layers."""
+    return np.maximum.reduce([votes[layer] for layer in layers])
+
+
+def best_codes(votes: Votes) -> int:
+    """The layer whose codes find most."""
+    return max(votes, key=lambda layer: (merit(votes[layer]), -layer))
+
+
+def cost(model: LoadedModel, prompts: Sequence[Planted]) -> float:
+    """Work of :func:`measure`, one token in one layer being 1."""
+    return model.num_layers * sum(len(one.ids) + _questions(one)[-1].rows.stop for one in prompts)
+
+
+def measure(
+    model: LoadedModel,
+    books: Mapping[int, CodeBook],
+    prompts: tuple[Planted, Planted],
+    on_work: OnWork = lambda work: None,
+) -> RetrievalSection:
+    """What finds the facts of the second prompt, chosen by those of the first.
+
+    Raises:
+        ConfigError: as of :class:`Asking`.
+    """
+    asking = Asking(model, books, on_work)
+    (attention, activity), (attention_after, activity_after) = (asking.votes(one) for one in prompts)
+    return RetrievalSection(
+        facts=len(prompts[1].facts),
+        lexical=shares(lexical(prompts[1])),
+        attention=_attention_section(attention, attention_after) if attention else None,
+        activity=_activity_section(activity, activity_after, books) if activity else None,
+    )
+
+
+def _attention_section(votes: Votes, after: Votes) -> AttentionSection:
+    layers = best_layers(votes)
+    return AttentionSection(layers=layers, found=shares(together(after, layers)), alone=_alone(votes))
+
+
+def _activity_section(votes: Votes, after: Votes, books: Mapping[int, CodeBook]) -> ActivitySection:
+    book = books[best_codes(votes)]
+    return ActivitySection(
+        layer=book.layer, bits=book.bits, seed=book.seed,
+        mean=pack(book.mean.numpy()), deviation=pack(book.deviation.numpy()),
+        found=shares(after[book.layer]), alone=_alone(votes),
+    )  # fmt: skip
+
+
+def _alone(votes: Votes) -> dict[str, Shares]:
+    return {str(layer): shares(one) for layer, one in votes.items()}
+
+
+# -- what a server takes of it -----------------------------------------------------------------------------
+
+
+def known(section: RetrievalSection | None, model: LoadedModel) -> Retrieval | None:
+    """What a model's indexes need; an index that finds next to nothing is not there. None where nobody has looked.
+
+    Raises:
+        ConfigError: the section is not of such a model.
+    """
+    if section is None:
+        return None
+    attention, activity = _working(section.attention), _working(section.activity)
+    for layer in attention.layers if attention is not None else ():
+        if layer >= model.num_layers or model.windows[layer] is not None:
+            raise _unfit(f"attention.layers names layer {layer}, which this model has not, or only with a window")
+    layers = () if attention is None else tuple(attention.layers)
+    book = None if activity is None else _book(activity, model)
+    if attention is None or activity is None:
+        return Retrieval(layers, book)
+    finds_more = activity.found.other > attention.found.other
+    return Retrieval(layers, book, "activity" if finds_more else "attention")
+
+
+def _working(section: Found | None) -> Found | None:
+    """A section of an index that finds more than next to nothing."""
+    return section if section is not None and section.found.both >= RETRIEVES else None
+
+
+def _book(section: ActivitySection, model: LoadedModel) -> CodeBook:
+    mean, deviation = (torch.from_numpy(unpack(one)) for one in (section.mean, section.deviation))
+    found = dict(enumerate(ffns(model.module))).get(section.layer)
+    if found is None or found.inner != len(mean):
+        raise _unfit(f"activity is of {len(mean):,} neurons in layer {section.layer}, which this model has not there")
+    return CodeBook(section.layer, mean, deviation, section.bits, section.seed)
+
+
+def _unfit(problem: str) -> ConfigError:
+    return ConfigError(
+        f"calibration: retrieval.{problem}; make it again with `pacellm calibrate MODEL --again`", param="calibration"
+    )
