@@ -37,6 +37,8 @@ PHASES = ("tiers", "acting", "experts", "ranks", "disk", "steady")
 _CALM = ["--max-num-seqs", "8", "--max-model-len", "4096", "--kv-cache-memory-bytes", "256M"]
 _TIGHT = ["--max-num-seqs", "8", "--max-model-len", "4096", "--kv-cache-memory-bytes", "48M"]
 _TIERS = ["--pa-memory", "12M", "--session-host-memory", "24M"]
+_FULL_EARLY = ["--response-memory", "512K", "--session-disk-size", "128M"]
+"""Of the phase steady: what grows up to a budget by default has reached it before memory is compared."""
 _DISK = 24 * 2**20
 
 
@@ -80,8 +82,8 @@ async def run(
     tally, rng, samples = Tally(), random.Random(f"{args.seed} {phase}"), []  # type: ignore[var-annotated]
     with folder_of(phase) as folder, contextlib.ExitStack() as stack:
         flags = flags_of(phase, layout)
-        sync = ["--session-sync"] if phase != "steady" else []
-        stored = [*_TIERS, "--session-dir", str(folder), *sync] if phase != "ranks" else []
+        more = ["--session-sync"] if phase != "steady" else _FULL_EARLY
+        stored = [*_TIERS, "--session-dir", str(folder), *more] if phase != "ranks" else []
         rough = OwnServer([*flags, *_TIGHT, *stored])
         calm = OwnServer([*flags, *_CALM])
         for server in (rough, calm) if phase != "steady" else (rough,):
