@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from load_tests import routing_simulation
+from load_tests.scenarios import disturbances
 from load_tests.scenarios.books import Books, grown, parse
 from load_tests.scenarios.client import Reply
 from load_tests.scenarios.disconnects import KINDS, visits
@@ -122,3 +123,10 @@ def test_overload_counts_answers_in_time_and_names_refusals_that_do_not_help():
     assert failures == [
         "500 after 1.0 s", "a 429 without Retry-After", "refusals took up to 9.0 s", "0 answers in time are 0% of 10",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("a_step", "says"), [(0, []), (1, ["mib grew from 749 to 799"])])
+def test_what_goes_on_growing_is_named(a_step, says):
+    held = {"descriptors": 16, "threads": 11, "series": 269}
+    samples = [{"requests": 100 * n, "mib": 700 + a_step * n, **held} for n in range(100)]
+    assert disturbances.grown(samples) == says
