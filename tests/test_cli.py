@@ -1,5 +1,6 @@
 """The command line as a user meets it: in a process of its own."""
 
+import gc
 import re
 import signal
 import socket
@@ -97,6 +98,15 @@ def test_unreadable_values_name_the_flag(capsys):
     with pytest.raises(SystemExit):
         main(["serve", "--max-model-len", "long"])
     assert "--max-model-len" in capsys.readouterr().err
+
+
+def test_a_server_does_not_look_for_garbage_in_what_it_begins_with(monkeypatch):
+    looked_at = []
+    monkeypatch.setattr("pacellm.cli.serve.build", lambda options: (None, ["key"], None))
+    monkeypatch.setattr("pacellm.server.launcher.run", lambda *_, **__: looked_at.append(len(gc.get_objects())))
+    before = [[] for _ in range(10_000)]
+    assert main(["serve"]) == 0
+    assert looked_at[0] < len(before)
 
 
 def test_help_is_there_at_once():

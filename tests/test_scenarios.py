@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from load_tests import routing_simulation
+from load_tests.scenarios import disturbances
 from load_tests.scenarios.books import Books, grown, parse
 from load_tests.scenarios.client import Reply
 from load_tests.scenarios.disconnects import KINDS, visits
@@ -185,3 +186,10 @@ def test_what_a_kill_has_changed_is_a_failure_where_it_was_durable():
     ]
     assert worker._volatile == {"w-b"}
     assert (rough, calm) == ({"w-a": (1, 5)}, {"w-a": (2, 9)}), "what was not durable, or was never written, is gone"
+
+
+@pytest.mark.parametrize(("a_step", "says"), [(0, []), (1, ["mib grew from 749 to 799"])])
+def test_what_goes_on_growing_is_named(a_step, says):
+    held = {"descriptors": 16, "threads": 11, "series": 269}
+    samples = [{"requests": 100 * n, "mib": 700 + a_step * n, **held} for n in range(100)]
+    assert disturbances.grown(samples) == says

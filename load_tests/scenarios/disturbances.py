@@ -68,7 +68,7 @@ def grown(samples: list[dict[str, int]]) -> list[str]:
     if not quarter:
         return ["too few samples of memory: a longer run is needed"]
     found = []
-    for name, slack in (("mib", 0.05), ("descriptors", 0.25), ("threads", 0.0), ("series", 0.02)):
+    for name, slack in (("mib", 0.03), ("descriptors", 0.25), ("threads", 0.0), ("series", 0.02)):
         early, late = (max(one[name] for one in part) for part in (samples[quarter : 2 * quarter], samples[-quarter:]))
         if late > early * (1 + slack) + 1:
             found.append(f"{name} grew from {early} to {late}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,15 @@ class OwnServer:
 
     Args:
         flags: of ``pacellm serve``.
+        variables: of its environment, beside those of this process.
     """
 
-    def __init__(self, flags: Sequence[str]) -> None:
+    def __init__(self, flags: Sequence[str], variables: Mapping[str, str] | None = None) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url, self._flags = f"http://127.0.0.1:{self.port}", list(flags)
+        self._variables = {**os.environ, **(variables or {})}
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -52,7 +55,8 @@ class OwnServer:
             "--log-level",
             "warning",
         ]
-        self.process = subprocess.Popen([*command, "--api-key", OWN_KEY, *self._flags], stderr=self._log)
+        command += ["--api-key", OWN_KEY, *self._flags]
+        self.process = subprocess.Popen(command, stderr=self._log, env=self._variables)
         while time.monotonic() < started + _START_LIMIT and self.process.poll() is None:
             with suppress(httpx.TransportError):
                 if httpx.get(f"{self.url}/ready").status_code == 200:

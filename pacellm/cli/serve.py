@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import logging
 import socket
 from pathlib import Path
@@ -40,6 +41,7 @@ def serve(options: argparse.Namespace) -> int:
         logger.warning("listening on %s without API keys: anyone who reaches it can use it", options.host)
     elif not keys:
         logger.warning("no API keys: everyone on this machine can use this server, in one namespace of sessions")
+    _look_at_what_is_new()
     run(
         service,
         keys,
@@ -52,6 +54,13 @@ def serve(options: argparse.Namespace) -> int:
     if team is not None:
         team.close()
     return 0
+
+
+def _look_at_what_is_new() -> None:
+    """Let collections look at what requests leave only. What a server begins with is never garbage, and looking at its
+    400,000 objects holds every stream up, for a tenth of a second and more."""
+    gc.collect()
+    gc.freeze()
 
 
 def build(options: argparse.Namespace) -> tuple[Service, Keys, Team | None]:

@@ -7,6 +7,7 @@ size of product is measured on this machine. What decides is exactness alone, so
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,11 @@ from pacellm.rows import ROWS
 
 _MANY = 512
 _FEW = (4, 8, ROWS)
+_CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+_KEPT = 256
+"""Compiled products, one for each size and number of rows. By default oneDNN and torch's layer over it keep 1,024 each,
+560 KiB for a pair: more than 400 MiB for a server whose steps have had all numbers of rows. Compiling one anew takes
+half a millisecond."""
 
 Size = tuple[int, int]
 Kind = tuple[Size, bool, type]
@@ -59,6 +65,7 @@ def choose(module: nn.Module, memory: int) -> Products:
     kept = _chosen.get(module)
     if kept is not None and kept[0] == torch.get_num_threads():
         return kept[1]
+    _keep_few()
     give_back(module)
     kinds = _kinds(module)
     packs = sum(layer.weight.nbytes for layers in kinds.values() for layer in layers) <= memory
@@ -74,6 +81,13 @@ def choose(module: nn.Module, memory: int) -> Products:
     products = Products(kernel, rows, tuple(sorted(inexact)), packed, not inexact)
     _chosen[module] = torch.get_num_threads(), products
     return products
+
+
+def _keep_few() -> None:
+    """Bound the compiled products that are kept, unless the environment says how many: it is read at a process's first
+    product."""
+    for name in _CAPACITIES:
+        os.environ.setdefault(name, str(_KEPT))
 
 
 def _fewest_rows(module: nn.Module, trials: list[_Trial]) -> int:

@@ -1,5 +1,9 @@
 """Linear layers on a CPU: the kernel with the fewest rows that is exact, measured and not believed."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -111,3 +115,44 @@ def test_weights_that_onednn_does_not_take():
 def test_other_products_want_all_rows(other):
     model = nn.ModuleList([nn.Linear(64, 32), other]).requires_grad_(False)
     assert choose(model, PLENTY).rows == ROWS
+
+
+MEMORY_OF_MANY_STEPS = """
+import ctypes
+import torch
+from torch import nn
+from pacellm.model.linear import OneDNN, choose
+
+class Mallinfo(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = Mallinfo
+model = nn.ModuleList(nn.Linear(64, size) for size in (32, 64, 128)).requires_grad_(False)
+choose(model, 2**40)
+layers = [OneDNN(layer, packs=True) for layer in model]
+hidden = torch.zeros(400, 64)
+with torch.inference_mode():
+    for count in range(1, 401):
+        for layer in layers:
+            layer(hidden[:count])
+        if count in (100, 400):
+            print(mallinfo().uordblks)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc tells what is allocated")
+def test_numbers_of_rows_do_not_fill_memory():
+    """Steps of all sizes, in a process that has had no product before."""
+    inherited = {name: value for name, value in os.environ.items() if name not in products._CAPACITIES}
+    command = [sys.executable, "-c", MEMORY_OF_MANY_STEPS]
+    done = subprocess.run(command, env=inherited, capture_output=True, text=True, timeout=120, check=True)
+    early, late = map(int, done.stdout.split())
+    assert late - early < 16 * 2**20
+
+
+def test_the_environment_says_how_many_products_are_kept(monkeypatch):
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    choose(layers((64, 32)), PLENTY)
+    assert os.environ["LRU_CACHE_CAPACITY"] == "7"
