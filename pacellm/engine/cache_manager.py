@@ -142,9 +142,11 @@ class CacheManager:
         return True
 
     def _show(self, sequence: Sequence) -> bool:
+        if self.views is None:
+            return True
         table, position = sequence.table, sequence.position
         view = sequence.turn.view(position)
-        if view == table.view or self.views is None:
+        if view == table.view:
             return True
         self.run_copies()
         if position < table.history.tokens:  # the log goes back here
