@@ -7,7 +7,7 @@ Documents are the demo's (``--texts`` FOLDER: prose of its ``*.txt`` with the de
 blocks by lot, ``foreign`` the blocks that another document's facts stand in, ``forced`` the right one, ``full`` is a
 server without working memory, where the document fits its context. Intervals are 95 % bootstraps over documents.
 
-Records go to ``--out`` as JSON lines as they come; the last line printed is JSON.
+Records go to ``--out`` as JSON lines as they come; the last line is JSON.
 """
 
 from __future__ import annotations

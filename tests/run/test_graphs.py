@@ -116,7 +116,7 @@ def test_groups_reach_the_buffers():
         blocks = (3, 4, 9)
 
     class Fake:
-        table, position, cursor, row, ends = Table, 1400, 0, None, None
+        table, position, place, cursor, row, ends = Table, 1400, 1400, 0, None, None
 
         class turn:
             ids, pa = (7,), "on"
@@ -130,7 +130,7 @@ def test_groups_reach_the_buffers():
     assert monkey == 2048
     tables = [Fake] * 3
     Table.blocks = (3, 4, 5, 6, 9)
-    Fake.position = 2300
+    Fake.position = Fake.place = 2300
     buffers.fill(tables, graphs._groups(tables))
     rows = buffers.sharing
     assert rows.shared.lengths.tolist()[:3] == [0, 2048, 0]
