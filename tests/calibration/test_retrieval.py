@@ -86,7 +86,7 @@ def test_shares_and_ranks():
 
 
 def test_what_finds_most_is_chosen_whatever_a_block_attracts():
-    votes = {0: made_votes((2, 2)), 1: made_votes((6, 6), hub=10), 2: made_votes((6, 3))}
+    votes = {0: made_votes((2, 2)), 1: made_votes((6, 6), hub=10), 2: made_votes((3, 1))}
     assert shares(votes[1]).both < shares(votes[2]).both
     assert best_codes(votes) == 1
     assert best_layers(votes) == [1]
