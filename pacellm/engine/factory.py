@@ -380,5 +380,6 @@ def _new_records(device: Device, tokenizer: Tokenizer | None) -> Records:
         slabs=device.runner.slabs,
         like=device.pool.banks(0) if device.pool is not None else {},
         max_tokens=config.max_model_len or 0,
+        codes=device.runner.codes,
         former=partial(former_fingerprints, model, config, tokenizer),
     )

@@ -8,6 +8,7 @@ Two tokens' activations are alike where their codes are: the share of bits that 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,6 +45,14 @@ class CodeBook:
         """Bytes of a code."""
         return self.bits // 8
 
+    @property
+    def digest(self) -> str:
+        """64 hex digits: codes of books with another one are not comparable."""
+        told = hashlib.sha256(f"{self.layer} {self.bits} {self.seed}".encode())
+        for numbers in (self.mean, self.deviation):
+            told.update(numbers.detach().float().cpu().contiguous().numpy().tobytes())
+        return told.hexdigest()
+
     def projection(self) -> Tensor:
         """[F, bits] float32: R, each row over its neuron's deviation."""
         generator = torch.Generator().manual_seed(self.seed)
@@ -76,7 +85,7 @@ class Coder(nn.Module):
 
     def __init__(self, book: CodeBook, device: torch.device, order: Tensor | None = None) -> None:
         super().__init__()
-        self.layer, self.size = book.layer, book.size
+        self.layer, self.size, self.digest = book.layer, book.size, book.digest
         matrix = book.projection()
         shift = (book.mean.cpu()[None] @ matrix)[0]
         self._matrix = (matrix if order is None else matrix[order.cpu()]).to(device)

@@ -73,6 +73,9 @@ class Runner:
         kernel: of prompts' chunks on CUDA; None is flash.
         rows: steps are padded to a multiple of them.
         coder: makes the tokens' codes; None where nobody asks for them.
+
+    Attributes:
+        codes: digest of how it makes them; "" without.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class Runner:
         slots = num_blocks * BLOCK + ROWS  # the last ones are nobody's: what pads a step is written there
         self._keys = slab([shape[0] for shape in model.kv_shapes], slots, model.dtype, model.device)
         self._values = slab([shape[1] for shape in model.kv_shapes], slots, model.dtype, model.device)
+        self.codes = "" if coder is None else coder.digest
         self._codes = [] if coder is None else slab([(1, coder.size)], slots, torch.uint8, model.device)
         if coder is not None:
             attach(model.module, coder)

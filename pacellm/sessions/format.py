@@ -28,7 +28,7 @@ FORMAT = "pacellm-session-1"
 MAX_HEADER = 4 * 2**20
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32,
+    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _TAG = "0" * 64

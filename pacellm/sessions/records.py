@@ -63,6 +63,7 @@ class Records:
         slabs: KV memory, for shapes and dtypes.
         like: one row of banks, for the same; {} without PA.
         max_tokens: longest context.
+        codes: digest of how the tokens' codes among the slabs are made; "" where there are none.
     """
 
     def __init__(
@@ -73,10 +74,12 @@ class Records:
         slabs: list[Tensor],
         like: Banks,
         max_tokens: int,
+        codes: str = "",
         former: Callable[[], dict[str, Preset]] = dict,
     ) -> None:
         self.fingerprint, self._former = fingerprint, cache(former)
         self._vocab_size, self._slabs, self.like, self._max_tokens = vocab_size, slabs, like, max_tokens
+        self._codes = codes
 
     def metadata(self, session: Session, generation: int | None = None) -> dict[str, str]:
         """What a file of this session says beside its tensors."""
@@ -87,6 +90,7 @@ class Records:
             "commits": str(session.commits),
             "folds": str(session.folds),
             "banks": json.dumps(session.banks),
+            **({"codes": self._codes} if self._codes else {}),
             **ending_metadata(session.ending),
             **({"keep_foreign": "1"} if session.foreign else {}),
         }
@@ -167,6 +171,10 @@ class Records:
             f"{self.fingerprint[:12]})"
         )
 
+    def has_codes_of(self, metadata: dict[str, str]) -> bool:
+        """The tokens' codes beside a file's KV are made as they are here; its log is good in any case."""
+        return metadata.get("codes", "") == self._codes
+
     def facts(self, metadata: dict[str, str]) -> Facts:
         """What a file says about its session.
 
@@ -216,6 +224,8 @@ class Records:
         self.check_fingerprint(metadata)
         if metadata.get("generation") != str(generation) or metadata.get("tokens") != str(tokens):
             raise SnapshotRefused("snapshot is of another generation of the session")
+        if not self.has_codes_of(metadata):
+            raise SnapshotRefused("snapshot's activity codes were made by another calibration")
         kv = {name: tensor for name, tensor in tensors.items() if not name.startswith("bank.")}
         self.check_kv(kv, tokens, is_trusted=True)
 

@@ -117,6 +117,8 @@ class Snapshots:
         strange = [name for name in tensors if not name.startswith("kv.")]
         if strange:
             raise SnapshotRefused(f"snapshot has an entry {strange[0][:40]!r}")
+        if tensors and not records.has_codes_of(metadata):
+            tensors, banks = {}, {}  # the log brings them back
         if tensors:
             records.check_kv(tensors, len(context))
         elif banks and context:

@@ -1,12 +1,18 @@
 """Histories beyond the model's budget over HTTP."""
 
+import dataclasses
+
 import pytest
+import torch
 
 from pacellm.config import EngineConfig
 from pacellm.demo import MODEL_PATH
 from pacellm.demo.generator import make_document
 from pacellm.engine.engine import Engine
+from pacellm.llm import LLM
 from pacellm.model.load import load
+from pacellm.model.neurons import ffns
+from pacellm.model.retrieval import CodeBook, Retrieval
 from pacellm.server.service import Service
 from pacellm.server.settings import Settings
 from pacellm.text.tokenizer import ChatTokenizer
@@ -114,3 +120,20 @@ def test_it_is_asked_for_where_it_is_not_there(live):
         "/v1/chat/completions", json={"messages": [{"role": "user", "content": "a"}], "pacellm": {"memory": "on"}}
     )
     assert (told.status_code, told.json()["error"]["param"]) == (400, "pacellm.memory")
+
+
+def test_codes_of_another_calibration_are_not_compared(tokenizer, tmp_path):
+    """State on disk has them beside its KV: a session that is written under one is read again under another."""
+    model = load(MODEL_PATH)
+    size = ffns(model.module)[1].inner
+    found = []
+    for seed in (0, 0, 1):
+        book = CodeBook(1, torch.zeros(size), torch.ones(size), seed=seed)
+        with LLM(
+            dataclasses.replace(model, retrieval=Retrieval(book=book)), tokenizer=tokenizer, session_dir=str(tmp_path),
+            working_memory=BUDGET, working_memory_window=512, working_memory_index=("activity",),
+        ) as llm:  # fmt: skip
+            if not found:
+                llm.chat("The access code of the amber archive is 48213.", session="s", max_tokens=0)
+            found.append(llm.generate(["hello"], session="s", commit=False, max_tokens=1)[0].session)
+    assert found == ["resident", "restored", "replayed"]
