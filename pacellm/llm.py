@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pacellm.calibration.gate import find
 from pacellm.calibration.retrieval import known
+from pacellm.completion import Completion
 from pacellm.config import EngineConfig
 from pacellm.demo import MODEL_PATH
 from pacellm.engine.engine import Engine
@@ -25,7 +26,7 @@ from pacellm.modes import PAChoice
 from pacellm.real_models import resolve
 from pacellm.text.question import question_of
 from pacellm.text.tokenizer import ChatTokenizer
-from pacellm.types import Completion, Delta, Event, Failed, Finished, GenerationRequest, Outline, SamplingParams
+from pacellm.types import Delta, Event, Failed, Finished, GenerationRequest, Outline, SamplingParams
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # a module's place is that of its longest name here; it may import what lies lower, and its own package
 PLACES = (
     ("errors", "view", "config", "types", "modes", "rows", "transfer", "kernels", "faults"),
-    ("text.dialect", "text.constraints"),
+    ("text.dialect", "text.constraints", "completion"),
     ("text",),
     ("memory",),
     ("calibration.file", "calibration.gate", "calibration.draw", "experts.layout", "experts.cluster", "experts.draw"),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pacellm.completion import Completion
 from pacellm.demo.generator import NOT_STATED, Document, Fact
 from pacellm.llm import LLM
 from pacellm.modes import PAChoice
 from pacellm.text.question import question_of
 from pacellm.text.tokenizer import ChatTokenizer
-from pacellm.types import Completion, Outline
+from pacellm.types import Outline
 
 
 def read(llm: LLM, document: Document, session: str, pa: PAChoice = "on") -> Completion:

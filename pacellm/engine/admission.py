@@ -171,6 +171,8 @@ class Admission:
             self._queues.refused.append((sequence, self._too_large(plan, wanted)))
             return False
         promised = sum(other.promised_history for other in self._queues.running) * views.token_bytes
+        if self._queues.running and wanted + promised > host.capacity:
+            return False
         while not host.has_room(wanted + promised):
             if not (self._prefix_cache.evict_history(plan.prefix) or self._sessions.drop_history(session)):
                 break

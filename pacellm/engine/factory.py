@@ -311,7 +311,7 @@ def new_scheduling(
         views: puts what is called back into KV memory; None where contexts end where the model's does.
         recaller: chooses it.
     """
-    store, queues, pace = sessions.store, RequestQueues(), Pace()
+    store, queues, pace = sessions.store, RequestQueues(), Pace(config.working_memory)
     prefix_cache = PrefixCache(allocator, pool, segment=config.bank.segment, max_seqs=config.max_num_seqs)
     cache = CacheManager(allocator, pool, store, sessions.eviction, prefix_cache, queues, copy_kv, views)
     preset = config.bank.preset if config.pa else None

@@ -22,9 +22,14 @@ _DEEP = (
 
 
 class Pace:
-    """Running estimates of what steps cost, in seconds."""
+    """Running estimates of what steps cost, in seconds.
 
-    def __init__(self) -> None:
+    Args:
+        most: tokens that one sees at most, wherever it stands; None is all before it.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self._most = most
         self.decode: float | None = None  # a step that only decodes
         self._token = self._depth = 0.0  # a prompt token, and what it takes more for every ``_DEEP`` before it
         self._saved = 0.0  # seconds that chunks have coming which were too long for a step
@@ -34,7 +39,7 @@ class Pace:
         """A step has run; ``prompts`` are its chunks of prompts: (position, tokens)."""
         count = depth = 0.0
         for position, tokens in prompts:
-            count, depth = count + tokens, depth + tokens * (position + tokens / 2) / _DEEP
+            count, depth = count + tokens, depth + self._seen(position, tokens) / _DEEP
         if not count:
             # an old estimate may be of other streams
             self.decode = _mixed(self.decode if self._age < _FRESH else None, seconds)
@@ -55,7 +60,14 @@ class Pace:
 
     def cost(self, position: int, count: int = 1) -> float:
         """Seconds that ``count`` prompt tokens from ``position`` on will take; 0 before any were seen."""
-        return count * (self._token + self._depth * (position + count / 2) / _DEEP)
+        return count * self._token + self._depth * self._seen(position, count) / _DEEP
+
+    def _seen(self, position: int, count: int) -> float:
+        """Tokens that ``count`` tokens from ``position`` on see, added up."""
+        if self._most is None:
+            return count * (position + count / 2)
+        growing = min(count, max(0, self._most - position))
+        return growing * (position + growing / 2) + (count - growing) * self._most
 
     def seconds(self, *, decodes: bool, several: bool = False) -> float | None:
         """What prompts may take of the next step, asked once a step; None where that is not known.

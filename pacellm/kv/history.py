@@ -81,6 +81,11 @@ class History:
         """Tokens from the beginning that are there."""
         return len(self.blocks) * BLOCK
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its blocks, which are all alike."""
+        return len(self.blocks) * self.blocks[0].nbytes if self.blocks else 0
+
     def until(self, position: int) -> History:
         """The same blocks, as far as they lie wholly before ``position``."""
         return History(self.blocks[: position // BLOCK])

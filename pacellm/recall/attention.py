@@ -15,25 +15,6 @@ _AT_ONCE = 8192  # tokens of the history
 
 
 @torch.inference_mode()
-def attention_votes(
-    queries: Tensor,
-    scale: float,
-    question: Sequence[int],
-    history: History,
-    part: int,
-    end: int,
-    rotation: KeyRotation | None,
-    *,
-    distance: int,
-    block: int,
-) -> Tensor:
-    """[Hkv, end / block] float32: by KV head the mean of :func:`attention_mass` over the question's tokens and a
-    group's heads."""
-    mass = attention_mass(queries, scale, question, history, part, end, rotation, distance=distance, block=block)
-    return mass.flatten(1, 2).mean(1)
-
-
-@torch.inference_mode()
 def attention_mass(
     queries: Tensor,
     scale: float,

@@ -16,7 +16,7 @@ from pacellm.model.context import Asked
 from pacellm.model.retrieval import Retrieval
 from pacellm.model.rotation import KeyRotation
 from pacellm.recall.activity import activity_votes
-from pacellm.recall.attention import attention_votes
+from pacellm.recall.attention import attention_mass
 from pacellm.recall.lexical import lexical_votes
 from pacellm.types import Passage
 from pacellm.view import BLOCK, Recall, Span
@@ -93,11 +93,12 @@ class Recaller:
         return self._attention(asked, question, history, end)
 
     def _attention(self, asked: Asked, question: range, history: History, end: int) -> np.ndarray:
+        """Over layers and KV heads, the largest mean of the mass that the question's tokens put on each block."""
         best = [
-            attention_votes(
+            attention_mass(
                 asked.queries[layer], asked.scales[layer], question, history, layer, end,
                 self._rotations[layer], distance=self._distance, block=self._block,
-            ).amax(0)
+            ).flatten(1, 2).mean(1).amax(0)
             for layer in asked.layers
         ]  # fmt: skip
         return torch.stack(best).amax(0).cpu().numpy()
@@ -115,7 +116,7 @@ def chosen(votes: Items[np.ndarray], room: int, block: int) -> tuple[Span, ...]:
     """
     taken = set(range(BLOCK // block))
     count, total = len(taken) + room // block, len(votes[0])
-    seeds = _seeds(votes, room // block // 2)
+    seeds = _seeds(votes, len(taken), max(1, room // block // 2))
     for step in _steps(total):
         for seed in seeds:
             if 0 <= seed + step < total and len(taken) < count:
@@ -123,10 +124,11 @@ def chosen(votes: Items[np.ndarray], room: int, block: int) -> tuple[Span, ...]:
     return tuple(_joined(sorted(taken), block))
 
 
-def _seeds(votes: Items[np.ndarray], most: int) -> list[int]:
+def _seeds(votes: Items[np.ndarray], first: int, most: int) -> list[int]:
+    """Of the blocks from ``first`` on: those before are seen in any case."""
     orders = []
     for one in votes:
-        order = np.argsort(-one, kind="stable")[:most]
+        order = first + np.argsort(-one[first:], kind="stable")[:most]
         orders.append([int(number) for number in order if 2 * one[number] >= one[order[0]]])
     turns = itertools.zip_longest(*orders)
     return list(dict.fromkeys(number for turn in turns for number in turn if number is not None))[:most]

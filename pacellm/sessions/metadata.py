@@ -54,7 +54,7 @@ class SessionMetadata:
 def _history_bytes(session: Session) -> int:
     """Bytes of what has left its window, shared with its forks; in host memory."""
     held = session.table or session.host
-    return 0 if held is None else sum(block.nbytes for block in held.history.blocks)
+    return 0 if held is None else held.history.nbytes
 
 
 def _rates(banks: dict[int, dict[str, int]]) -> dict[str, dict[str, Any]]:

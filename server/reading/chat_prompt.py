@@ -21,7 +21,7 @@ from .hints import told
 from .rendering import check_characters, rendered_input
 from .text import text_limit
 
-_SHORT = 2048  # characters: no budget of working memory is so small
+_SHORT = 2048  # characters: no budget of working memory is so small, and no question so long
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class RenderedChat:
             ids = self._tokenizer.encode_chat(self._rendered, limit=self._limit, scope=scope, logged=logged)
         outline = Outline() if scope is None else outline_of(self._tokenizer, self._asked, ids)
         if self._appended is not None or len(self._rendered) > _SHORT:
-            said = self._tokenizer.literals.shielded(self._asked.messages[-1].text())
+            said = self._tokenizer.literals.shielded(self._asked.messages[-1].text()[-_SHORT:])
             encode = partial(self._tokenizer.encode_behind, is_chat=True)
             outline = dataclasses.replace(outline, question=question_of(said, self._rendered, encode))
         if self._form.dialect.template is not None:

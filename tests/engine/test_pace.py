@@ -141,3 +141,15 @@ def test_short_prompts_neither_wait_for_a_long_one_nor_starve_it():
     assert sum(streams.step_seconds) / 600 / DECODE <= 1 + SHARE + 0.1
     alone = 600 * SHARE * DECODE / true_cost(150_000, 1)
     assert long.cursor > 0.75 * alone, "short prompts are charged what they cost, not what a deep part does"
+
+
+def test_what_is_out_of_sight_costs_nothing():
+    """Where a token sees at most so many, a long history's tokens cost alike."""
+    near, far = Pace(), Pace(1000)
+    for pace in (near, far):
+        for position in (0, 400, 0, 800, 200):
+            pace.observe(0, [(position, 100)], 0.1 + position / 1000)
+    assert far.cost(0, 800) == near.cost(0, 800)
+    assert far.cost(200_000, 10) == pytest.approx(far.cost(1000, 10))
+    assert far.cost(0, 2000) == pytest.approx(far.cost(0, 1000) + far.cost(1000, 1000))
+    assert near.cost(200_000, 10) > near.cost(1000, 10)
