@@ -21,7 +21,7 @@ class HistoryMemory:
     """Counts the bytes of all blocks."""
 
     def __init__(self) -> None:
-        self._bytes = self._blocks = 0
+        self._bytes = 0
         self._lock = threading.Lock()  # a block may be let go in any thread
 
     @property
@@ -29,21 +29,15 @@ class HistoryMemory:
         """Bytes of blocks that somebody holds."""
         return self._bytes
 
-    @property
-    def num_blocks(self) -> int:
-        """Blocks that somebody holds."""
-        return self._blocks
-
     def new_block(self, like: Sequence[Tensor], *, pin: bool = False) -> HistoryBlock:
         """An empty block of parts shaped as ``like``, counted until nobody holds it."""
         block = HistoryBlock(like, pin=pin)
-        self._count(1, block.nbytes)
-        weakref.finalize(block, self._count, -1, -block.nbytes)
+        self._count(block.nbytes)
+        weakref.finalize(block, self._count, -block.nbytes)
         return block
 
-    def _count(self, blocks: int, nbytes: int) -> None:
+    def _count(self, nbytes: int) -> None:
         with self._lock:
-            self._blocks += blocks
             self._bytes += nbytes
 
 
