@@ -4,7 +4,7 @@ TOKENS ?= 200000
 PORT ?= 8000
 BIN := .venv/bin
 
-.PHONY: venv models real demo serve test test-slow test-gpu ray load lint
+.PHONY: venv models real demo serve test fuzz test-slow test-gpu ray load lint
 
 venv: .venv/installed
 
@@ -28,6 +28,9 @@ serve: venv  ## a server on the bundled model
 
 test: venv lint models  ## everything that runs in minutes on a CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+
+fuzz: venv  ## the property tests, on examples that nobody has tried
+	$(BIN)/python -m pytest -m "hypothesis and not gpu" --hypothesis-profile=fresh
 
 test-slow: venv  ## recall at length and other checks of minutes
 	$(BIN)/python -m pytest -m slow

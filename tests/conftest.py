@@ -8,6 +8,11 @@ import sys
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("repeatable", derandomize=True, database=None)
+settings.register_profile("fresh", derandomize=False)
+settings.load_profile("repeatable")  # the same examples for everyone; `make fuzz` looks for new ones
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
-from transformers.utils.chat_parsing.response_parser import ResponseParser
+from transformers.utils.chat_parsing.response_parser import ResponseParser, _schema_types
 
 _QUOTES = {"text": '"', "json": '"', "python-call-list": "\"'"}  # around texts, by how a region is written
 _PARAMETER = ("<parameter=", "</parameter>")
+_WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,999})")
 
 
 class CallParser(ResponseParser):
@@ -73,6 +75,18 @@ class CallParser(ResponseParser):
         except (ValueError, KeyError, TypeError):  # no call after all, whatever its marks say
             events.append({"type": "region_close", "field": self._current, "value": None, "raw": raw})
             self._reset_to_implicit()
+
+    def _coerce_tool_calls(self, value: Any) -> Any:
+        """As transformers', but a whole number is not rounded to a double's 53 bits."""
+        function = value.get("function") if isinstance(value, dict) else None
+        if isinstance(function, dict) and isinstance(arguments := function.get("arguments"), dict):
+            declared = self._tool_params.get(str(function.get("name")), {})
+            for key, text in arguments.items():
+                types = _schema_types(declared.get(key))
+                is_number = ("number" in types or "integer" in types) and "boolean" not in types  # 1 may be true
+                if is_number and isinstance(text, str) and _WHOLE.fullmatch(text.strip()):
+                    arguments[key] = int(text)
+        return super()._coerce_tool_calls(value)
 
     def _is_value(self, field: Any, begin: int, end: int) -> bool:
         """Whether a call in tags is within a parameter's value where an end mark begins."""

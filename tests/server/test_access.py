@@ -216,7 +216,7 @@ def test_the_log_has_ids_and_no_content(live, caplog):
                 headers={"X-Request-ID": "logged", **bearer("secretkey")},
             )
     records = [record for record in caplog.records if not record.name.startswith("http")]  # the client's own log
-    lines = [record for record in records if record.name == "pacellm.access"]
+    lines = [record for record in records if record.name == "pacellm.access" and record.fields["method"] == "POST"]
     assert lines[0].fields["route"] == "/v1/chat/completions"
     assert lines[0].fields["status"] == 200
     token = logs.request_id.set("logged")

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pacellm.demo import MODEL_PATH
@@ -178,6 +178,7 @@ tagged = st.fixed_dictionaries(
 )  # fmt: skip
 
 
+@example(made=[{"number": 2**53 + 1}], sizes=[1000])
 @settings(max_examples=300, deadline=None)
 @given(made=st.lists(tagged, min_size=1, max_size=3), sizes=cuts)
 def test_arguments_in_tags_are_what_was_written(made, sizes):
