@@ -117,6 +117,8 @@ async def run(
         await asyncio.gather(*beside, return_exceptions=True)
         if phase == "steady" and not args.small:
             tally.failures += grown(samples)
+        if tally.failures:
+            print(f"{phase}: the disturbed server's log ends with {rough.log()[-4000:]}", flush=True)
         if phase != "disk" and (found := rough.log().find("Traceback")) >= 0:
             tally.failures.append(f"the server logged an exception: {rough.log()[max(0, found - 500) : found + 4000]}")
     return tally, {"curve": samples} if samples else {}

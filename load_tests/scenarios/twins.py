@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import time
 from collections import Counter, deque
@@ -21,6 +20,10 @@ PATIENCE = 180.0
 _EMPTY = {"commits": 0, "tokens": 0}
 _SYNCED = ("turn in a session", "conversation")  # on disk before anybody sees them
 _SETTLED = 4.0  # seconds without a change after which a request that was given up has not happened
+
+
+class NoAnswer(Exception):
+    """A server said nothing of use for long."""
 
 
 @dataclass
@@ -91,8 +94,8 @@ class Worker:
                 self._tally.operations[operation.kind] += 1
                 try:
                     await self._do(operation)
-                except Failure as failure:
-                    self._tally.failures.append(f"{operation}: {failure}")
+                except (Failure, NoAnswer) as failure:
+                    self._tally.failures.append(f"{operation}: {failure}; {self._told()}")
                 done += 1
 
     async def _do(self, operation: Operation) -> None:
@@ -123,9 +126,15 @@ class Worker:
     def _note_trail(self, operation: Operation, mine: Outcome | None) -> None:
         """What a failure is told with."""
         came = "cut" if mine is None else f"{mine.status} {mine.code or mine.state or ''}"
-        line = f"{time.monotonic():.2f} s, kill {self._tally.kills}: {operation.kind} {came}"
+        body = {name: value for name, value in (operation.body or {}).items() if name != "messages"}
+        when = f"{time.monotonic():.2f} s, kill {self._tally.kills}"
+        line = f"{when}: {operation.kind} {came} {operation.source or ''} {body}"
         for session in operation.touches:
-            self._trails.setdefault(session, deque(maxlen=8)).append(line)
+            self._trails.setdefault(session, deque(maxlen=24)).append(line)
+
+    def _told(self) -> str:
+        """The last operations on each session."""
+        return " | ".join(f"{session}: {'; '.join(trail)}" for session, trail in self._trails.items())
 
     def _note_durability(self, operation: Operation, mine: Outcome | None) -> None:
         """Which sessions may be others after a kill: on a disk that is full at times a change that is not durable holds
@@ -156,7 +165,10 @@ class Worker:
 
     async def _after_a_cut(self, operation: Operation) -> None:
         self._tally.cuts += 1
-        if await self._has_happened(operation) and not self._may_be_rolled_back(operation):
+        if await self._is_like_its_source(operation):
+            await asyncio.sleep(_SETTLED)
+            await self._forget(operation.touches)
+        elif await self._has_happened(operation) and not self._may_be_rolled_back(operation):
             await self._repeat(operation, None)
 
     async def _after_a_refusal(self, operation: Operation, mine: Outcome) -> None:
@@ -202,8 +214,9 @@ class Worker:
             if theirs == _EMPTY and mine is None:
                 await self._until(self._calm, "DELETE", f"/v1/sessions/{session}")
             elif mine != theirs and session not in self._volatile:
-                trail = "; ".join(self._trails.get(session, ()))
-                self._tally.failures.append(f"{session} is {mine} after kill {self._kills}, not {theirs} after {trail}")
+                self._tally.failures.append(
+                    f"{session} is {mine} after kill {self._kills}, not {theirs}: {self._told()}"
+                )
             elif mine != theirs:
                 rolled_back.add(session)
                 for client in (self._rough, self._calm):
@@ -226,8 +239,23 @@ class Worker:
         mine, theirs = await self._shown(self._rough, session), await self._shown(self._calm, session)
         self._tally.comparisons += 1
         if mine != theirs and not self._may_be_rolled_back(operation) and not self._may_be_forgotten(mine, theirs):
-            trail = "; ".join(self._trails[session])
-            self._tally.failures.append(f"{session} is {mine}, not {theirs} after {trail}: {operation}")
+            self._tally.failures.append(f"{session} is {mine}, not {theirs} after {operation}: {self._told()}")
+        self._trails[session].append(f"now {theirs}")
+
+    async def _is_like_its_source(self, operation: Operation) -> bool:
+        """A session that another was to replace shows the same numbers as that: nothing tells whether it has."""
+        if operation.source is None:
+            return False
+        found = [await self._shown(self._calm, one) for one in (operation.source, operation.touches[-1])]
+        return found[0] == found[1]
+
+    async def _forget(self, sessions: tuple[str, ...]) -> None:
+        """Neither server has these any more, unless a disk brings them back."""
+        self._volatile |= set(sessions)
+        for session in sessions:
+            self._logs.pop(session, None)
+            for client in (self._rough, self._calm):
+                await self._until(client, "DELETE", f"/v1/sessions/{session}")
 
     async def _has_happened(self, operation: Operation) -> bool:
         """After a cut: whether the disturbed server has carried it out, which nothing but its session tells."""
@@ -269,13 +297,20 @@ class Worker:
         return await self._until(client, "GET", path)
 
     async def _until(self, client: httpx.AsyncClient, method: str, path: str) -> httpx.Response:
-        """An answer that tells, however long the server is away."""
-        deadline = time.monotonic() + PATIENCE
+        """An answer that tells, however long the server is away.
+
+        Raises:
+            NoAnswer: it was away too long.
+        """
+        deadline, came = time.monotonic() + PATIENCE, ""
         while True:
-            with contextlib.suppress(httpx.TransportError):
+            try:
                 found = await client.request(method, path)
                 if found.status_code in (200, 202, 404):
                     return found
+                came = f"{found.status_code} {found.text}"
+            except httpx.TransportError as error:
+                came = repr(error)
             if time.monotonic() > deadline:
-                raise SystemExit(f"{path}: no answer for {PATIENCE:.0f} s")
+                raise NoAnswer(f"{path}: no answer for {PATIENCE:.0f} s, at last {came}")
             await asyncio.sleep(0.05)
