@@ -161,30 +161,31 @@ class Admission:
         return False
 
     def _has_history_room(self, sequence: Sequence, session: Session | None, plan: AdmissionPlan) -> bool:
-        """There is host memory for what will leave the request's window, beside what running ones still add; idle state
-        gives way. Notes it as refused where there never will be."""
-        views, host = self._cache.views, self._mover.host
+        """There is host memory, or room on disk, for what will leave the request's window, beside what running ones
+        still add; idle state gives way. Notes it as refused where there never will be."""
+        views, histories = self._cache.views, self._mover.histories
         if views is None:
             return True
         wanted = views.token_bytes * max(0, _history_end(plan, sequence) - plan.table.history.tokens)
-        if wanted > host.capacity:
-            self._queues.refused.append((sequence, self._too_large(plan, wanted)))
+        if wanted > histories.capacity:
+            self._queues.refused.append((sequence, self._too_large(wanted)))
             return False
         promised = sum(other.promised_history for other in self._queues.running) * views.token_bytes
-        if self._queues.running and wanted + promised > host.capacity:
+        if self._queues.running and wanted + promised > histories.capacity:
             return False
-        while not host.has_room(wanted + promised):
+        while not histories.has_room(wanted + promised):
             if not (self._prefix_cache.evict_history(plan.prefix) or self._sessions.drop_history(session)):
                 break
-        if host.has_room(wanted + promised) or not self._queues.running:
+        if histories.has_room(wanted + promised) or not self._queues.running:
             sequence.history_end = _history_end(plan, sequence)
             return True
         return False
 
-    def _too_large(self, plan: AdmissionPlan, wanted: int) -> RequestError:
+    def _too_large(self, wanted: int) -> RequestError:
+        host, capacity = self._mover.host.capacity, self._mover.histories.capacity
         return ContextLengthExceeded(
-            f"the history would take {wanted:,} bytes of host memory, and this server has "
-            f"{self._mover.host.capacity:,} for all of them (--session-host-memory)",
+            f"the history would take {wanted:,} bytes, and this server has for all of them {host:,} of host memory "
+            f"(--session-host-memory) and {capacity - host:,} on disk (--session-dir, --session-disk-size)",
             param="messages",
         )
 

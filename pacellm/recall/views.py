@@ -100,6 +100,7 @@ class Views:
         saved = self.memory.new_block(self._slabs, pin=self._pin)
         for target, slab in zip(saved.parts, self._slabs, strict=True):
             target.copy_(slab[:, block * BLOCK : (block + 1) * BLOCK])
+        self.memory.stays(saved)
         return saved
 
     def _put_back(self, saved: HistoryBlock, block: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -12,6 +13,7 @@ from pacellm.sessions.claims import DirectoryClaims
 from pacellm.sessions.deletions import Deletions
 from pacellm.sessions.disk import LOG, STATE, Disk
 from pacellm.sessions.disk_usage import DiskUsage
+from pacellm.sessions.folder import Sizes
 from pacellm.sessions.session import Key, Session
 from pacellm.sessions.store import SessionStore
 from pacellm.sessions.worker import Worker
@@ -23,7 +25,8 @@ _SPARE = 32  # making room frees one part in so many beyond what is wanted, so t
 class DiskBudget:
     """What this server's sessions take on disk, and which of them give way. Lives in the engine's thread.
 
-    A stored state is a cache of its session's log: states go before any log does, those of an older generation first.
+    A stored state is a cache of its session's log: states go before any log does, those of an older generation first,
+    and last those whose blocks memory has maps of.
     A session whose log goes is ``lost``, unless memory still holds its log. Of the tenant that holds most, the least
     recently used goes first; sessions in use, and those of other running servers, never do.
 
@@ -49,10 +52,20 @@ class DiskBudget:
         self._worker, self._disk, self._deletions = worker, disk, deletions
         self.states_dropped = self.logs_dropped = 0
 
+    @property
+    def most_of_states(self) -> int:
+        """Bytes that all states and histories may take beside the logs; without a limit what is free."""
+        if self.limit is not None:
+            return max(0, self.limit - self._usage.log_bytes)
+        try:
+            return shutil.disk_usage(self._disk.directory).free
+        except OSError:
+            return 0
+
     def has_room(self, wanted: int) -> bool:
         """A state of ``wanted`` bytes fits, after others gave way; logs never do for a state."""
         if self.limit is None:
-            return True
+            return wanted <= self.most_of_states
         if self._usage.log_bytes + wanted > self.limit:
             return False
         if self._usage.bytes + wanted > self.limit:
@@ -73,6 +86,8 @@ class DiskBudget:
                 return
             if session is not None:
                 session.stored = None
+                if session.maps_files:
+                    self._store.drop(session)  # the disk has the room when nobody holds the files any more
             self.states_dropped += 1
             self._remove(key, STATE)
 
@@ -94,7 +109,7 @@ class DiskBudget:
 
     def _remove(self, key: Key, *names: str) -> None:
         files = self._usage[key]
-        self._usage.note(key, (0 if LOG in names else files.log, 0), files.last_used)
+        self._usage.note(key, Sizes(0 if LOG in names else files.sizes.log), files.last_used)
         self._worker.submit(lambda: self._disk.drop(key, *names), lambda done: self._removed(key, done))
 
     def _removed(self, key: Key, done: Future[None]) -> None:
@@ -103,21 +118,22 @@ class DiskBudget:
 
     def _victims(self, kind: Literal["log", "state"]) -> Iterator[tuple[Key, Session | None]]:
         """Idle sessions with such a file, in the order in which they give way."""
-        idle: dict[str, list[tuple[bool, float, Key]]] = defaultdict(list)
+        idle: dict[str, list[tuple[bool, bool, float, Key]]] = defaultdict(list)
         held: Counter[str] = Counter()
         for key, files in self._usage:
-            size, session = getattr(files, kind), self._store.get(key)
+            size, session = getattr(files.sizes, kind), self._store.get(key)
             held[key[0]] += size
             if size and not self._is_needed(key, session):
                 is_current = kind == "log" or session is None or session.stored is not None
                 used = max(files.last_used, session.last_used if session is not None else 0.0)
-                idle[key[0]].append((is_current, used, key))
+                is_mapped = session is not None and session.maps_files
+                idle[key[0]].append((is_mapped, is_current, used, key))
         for keys in idle.values():
             keys.sort(reverse=True)  # who gives way first is last
         while idle:
             tenant = max(idle, key=lambda tenant: held[tenant])
-            key = idle[tenant].pop()[2]
-            held[tenant] -= getattr(self._usage[key], kind)
+            key = idle[tenant].pop()[3]
+            held[tenant] -= getattr(self._usage[key].sizes, kind)
             if not idle[tenant]:
                 del idle[tenant]
             yield key, self._store.get(key)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pacellm.sessions.disk import Sizes
+from pacellm.sessions.disk import Disk
+from pacellm.sessions.folder import Sizes
 from pacellm.sessions.session import Key
 
 
@@ -13,22 +14,45 @@ from pacellm.sessions.session import Key
 class FileSizes:
     """Bytes of one session on disk."""
 
-    log: int = 0
-    state: int = 0
+    sizes: Sizes
     last_used: float = 0.0
 
 
 class DiskUsage:
-    """Bytes by session. Lives in the engine's thread."""
+    """Bytes by session. Lives in the engine's thread.
 
-    def __init__(self) -> None:
+    Args:
+        disk: has blocks of histories that belong to no session's state yet; None where there is no directory.
+    """
+
+    def __init__(self, disk: Disk | None = None) -> None:
+        self._disk = disk
         self._held: dict[Key, FileSizes] = {}
-        self.log_bytes = self.state_bytes = 0
+        self._sums = Sizes()
+
+    @property
+    def log_bytes(self) -> int:
+        """Bytes of logs."""
+        return self._sums.log
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of states, with their histories."""
+        return self._sums.state
+
+    @property
+    def history_bytes(self) -> int:
+        """Bytes of histories' blocks, whether or not a state lists them."""
+        return self._sums.history + self._unlisted_bytes
 
     @property
     def bytes(self) -> int:
         """Bytes of all files, those whose removal is on its way not included."""
-        return self.log_bytes + self.state_bytes
+        return self.log_bytes + self.state_bytes + self._unlisted_bytes
+
+    @property
+    def _unlisted_bytes(self) -> int:
+        return 0 if self._disk is None else self._disk.histories.unlisted_bytes
 
     def __iter__(self) -> Iterator[tuple[Key, FileSizes]]:
         return iter(list(self._held.items()))
@@ -37,16 +61,24 @@ class DiskUsage:
         return self._held[key]
 
     def note(self, key: Key, sizes: Sizes, last_used: float) -> None:
-        """A session's (log, state) bytes on disk, as found there."""
+        """A session's files, as found there."""
         self.forget(key)
-        self._held[key] = FileSizes(*sizes, last_used)
-        self.log_bytes, self.state_bytes = self.log_bytes + sizes[0], self.state_bytes + sizes[1]
+        self._held[key] = FileSizes(sizes, last_used)
+        self._add(1, sizes)
 
     def forget(self, key: Key) -> None:
         """A session's files are gone, or another server's."""
         files = self._held.pop(key, None)
         if files is not None:
-            self.log_bytes, self.state_bytes = self.log_bytes - files.log, self.state_bytes - files.state
+            self._add(-1, files.sizes)
+
+    def _add(self, sign: int, sizes: Sizes) -> None:
+        self._sums = Sizes(*(held + sign * size for held, size in zip(self._sums, sizes, strict=True)))
+
+    def of_session(self, key: Key) -> int:
+        """Bytes of a session's files."""
+        files = self._held.get(key)
+        return 0 if files is None else files.sizes.log + files.sizes.state
 
     def of(self, tenant: str) -> set[Key]:
         """A tenant's sessions with files here."""

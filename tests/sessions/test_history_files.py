@@ -1,0 +1,399 @@
+"""Sessions longer than their budget below the device: block by block in host memory and in files, to the same bit."""
+
+import dataclasses
+import os
+
+import pytest
+
+from pacellm import PAConfig
+from pacellm.engine.engine import run_until_idle
+from pacellm.model.load import prepare
+from pacellm.sessions import history_files
+from pacellm.sessions.disk import LOG, STATE
+from pacellm.types import Delta, Outline, SamplingParams
+from tests.engine.helpers import assert_nothing_held, crash, finish, new_engine, operate, prompt, request
+from tests.models import tiny
+from tests.sessions.broken_disk import full_disk
+from tests.sessions.failing_disk import FailingDisk
+
+SIZES = {
+    "working_memory": 2560,
+    "working_memory_window": 512,
+    "working_memory_recall": 1024,
+    "max_model_len": 50_000,
+    "bank": PAConfig(bank_size=12, segment=64),
+}
+READ = SamplingParams(max_tokens=0)
+ANSWER = SamplingParams(max_tokens=5, temperature=0, ignore_eos=True, logprobs=0)
+KEY = ("tenant", "s")
+LONG = prompt(4700)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return prepare(tiny("smollm3"))
+
+
+@pytest.fixture(scope="module")
+def block_bytes(model):
+    return 512 * model.bytes_per_token
+
+
+def new(model, path=None, **changes):
+    return new_engine(model, **{**SIZES, **({"session_dir": str(path)} if path else {}), **changes})
+
+
+def turn(engine, ids, sampling=ANSWER, session="s", **changes):
+    """A request's tokens with log-probabilities, and its end."""
+    asked = request("x", ids, sampling, session=session, **changes)
+    engine.add(dataclasses.replace(asked, outline=Outline(opening=3, question=(20, 5))))
+    events = run_until_idle(engine)["x"]
+    found = [(one.token_id, one.logprob) for e in events if isinstance(e, Delta) for one in e.logprobs]
+    return found, finish(events)
+
+
+def questions(engine, between, session="s", ids=LONG):
+    """Reads beyond the budget, then asks three times; ``between`` gives the engine that goes on."""
+    context, found, ends = list(ids), [], []
+    turn(engine, context, READ, session)
+    for number in range(3):
+        engine = between(engine)
+        context += prompt(200 + 301 * number, number + 1)
+        answer, end = turn(engine, context, ANSWER, session)
+        context += [token for token, _ in answer][:-1]
+        found.append(answer)
+        ends.append(end)
+    return found, ends, engine
+
+
+@pytest.fixture(scope="module")
+def wanted(model):
+    found, _, engine = questions(new(model), lambda engine: engine)
+    return found, engine.sessions.get(KEY).history.tokens
+
+
+def spill(engine):
+    """Everything idle leaves the device."""
+    engine.prefix_cache.clear()
+    while engine.eviction.evict_one():
+        pass
+    run_until_idle(engine)
+    return engine
+
+
+def files(engine, name="s"):
+    return {path.name: path for path in engine.mover.disk.folder(("tenant", name)).iterdir()}
+
+
+def blocks(engine, name="s"):
+    return {file: path for file, path in files(engine, name).items() if file.startswith("history.")}
+
+
+def unlisted(path):
+    return list(path.glob("history/*/*"))
+
+
+def assert_counted(engine, path):
+    """What the directory holds is what is said of it."""
+    engine.worker.finish()
+    held = engine.mover.files.usage
+    found = [one for one in path.rglob("*.safetensors") if one.is_file()]
+    others = sum(one.stat().st_size for one in path.glob("*/owner.json"))
+    headers = 4096 * len(unlisted(path))
+    assert abs(held.bytes - others - sum(one.stat().st_size for one in found)) <= headers
+    of_blocks = sum(one.stat().st_size for one in found if one.parent.parent.name == "history" or "history." in one.name)
+    assert abs(held.history_bytes - of_blocks) <= headers
+
+
+# -- restarts ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_restarts_without_a_replay(model, wanted, tmp_path, sync):
+    def restart(engine):
+        engine.close()
+        return new(model, tmp_path, session_sync=sync, max_num_batched_tokens=700)
+
+    found, ends, engine = questions(new(model, tmp_path, session_sync=sync), restart)
+    assert found == wanted[0]
+    assert [(end.session, end.usage.replayed_tokens) for end in ends] == [("restored", 0)] * 3
+    session = engine.sessions.get(KEY)
+    assert session.history.tokens == wanted[1]
+    assert session.history.host_bytes < wanted[1] * model.bytes_per_token, "most are maps"
+    assert_nothing_held(engine)
+    engine.close()
+    assert not unlisted(tmp_path)
+
+
+def test_through_the_disk_only_what_is_new_is_written(model, wanted, tmp_path):
+    inodes = []
+
+    def through(engine):
+        spill(engine)
+        assert engine.sessions.get(KEY).tier == "disk"
+        assert engine.mover.host.bytes == 0
+        inodes.append({name: (path.stat().st_ino, path.stat().st_mtime_ns) for name, path in blocks(engine).items()})
+        assert_counted(engine, tmp_path)
+        return engine
+
+    found, ends, engine = questions(new(model, tmp_path, session_host_memory=0), through)
+    assert found == wanted[0]
+    assert [end.session for end in ends] == ["restored"] * 3
+    through(engine)
+    assert len(inodes[0]) < len(inodes[-1]) == wanted[1] // 512
+    for before, after in zip(inodes, inodes[1:], strict=False):
+        assert before.items() <= after.items()
+
+
+def test_through_host_memory_and_then_to_disk(model, wanted, tmp_path, block_bytes):
+    def through(engine):
+        spill(engine)
+        assert engine.sessions.get(KEY).tier == "host"
+        engine.mover._leave_host(engine.sessions.get(KEY))
+        run_until_idle(engine)
+        assert engine.mover.host.bytes == 0
+        return engine
+
+    found, ends, _ = questions(new(model, tmp_path, session_host_memory=64 * block_bytes), through)
+    assert found == wanted[0]
+    assert [end.session for end in ends] == ["restored"] * 3
+
+
+# -- host memory that is short -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("room", [2, 5])
+def test_blocks_leave_host_memory_while_a_prompt_is_read(model, wanted, tmp_path, block_bytes, room):
+    engine = new(model, tmp_path, session_host_memory=room * block_bytes)
+    most = []
+    saved = engine.parts.scheduling.cache.views._save
+    engine.parts.scheduling.cache.views._save = lambda block: (saved(block), most.append(engine.mover.host.bytes))[0]
+    found, ends, engine = questions(engine, lambda engine: engine)
+    assert found == wanted[0]
+    assert [end.usage.replayed_tokens for end in ends] == [0, 0, 0]
+    assert max(most) <= room * block_bytes
+    assert unlisted(tmp_path)
+    assert_counted(engine, tmp_path)
+    assert operate(engine, engine.ops.delete(KEY))["deleted"]
+    engine.prefix_cache.clear()
+    for _ in range(2):
+        engine.step()
+        engine.worker.finish()
+    assert not unlisted(tmp_path)
+    assert engine.mover.files.usage.bytes == engine.mover.host.bytes == 0
+
+
+def test_idle_sessions_share_little_host_memory_and_none_is_replayed(model, tmp_path, block_bytes):
+    engine = new(model, tmp_path, session_host_memory=4 * block_bytes)
+    first = {}
+    for number in range(3):
+        for name in "abc":
+            answer, end = turn(engine, [*prompt(4700, ord(name)), *prompt(40, 9)], session=name, commit=not number)
+            assert answer == first.setdefault(name, answer)
+            assert engine.mover.host.bytes <= 4 * block_bytes
+            assert end.usage.replayed_tokens == 0
+            assert end.session == ("resident" if number else "new")
+    assert_counted(engine, tmp_path)
+
+
+def test_what_fits_neither_host_memory_nor_disk_is_refused(model, tmp_path, block_bytes):
+    engine = new(model, tmp_path, session_host_memory=3 * block_bytes, session_disk_size=4 * block_bytes)
+    for name, length in (("long", 6000), ("short", 3000)):
+        engine.add(request(name, prompt(length), READ))
+    events = run_until_idle(engine)
+    assert "on disk" in str(events["long"][-1].error)
+    assert events["long"][-1].error.code == "context_length_exceeded"
+    assert finish(events["short"])
+    assert engine.mover.files.usage.bytes <= 4 * block_bytes
+
+
+def test_a_disk_budget_drops_old_histories_and_then_replays_them(model, wanted, tmp_path, block_bytes):
+    engine = new(model, tmp_path, session_host_memory=0, session_disk_size=16 * block_bytes)
+    turn(engine, LONG, READ)
+    spill(engine)
+    assert blocks(engine)
+    turn(engine, prompt(4700, 7), READ, session="other")
+    spill(engine)
+    assert blocks(engine, "other")
+    assert not blocks(engine)
+    assert engine.mover.files.usage.bytes <= 16 * block_bytes
+    assert_counted(engine, tmp_path)
+    answer, end = turn(engine, [*LONG, *prompt(200, 1)])
+    assert (answer, end.session) == (wanted[0][0], "replayed")
+
+
+# -- forks, and what goes ----------------------------------------------------------------------------------
+
+
+def test_forks_link_their_blocks(model, wanted, tmp_path):
+    engine = new(model, tmp_path, session_host_memory=0)
+    turn(engine, LONG, READ)
+    spill(engine)
+    operate(engine, engine.ops.fork(KEY, ("tenant", "f"), None))
+    spill(engine)
+    mine, theirs = blocks(engine), blocks(engine, "f")
+    assert mine.keys() == theirs.keys() != set()
+    assert all(path.stat().st_ino == theirs[name].stat().st_ino for name, path in mine.items())
+    operate(engine, engine.ops.delete(KEY))
+    assert sorted(files(engine)) == ["lock", "owner.json"]
+    answer, end = turn(engine, [*LONG, *prompt(200, 1)], session="f")
+    assert (answer, end.session) == (wanted[0][0], "restored")
+
+
+def test_a_fork_without_links_is_written(model, wanted, tmp_path, monkeypatch):
+    engine = new(model, tmp_path, session_host_memory=0)
+    turn(engine, LONG, READ)
+    spill(engine)
+
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(history_files.os, "link", refuse)
+    operate(engine, engine.ops.fork(KEY, ("tenant", "f"), None))
+    spill(engine)
+    assert blocks(engine).keys() == blocks(engine, "f").keys() != set()
+    answer, end = turn(engine, [*LONG, *prompt(200, 1)], session="f")
+    assert (answer, end.session) == (wanted[0][0], "restored")
+
+
+def test_a_map_outlives_its_file(model, wanted, tmp_path):
+    """The source is deleted, with its files, while its fork reads them."""
+    engine = new(model, tmp_path, session_host_memory=0)
+    turn(engine, LONG, READ)
+    spill(engine)
+    operate(engine, engine.ops.fork(KEY, ("tenant", "f"), None))
+    operate(engine, engine.ops.delete(KEY))
+    context = [*LONG, *prompt(200, 1)]
+    assert turn(engine, context, session="f")[0] == wanted[0][0]
+    spill(engine)
+    assert len(blocks(engine, "f")) >= 8
+    assert turn(engine, context, session="f", commit=False)[1].session == "restored"
+
+
+@pytest.mark.parametrize("what", ["reset", "delete"])
+def test_nothing_is_left(model, tmp_path, what):
+    engine = new(model, tmp_path, session_host_memory=0)
+    turn(engine, LONG, READ)
+    spill(engine)
+    assert blocks(engine)
+    operate(engine, getattr(engine.ops, what)(KEY))
+    left = {"lock", "owner.json"} | ({LOG} if what == "reset" else set())
+    assert files(engine).keys() == left
+    assert engine.mover.files.usage.state_bytes == 0
+
+
+def test_another_course_leaves_no_blocks_of_the_former(model, tmp_path):
+    engine = new(model, tmp_path, session_host_memory=0)
+    turn(engine, LONG, READ)
+    spill(engine)
+    former = set(blocks(engine))
+    turn(engine, [*LONG[:1000], *prompt(4000, 5)], READ)
+    spill(engine)
+    kept = former & set(blocks(engine))
+    assert len(kept) <= 1
+    assert len(blocks(engine)) == engine.sessions.get(KEY).num_tokens // 512 - 1 or blocks(engine)
+
+
+# -- what is broken ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "flipped", "another", "short"])
+def test_a_damaged_block_is_refused_and_the_log_replayed(model, wanted, tmp_path, damage):
+    engine = new(model, tmp_path)
+    turn(engine, LONG, READ)
+    engine.close()
+    engine = new(model, tmp_path)
+    names = sorted(blocks(engine))
+    path = blocks(engine)[names[2]]
+    data = bytearray(path.read_bytes())
+    path.unlink()
+    if damage == "flipped":
+        data[-9] ^= 4
+    elif damage == "another":
+        data = blocks(engine)[names[1]].read_bytes()
+    elif damage == "short":
+        data = data[:-100]
+    if damage != "missing":
+        path.write_bytes(b"" if damage == "empty" else data)
+    answer, end = turn(engine, [*LONG, *prompt(200, 1)])
+    assert (answer, end.session) == (wanted[0][0], "replayed")
+    assert "state.safetensors was refused: block" in end.note
+    assert engine.mover.stats.refused == 1
+    engine.close()
+    engine = new(model, tmp_path)
+    assert path.name not in blocks(engine), "the next state lists others"
+    assert turn(engine, [*LONG, *prompt(200, 1)], commit=False)[1].session == "restored"
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_full_disk_costs_the_state_alone(model, wanted, tmp_path, monkeypatch, after):
+    engine = new(model, tmp_path, session_host_memory=0)
+    turn(engine, LONG, READ)
+    full_disk(monkeypatch, after)
+    spill(engine)
+    assert STATE not in files(engine)
+    answer, end = turn(engine, [*LONG, *prompt(200, 1)])
+    assert (answer, end.session) == (wanted[0][0], "replayed")
+
+
+def test_blocks_that_the_disk_refuses_stay_in_memory(model, wanted, tmp_path, monkeypatch, block_bytes):
+    engine = new(model, tmp_path, session_host_memory=14 * block_bytes)
+    monkeypatch.setattr(engine.scheduler.admission, "_has_history_room", lambda *_: True)
+    engine.mover.host.capacity = 4 * block_bytes
+    full_disk(monkeypatch)
+    turn(engine, LONG, READ)
+    assert engine.mover.stats.failures == 1
+    assert not unlisted(tmp_path)
+    assert engine.mover.host.history.bytes > 4 * block_bytes
+    monkeypatch.undo()
+    engine.mover.histories._next_try = 0
+    turn(engine, [*LONG, *prompt(1200, 1)], READ, commit=False)
+    assert turn(engine, [*LONG, *prompt(200, 1)])[0] == wanted[0][0]
+    assert engine.mover.host.history.bytes <= 4 * block_bytes
+
+
+@pytest.mark.parametrize(
+    "dies", [3, 30, ("replace", STATE + ".draft"), ("open", STATE + ".draft"), ("replace", "owner.json.draft")]
+)
+def test_a_kill_while_a_session_is_written(model, wanted, tmp_path, monkeypatch, dies):
+    engine = new(model, tmp_path, session_sync=True)
+    turn(engine, LONG, READ)
+    spill(engine)
+    disk = FailingDisk(tmp_path)
+    disk.install(monkeypatch)
+    disk.begin(None, dies)
+    engine.mover._leave_host(engine.sessions.get(KEY))
+    engine.worker.finish()
+    assert disk.is_dead
+    crash(engine)
+    disk.calm()
+    engine = new(model, tmp_path, session_sync=True)
+    answer, end = turn(engine, [*LONG, *prompt(200, 1)])
+    assert (answer, end.session) == (wanted[0][0], "replayed")
+    engine.close()
+    engine = new(model, tmp_path)
+    assert turn(engine, [*LONG, *prompt(200, 1)], commit=False)[1].session == "restored"
+    assert len(blocks(engine)) == engine.sessions.get(KEY).history.tokens // 512
+    assert not list(tmp_path.rglob("*.draft"))
+
+
+def test_a_dead_servers_blocks_go(model, tmp_path, block_bytes):
+    engine = new(model, tmp_path, session_host_memory=3 * block_bytes)
+    turn(engine, LONG, READ)
+    assert unlisted(tmp_path)
+    other = new(model, tmp_path)
+    assert unlisted(tmp_path), "it lives"
+    crash(engine)
+    other.close()
+    new(model, tmp_path)
+    assert not unlisted(tmp_path)
+
+
+def test_descriptors_are_not_held(model, tmp_path):
+    engine = new(model, tmp_path, session_host_memory=0)
+    turn(engine, LONG, READ)
+    spill(engine)
+    before = len(os.listdir("/proc/self/fd"))
+    turn(engine, [*LONG, *prompt(200, 1)])
+    assert engine.sessions.get(KEY).maps_files
+    assert len(os.listdir("/proc/self/fd")) == before
