@@ -313,7 +313,9 @@ def new_scheduling(
     """
     store, queues, pace = sessions.store, RequestQueues(), Pace(config.working_memory)
     prefix_cache = PrefixCache(allocator, pool, segment=config.bank.segment, max_seqs=config.max_num_seqs)
-    cache = CacheManager(allocator, pool, store, sessions.eviction, prefix_cache, queues, copy_kv, views)
+    cache = CacheManager(
+        allocator, pool, store, sessions.eviction, prefix_cache, sessions.mover.histories, queues, copy_kv, views
+    )
     preset = config.bank.preset if config.pa else None
     planner = AdmissionPlanner(prefix_cache, preset=preset, density=config.ce_density, budget=config.budget)
     deadlines = Deadlines(config, queues, store, planner, pace, clock)

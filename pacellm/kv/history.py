@@ -70,18 +70,13 @@ def empty_parts(like: Sequence[Tensor], *, pin: bool = False) -> list[Tensor]:
 
 
 class HistoryMemory:
-    """Counts blocks in host memory.
-
-    Attributes:
-        make_room: called with the bytes of a block before it is made; may have others leave.
-    """
+    """Counts blocks in host memory, and names those that are to leave it."""
 
     def __init__(self) -> None:
-        self.make_room: Callable[[int], None] = lambda nbytes: None
         self._bytes = 0
         self._staying: dict[int, weakref.ref[HistoryBlock]] = {}  # by id, oldest first
         self._leaving: dict[int, int] = {}  # bytes by id
-        self._changed = threading.Condition()  # a block may be let go in any thread
+        self._lock = threading.RLock()  # a block may be let go in any thread, also by who holds it
 
     @property
     def bytes(self) -> int:
@@ -91,30 +86,28 @@ class HistoryMemory:
     @property
     def leaving(self) -> int:
         """Bytes of those that :meth:`oldest` has named and that are still there."""
-        with self._changed:
+        with self._lock:
             return sum(self._leaving.values())
 
     def new_block(self, like: Sequence[Tensor], *, pin: bool = False) -> HistoryBlock:
         """A block of parts shaped as ``like`` and yet to be filled, counted until it has a file or nobody holds it."""
-        self.make_room(sum(part[:, :1].nbytes for part in like) * BLOCK)
         block = HistoryBlock(empty_parts(like, pin=pin))
         number, nbytes = id(block), block.nbytes
-        with self._changed:
+        with self._lock:
             self._bytes += nbytes
         block.counted(weakref.finalize(block, self._left, number, nbytes))
         return block
 
     def stays(self, block: HistoryBlock) -> None:
         """A block is complete and may leave, or could not."""
-        with self._changed:
+        with self._lock:
             self._staying[id(block)] = weakref.ref(block)
             self._leaving.pop(id(block), None)
-            self._changed.notify_all()
 
     def oldest(self, nbytes: int) -> list[HistoryBlock]:
         """Blocks of ``nbytes`` together, or all that stay. They are to leave now, or :meth:`stays` is called."""
         found: list[HistoryBlock] = []
-        with self._changed:
+        with self._lock:
             for number, reference in list(self._staying.items()):
                 if nbytes <= 0:
                     break
@@ -126,18 +119,11 @@ class HistoryMemory:
                     nbytes -= block.nbytes
         return found
 
-    def wait_for(self, condition: Callable[[], bool]) -> None:
-        """Until a condition on what has left holds; it is looked at again at least once a second."""
-        with self._changed:
-            while not condition():
-                self._changed.wait(1.0)
-
     def _left(self, number: int, nbytes: int) -> None:
-        with self._changed:
+        with self._lock:
             self._bytes -= nbytes
             self._staying.pop(number, None)
             self._leaving.pop(number, None)
-            self._changed.notify_all()
 
 
 class History:

@@ -50,7 +50,7 @@ class State:
 
 @dataclass
 class Resting:
-    """A session at rest, as a save takes it."""
+    """A session at rest, as a save takes it. ``refused``: why its state could not be written; its log was."""
 
     owner: Owner
     seen: Seen | None
@@ -58,6 +58,7 @@ class Resting:
     origin: Banks | None
     meta: dict[str, str]
     seconds: float = 0.0
+    refused: OSError | None = None
 
 
 class SessionFiles:
@@ -139,6 +140,11 @@ class SessionFiles:
         def job() -> tuple[int, Sizes]:
             try:
                 nbytes = self._write(resting, state)
+            except OSError as error:
+                if state is None or resting.log is None:
+                    raise
+                resting.refused, resting.owner.about.stored = error, None
+                nbytes = self._write(resting, None)
             finally:
                 if state is not None:
                     state.free()
@@ -165,6 +171,8 @@ class SessionFiles:
         if (error := done.exception()) is not None:
             self._stats.say_failure(session.key, "writing to the session directory", error)
             return
+        if resting.refused is not None:
+            self._stats.say_failure(session.key, "writing its state beside its log", resting.refused)
         nbytes, sizes = done.result()
         session.seen = resting.owner.seen
         if not session.deleted and session.generation == resting.owner.generation:

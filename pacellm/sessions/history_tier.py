@@ -29,8 +29,7 @@ class HistoryTier:
 
     def __init__(self, host: HostMemory, worker: Worker, files: SessionFiles | None, stats: MoverStats) -> None:
         self._host, self._worker, self._files, self._stats = host, worker, files, stats
-        self._next_try = 0.0
-        host.history.make_room = self._make_room
+        self._next_try, self._num_open = 0.0, 0
 
     @property
     def capacity(self) -> int:
@@ -52,15 +51,19 @@ class HistoryTier:
             return
         blocks = memory.oldest(missing)
         if blocks:
+            self._num_open += 1
             self._worker.submit(lambda: self._write(blocks, files), self._written)
 
-    def _make_room(self, wanted: int) -> None:
-        """Room for a block of ``wanted`` bytes; waits for the disk where host memory is full."""
-        if self._usable_files is None:
-            return
+    @property
+    def is_draining(self) -> bool:
+        """Blocks are on their way to disk."""
+        return self._num_open > 0
+
+    def make_room(self, wanted: int) -> bool:
+        """Have others leave for blocks of ``wanted`` bytes. False until they have left; True also where no more can,
+        and host memory holds more than it should."""
         self.write_out(self._host.missing(wanted + self._host.capacity // _SPARE))
-        memory = self._host.history
-        memory.wait_for(lambda: not memory.leaving or self._host.missing(wanted) <= 0)
+        return self._host.missing(wanted) <= 0 or not self.is_draining
 
     def _write(self, blocks: list[HistoryBlock], files: SessionFiles) -> None:
         """In the worker."""
@@ -73,6 +76,7 @@ class HistoryTier:
                     self._host.history.stays(block)
 
     def _written(self, done: Future[None]) -> None:
+        self._num_open -= 1
         if (error := done.exception()) is not None:
             self._next_try = time.monotonic() + _RETRY_SECONDS
             self._stats.failures += 1
