@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -50,17 +49,13 @@ class DiskBudget:
     ) -> None:
         self.limit, self._usage, self._store, self._claims = limit, usage, store, claims
         self._worker, self._disk, self._deletions = worker, disk, deletions
+        self._without_files: list[Session] = []
         self.states_dropped = self.logs_dropped = 0
 
     @property
     def most_of_states(self) -> int:
-        """Bytes that all states and histories may take beside the logs; without a limit what is free."""
-        if self.limit is not None:
-            return max(0, self.limit - self._usage.log_bytes)
-        try:
-            return shutil.disk_usage(self._disk.directory).free
-        except OSError:
-            return 0
+        """Bytes that all states and histories may take beside the logs; without a limit what was free."""
+        return self._disk.histories.free_bytes if self.limit is None else max(0, self.limit - self._usage.log_bytes)
 
     def has_room(self, wanted: int) -> bool:
         """A state of ``wanted`` bytes fits, after others gave way; logs never do for a state."""
@@ -77,8 +72,24 @@ class DiskBudget:
         if self.limit is None or self._usage.bytes <= self.limit:
             return
         self._drop_states(self.limit)
-        if self._usage.bytes > self.limit:
+        if self._usage.session_bytes > self.limit:
             self._drop_logs(self.limit, but)
+
+    def settle(self) -> None:
+        """Between steps: idle sessions let go of the files that memory has maps of where these gave way, because only
+        then the disk has the room, and of others while there are too many."""
+        going, self._without_files = self._without_files, []
+        for session in going:
+            self._let_go(session)
+        if self.limit is not None and self._usage.unlisted_bytes:
+            for session in self._store:
+                if self._usage.bytes <= self.limit:
+                    return
+                self._let_go(session)
+
+    def _let_go(self, session: Session) -> None:
+        if session.maps_files and session.stored is None and not session.in_use:
+            self._store.drop(session)
 
     def _drop_states(self, most: int) -> None:
         for key, session in self._victims("state"):
@@ -87,7 +98,7 @@ class DiskBudget:
             if session is not None:
                 session.stored = None
                 if session.maps_files:
-                    self._store.drop(session)  # the disk has the room when nobody holds the files any more
+                    self._without_files.append(session)
             self.states_dropped += 1
             self._remove(key, STATE)
 
@@ -95,7 +106,7 @@ class DiskBudget:
         for key, session in self._victims("log"):
             if key == but:
                 continue
-            if self._usage.bytes <= most - most // _SPARE:
+            if self._usage.session_bytes <= most - most // _SPARE:
                 return
             self.logs_dropped += 1
             if session is not None and not session.stub:

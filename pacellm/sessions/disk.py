@@ -209,6 +209,7 @@ class Disk:
         if key in self.doomed:
             self.delete(key, expired=self.doomed[key])  # what was deleted goes before anything takes its place
         folder = self.folder(key)
+        self.histories.measure()
         with locked(folder):
             self._expect(folder, seen)
             if history is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,31 +29,38 @@ class DiskUsage:
     def __init__(self, disk: Disk | None = None) -> None:
         self._disk = disk
         self._held: dict[Key, FileSizes] = {}
-        self._sums = Sizes()
+        self._log = self._state = self._history = 0
+        self._holders: Counter[str] = Counter()  # of blocks, by name
 
     @property
     def log_bytes(self) -> int:
         """Bytes of logs."""
-        return self._sums.log
+        return self._log
 
     @property
     def state_bytes(self) -> int:
         """Bytes of states, with their histories."""
-        return self._sums.state
+        return self._state + self._history
+
+    @property
+    def unlisted_bytes(self) -> int:
+        """Bytes of histories' blocks that no state lists."""
+        return 0 if self._disk is None else self._disk.histories.unlisted_bytes
 
     @property
     def history_bytes(self) -> int:
-        """Bytes of histories' blocks, whether or not a state lists them."""
-        return self._sums.history + self._unlisted_bytes
+        """Bytes of all histories' blocks, those that forks share counted once."""
+        return self._history + self.unlisted_bytes
+
+    @property
+    def session_bytes(self) -> int:
+        """Bytes of sessions' files, those whose removal is on its way not included."""
+        return self.log_bytes + self.state_bytes
 
     @property
     def bytes(self) -> int:
-        """Bytes of all files, those whose removal is on its way not included."""
-        return self.log_bytes + self.state_bytes + self._unlisted_bytes
-
-    @property
-    def _unlisted_bytes(self) -> int:
-        return 0 if self._disk is None else self._disk.histories.unlisted_bytes
+        """Bytes of all files."""
+        return self.session_bytes + self.unlisted_bytes
 
     def __iter__(self) -> Iterator[tuple[Key, FileSizes]]:
         return iter(list(self._held.items()))
@@ -65,20 +73,30 @@ class DiskUsage:
         self.forget(key)
         self._held[key] = FileSizes(sizes, last_used)
         self._add(1, sizes)
+        for name, size in sizes.blocks.items():
+            self._history += 0 if self._holders[name] else size
+            self._holders[name] += 1
 
     def forget(self, key: Key) -> None:
         """A session's files are gone, or another server's."""
         files = self._held.pop(key, None)
-        if files is not None:
-            self._add(-1, files.sizes)
+        if files is None:
+            return
+        self._add(-1, files.sizes)
+        for name, size in files.sizes.blocks.items():
+            self._holders[name] -= 1
+            if not self._holders[name]:
+                del self._holders[name]
+                self._history -= size
 
     def _add(self, sign: int, sizes: Sizes) -> None:
-        self._sums = Sizes(*(held + sign * size for held, size in zip(self._sums, sizes, strict=True)))
+        self._log += sign * sizes.log
+        self._state += sign * (sizes.state - sum(sizes.blocks.values()))
 
     def of_session(self, key: Key) -> int:
         """Bytes of a session's files."""
         files = self._held.get(key)
-        return 0 if files is None else files.sizes.log + files.sizes.state
+        return 0 if files is None else files.sizes.all
 
     def of(self, tenant: str) -> set[Key]:
         """A tenant's sessions with files here."""

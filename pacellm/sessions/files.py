@@ -105,6 +105,7 @@ class SessionFiles:
     def tidy(self) -> None:
         """Deletions that the disk has refused, and files of blocks that nobody holds any more."""
         self.deletions.retry()
+        self.budget.settle()
         if self.disk.histories.has_gone and not self._is_tidying:
             self._is_tidying = True
             self._worker.submit(self.disk.histories.remove_gone, lambda done: self._tidied())

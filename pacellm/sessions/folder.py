@@ -8,11 +8,12 @@ import hashlib
 import hmac
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import Tensor
@@ -34,12 +35,17 @@ class Sizes(NamedTuple):
     Attributes:
         log: and of what else is kept of it.
         state: with the blocks of its history.
-        history: of these blocks; those that lie in other folders too are counted in each.
+        blocks: of these each, by name; forks' folders may have links to the same.
     """
 
     log: int = 0
     state: int = 0
-    history: int = 0
+    blocks: Mapping[str, int] = MappingProxyType({})
+
+    @property
+    def all(self) -> int:
+        """Bytes of all files."""
+        return self.log + self.state
 
 
 @dataclass
@@ -112,17 +118,18 @@ def put(
 
 def sizes_of(folder: Path) -> Sizes:
     """What lies in a folder; nothing where there is none."""
-    log = state = history = 0
+    log = state = 0
+    blocks = {}
     with suppress(FileNotFoundError), os.scandir(folder) as files:
         for file in files:
             size = file.stat().st_size
             if is_block(file.name):
-                history += size
+                blocks[file.name] = size
             elif file.name == STATE:
                 state += size
             else:
                 log += size
-    return Sizes(log, state + history, history)
+    return Sizes(log, state + sum(blocks.values()), blocks)
 
 
 def remove_files(folder: Path) -> None:

@@ -47,6 +47,9 @@ class HistoryFiles:
         directory: of those that no state lists; made when it is needed.
         secret: key of the files' digests.
         sync: those of sessions are on disk before their state is.
+
+    Attributes:
+        free_bytes: of the file system, when it was last measured.
     """
 
     def __init__(self, directory: Path, secret: bytes, *, sync: bool) -> None:
@@ -54,7 +57,8 @@ class HistoryFiles:
         self._unlisted: dict[Path, weakref.finalize] = {}
         self._gone: deque[Path] = deque()
         self._lock = threading.Lock()
-        self._unlisted_bytes = 0
+        self._unlisted_bytes = self.free_bytes = 0
+        self.measure()
 
     @property
     def unlisted_bytes(self) -> int:
@@ -75,6 +79,11 @@ class HistoryFiles:
         with self._lock:
             self._unlisted_bytes += block.nbytes
         self._unlisted[path] = weakref.finalize(block, self._let_go, path, block.nbytes)
+
+    def measure(self) -> None:
+        """Look how much is free."""
+        with suppress(OSError):
+            self.free_bytes = shutil.disk_usage(self._directory.parents[1]).free
 
     @property
     def has_gone(self) -> bool:

@@ -71,6 +71,7 @@ class HistoryTier:
             for block in blocks:
                 files.disk.histories.write_out(block)
         finally:
+            files.disk.histories.measure()
             for block in blocks:
                 if block.file is None:
                     self._host.history.stays(block)

@@ -1,9 +1,11 @@
 """Sessions longer than their budget below the device: block by block in host memory and in files, to the same bit."""
 
+import collections
 import dataclasses
 import errno
 import itertools
 import os
+import random
 
 import pytest
 
@@ -96,17 +98,15 @@ def unlisted(path):
 
 
 def assert_counted(engine, path):
-    """What the directory holds is what is said of it."""
+    """What the directory holds is what is said of it, but for the heads of files that no state lists, and owners."""
     engine.worker.finish()
-    held = engine.mover.files.usage
-    found = [one for one in path.rglob("*.safetensors") if one.is_file()]
-    others = sum(one.stat().st_size for one in path.glob("*/owner.json"))
-    headers = 4096 * len(unlisted(path))
-    assert abs(held.bytes - others - sum(one.stat().st_size for one in found)) <= headers
-    of_blocks = sum(
-        one.stat().st_size for one in found if one.parent.parent.name == "history" or "history." in one.name
-    )
-    assert abs(held.history_bytes - of_blocks) <= headers
+    held, spare = engine.mover.files.usage, 4096 * len(unlisted(path))
+    found = {one.stat().st_ino: one for one in path.rglob("*.safetensors")}
+    of_blocks = [one for one in found.values() if "history" in f"{one.parent.parent.name} {one.name}"]
+    owners = sum(one.stat().st_size for one in path.glob("*/owner.json"))
+    for told, files, more in ((held.bytes, found.values(), owners), (held.history_bytes, of_blocks, 0)):
+        size = sum(one.stat().st_size for one in files)
+        assert size - spare <= told <= size + more
 
 
 # -- restarts ----------------------------------------------------------------------------------------------
@@ -226,6 +226,40 @@ def test_a_disk_budget_drops_old_histories_and_then_replays_them(model, wanted, 
     assert (answer, end.session) == (wanted[0][0], "replayed")
 
 
+def test_memory_lets_go_of_files_that_gave_way(model, wanted, tmp_path, block_bytes):
+    """A session that was brought back has maps of its files: the disk has their room when it holds them no more."""
+    engine = new(model, tmp_path, session_host_memory=0, session_disk_size=16 * block_bytes)
+    turn(engine, LONG, READ)
+    spill(engine)
+    turn(engine, [*LONG, *prompt(200, 1)], commit=False)
+    engine.prefix_cache.clear()
+    session = engine.sessions.get(KEY)
+    assert session.maps_files
+    assert not engine.mover.files.budget.has_room(16 * block_bytes)
+    assert engine.mover.files.budget.has_room(15 * block_bytes)
+    assert session.maps_files, "not before the step ends"
+    run_until_idle(engine)
+    engine.step()
+    assert not session.history.blocks
+    assert not blocks(engine)
+    answer, end = turn(engine, [*LONG, *prompt(200, 1)])
+    assert (answer, end.session) == (wanted[0][0], "replayed")
+
+
+def test_no_log_gives_way_to_a_history(model, tmp_path, block_bytes):
+    engine = new(model, tmp_path, session_host_memory=0, session_disk_size=16 * block_bytes)
+    turn(engine, LONG, READ)
+    assert unlisted(tmp_path)
+    engine.prefix_cache.clear()
+    engine.mover.files.budget.limit = 20_000
+    turn(engine, prompt(20), READ, session="other")
+    engine.step()
+    engine.worker.finish()
+    assert engine.mover.files.budget.logs_dropped == 0
+    assert not unlisted(tmp_path)
+    assert {session.key[1] for session in engine.sessions} == {"s", "other"}
+
+
 # -- forks, and what goes ----------------------------------------------------------------------------------
 
 
@@ -238,8 +272,10 @@ def test_forks_link_their_blocks(model, wanted, tmp_path):
     mine, theirs = blocks(engine), blocks(engine, "f")
     assert mine.keys() == theirs.keys() != set()
     assert all(path.stat().st_ino == theirs[name].stat().st_ino for name, path in mine.items())
+    assert_counted(engine, tmp_path)
     operate(engine, engine.ops.delete(KEY))
     assert sorted(files(engine)) == ["lock", "owner.json"]
+    assert_counted(engine, tmp_path)
     answer, end = turn(engine, [*LONG, *prompt(200, 1)], session="f")
     assert (answer, end.session) == (wanted[0][0], "restored")
 
@@ -297,6 +333,87 @@ def test_another_course_leaves_no_blocks_of_the_former(model, tmp_path):
     assert len(kept) == 1, "the first 512 tokens are the same"
     assert turn(engine, [*LONG[:1000], *prompt(4000, 5)], READ, commit=False)[1].session == "restored"
     assert len(blocks(engine)) == engine.sessions.get(KEY).history.tokens // 512
+
+
+class Schedule:
+    """Sessions that grow, ask, fork, go back and end, in any order, over little memory and a small disk; every answer
+    is that of an engine that nothing ever leaves."""
+
+    def __init__(self, model, path, seed, **settings):
+        self.model, self.path, self.settings, self.rng = model, path, settings, random.Random(seed)
+        self.engine, self.alone = new(model, path, **settings), new(model)
+        self.contexts = {}
+        self.found = collections.Counter()
+
+    def run(self, length):
+        for _ in range(length):
+            kinds = ["ask", "ask", "ask", "peek", "spill", "fork", "delete", "reset", "restart"]
+            getattr(self, self.rng.choice(kinds))()
+            budget = self.engine.mover.files.budget
+            self.engine.step()
+            self.engine.worker.finish()
+            assert budget.limit is None or budget._usage.bytes <= budget.limit
+            assert_counted(self.engine, self.path)
+        self.engine.close()
+        assert not unlisted(self.path)
+
+    def ask(self, *, commit=True):
+        name = self.rng.choice("abc")
+        former = self.contexts.get(name, [])
+        kept = former if self.rng.random() < 0.7 else former[: self.rng.randrange(len(former) + 1)]
+        length = self.rng.choice([30, 700, 2900]) if len(kept) < 6000 else 30
+        context = [*kept, *prompt(length, self.rng.randrange(1000))]
+        answer, end = turn(self.engine, context, session=name, commit=commit)
+        wanted, _ = turn(self.alone, context, session=name, commit=commit)
+        assert answer == wanted
+        self.found[end.session] += 1
+        if commit:
+            self.contexts[name] = [*context, *(token for token, _ in answer[:-1])]
+
+    def peek(self):
+        self.ask(commit=False)
+
+    def spill(self):
+        spill(self.engine)
+
+    def restart(self):
+        self.engine.close()
+        self.engine = new(self.model, self.path, **self.settings)
+
+    def fork(self):
+        source, target = self.rng.sample("abc", 2)
+        if source in self.contexts and target not in self.contexts:
+            self.both(lambda ops: ops.fork(("tenant", source), ("tenant", target), None))
+            self.contexts[target] = list(self.contexts[source])
+
+    def delete(self):
+        self.end("delete")
+
+    def reset(self):
+        self.end("reset")
+
+    def end(self, how):
+        name = self.rng.choice("abc")
+        if name in self.contexts:
+            self.both(lambda ops: getattr(ops, how)(("tenant", name)))
+            if how == "delete":
+                del self.contexts[name]
+            else:
+                self.contexts[name] = []
+
+    def both(self, make):
+        for engine in (self.engine, self.alone):
+            operate(engine, make(engine.ops))
+
+
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 12))])
+def test_random_schedules(model, tmp_path, block_bytes, seed):
+    settings = {"session_host_memory": (0, 5, 9)[seed % 3] * block_bytes}
+    if seed % 2:
+        settings["session_disk_size"] = 30 * block_bytes
+    schedule = Schedule(model, tmp_path, seed, **settings)
+    schedule.run(25)
+    assert schedule.found["restored"]
 
 
 # -- what is broken ----------------------------------------------------------------------------------------
