@@ -38,7 +38,7 @@ from torch import Tensor
 from pacellm.errors import ConfigError, SessionConflict, SnapshotRefused
 from pacellm.kv.history import History
 from pacellm.sessions import format as snapshot
-from pacellm.sessions.atomic import set_aside
+from pacellm.sessions.atomic import Unsettled, set_aside
 from pacellm.sessions.folder import (
     LOG,
     OWNER,
@@ -171,7 +171,8 @@ class Disk:
             SessionConflict: it says something else now: the session has another owner, or was deleted by one.
             OSError: the disk is full, say; nothing has changed.
         """
-        self._write(owner, seen, {} if log is None else {LOG: log}, meta, sync=log is not None)
+        with self._changing(owner, seen) as folder:
+            put(folder, self.secret, owner, {} if log is None else {LOG: log}, meta, sync=log is not None)
 
     def save(
         self,
@@ -189,22 +190,26 @@ class Disk:
 
         Raises:
             SessionConflict: see :meth:`record`.
-            OSError: what was there before is still there.
+            OSError: what was there before is still there, but for a state with a history.
         """
         tensors = {name: found for name, found in ((STATE, state), (LOG, log)) if found is not None}
-        before = None if state is None else history
-        self._write(owner, seen, tensors, meta, before, sync=self.sync or log is not None)
+        is_synced = self.sync or log is not None
+        with self._changing(owner, seen) as folder:
+            try:
+                if state is not None:
+                    state |= self.histories.place(folder, history)
+                put(folder, self.secret, owner, tensors, meta, sync=is_synced, sync_states=self.sync)
+            except OSError as error:
+                if state is not None and history.blocks and not isinstance(error, Unsettled):
+                    self._drop_state(folder)  # of another generation: what is written next needs the room
+                raise
+            if state is not None:
+                with suppress(OSError):  # the next state's turn
+                    self.histories.sweep(folder, history)
 
-    def _write(
-        self,
-        owner: Owner,
-        seen: Seen | None,
-        files: dict[str, dict[str, Tensor]],
-        meta: dict[str, str],
-        history: History | None = None,
-        *,
-        sync: bool,
-    ) -> None:
+    @contextmanager
+    def _changing(self, owner: Owner, seen: Seen | None) -> Iterator[Path]:
+        """A session's folder, which is as this server has last seen it."""
         key = owner.tenant, owner.id
         if key in self.doomed:
             self.delete(key, expired=self.doomed[key])  # what was deleted goes before anything takes its place
@@ -212,12 +217,12 @@ class Disk:
         self.histories.measure()
         with locked(folder):
             self._expect(folder, seen)
-            if history is not None:
-                files[STATE] |= self.histories.place(folder, history)
-            put(folder, self.secret, owner, files, meta, sync=sync, sync_states=self.sync)
-            if history is not None:
-                with suppress(OSError):  # the next state's turn
-                    self.histories.sweep(folder, history)
+            yield folder
+
+    def _drop_state(self, folder: Path) -> None:
+        with suppress(OSError):
+            (folder / STATE).unlink(missing_ok=True)
+            self.histories.sweep(folder, History())
 
     # -- deleting ------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Blocks of histories as files, each written once. Functions that block on the disk.
 
-A block that leaves host memory while no state lists it lies with its server (``DIR/history/ID/NAME.safetensors``) until
+A block that leaves host memory while no state lists it lies with its server (``DIR/history/ID/``) until
 nobody holds it. When its session's state is written it moves into the session's folder (``history.NAME.safetensors``);
 one that lies in another's, as a fork's, is linked there. From then on memory has a map of the file, whose bytes stay
 readable when it is removed.
@@ -13,11 +13,11 @@ import shutil
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ from pacellm.sessions import format as snapshot
 from pacellm.sessions.atomic import Draft, publish
 from pacellm.view import BLOCK
 
-_PREFIX, _SUFFIX = "history.", ".safetensors"
 _NAME_BYTES = 16
 LISTED_BYTES = _NAME_BYTES + 32
 LISTING = "history"
@@ -37,7 +36,11 @@ LISTING = "history"
 
 def is_block(name: str) -> bool:
     """A file of a session's folder is a block of its history."""
-    return name.startswith(_PREFIX)
+    return name.startswith("history.")
+
+
+def _file_name(block: HistoryBlock) -> str:
+    return f"history.{block.name}.safetensors"
 
 
 class HistoryFiles:
@@ -74,8 +77,12 @@ class HistoryFiles:
         if block.file is not None:
             return
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = self._directory / f"{block.name}{_SUFFIX}"
-        self._write(block, path, sync=False)
+        path = self._directory / _file_name(block)
+        try:
+            self._write([block], self._directory, sync=False)
+        except OSError:
+            path.unlink(missing_ok=True)  # it cannot be mapped
+            raise
         with self._lock:
             self._unlisted_bytes += block.nbytes
         self._unlisted[path] = weakref.finalize(block, self._let_go, path, block.nbytes)
@@ -108,29 +115,30 @@ class HistoryFiles:
         Raises:
             OSError: the disk is full, say.
         """
-        if not history.blocks:
-            return {}
+        absent = [block for block in history.blocks if not self._is_in(folder, block)]
+        self._write([block for block in absent if not self._is_brought(folder, block)], folder, sync=self._sync)
         rows = bytearray()
         for block in history.blocks:
-            path = folder / f"{_PREFIX}{block.name}{_SUFFIX}"
-            if block.file is None or not path.exists():
-                self._bring(block, path)
             assert block.file is not None
             rows += bytes.fromhex(block.name) + bytes.fromhex(block.file.tag)
-        return {LISTING: torch.frombuffer(rows, dtype=torch.uint8).reshape(-1, LISTED_BYTES)}
+        return {LISTING: torch.frombuffer(rows, dtype=torch.uint8).reshape(-1, LISTED_BYTES)} if rows else {}
 
-    def _bring(self, block: HistoryBlock, path: Path) -> None:
+    def _is_in(self, folder: Path, block: HistoryBlock) -> bool:
+        return block.file is not None and (folder / _file_name(block)).exists()
+
+    def _is_brought(self, folder: Path, block: HistoryBlock) -> bool:
+        """Its file could be moved or linked; where that is gone, or there are no links, memory has its bytes still."""
         if block.file is None:
-            self._write(block, path, sync=self._sync)
-            return
+            return False
+        path = folder / _file_name(block)
         try:
             self._move_or_link(block, block.file, path)
-        except OSError:  # its file is gone, or there are no links: its map is still there
-            self._write(block, path, sync=self._sync)
-            return
+        except OSError:
+            return False
         block.file = block.file._replace(path=path)
         if self._sync:
             _sync(path)
+        return True
 
     def _move_or_link(self, block: HistoryBlock, file: BlockFile, path: Path) -> None:
         going = self._unlisted.get(file.path)
@@ -143,7 +151,7 @@ class HistoryFiles:
 
     def sweep(self, folder: Path, history: History) -> None:
         """Remove blocks from a session's folder that its state does not list."""
-        listed = {f"{_PREFIX}{block.name}{_SUFFIX}" for block in history.blocks}
+        listed = {_file_name(block) for block in history.blocks}
         for path in folder.iterdir():
             if is_block(path.name) and path.name not in listed:
                 path.unlink(missing_ok=True)
@@ -163,7 +171,7 @@ class HistoryFiles:
 
     def _take(self, folder: Path, row: bytes, like: Sequence[Tensor]) -> HistoryBlock:
         name, tag = row[:_NAME_BYTES].hex(), row[_NAME_BYTES:].hex()
-        path = folder / f"{_PREFIX}{name}{_SUFFIX}"
+        path = folder / f"history.{name}.safetensors"
         try:
             parsed = _mapped(path)
             if parsed.metadata["tag"] != tag:
@@ -180,16 +188,17 @@ class HistoryFiles:
 
     # -- files ---------------------------------------------------------------------------------------------
 
-    def _write(self, block: HistoryBlock, path: Path, *, sync: bool) -> None:
+    def _write(self, blocks: list[HistoryBlock], folder: Path, *, sync: bool) -> None:
+        """All of them or none."""
+        names = [_file_name(block) for block in blocks]
+        publish(folder, *(Draft(name, self._writer(block), sync) for name, block in zip(names, blocks, strict=True)))
+        for name, block in zip(names, blocks, strict=True):
+            parsed = _mapped(folder / name)
+            block.moved(list(parsed.tensors.values()), BlockFile(folder / name, parsed.metadata["tag"]))
+
+    def _writer(self, block: HistoryBlock) -> Callable[[BinaryIO], int]:
         tensors = {f"kv.{number}": part for number, part in enumerate(block.parts)}
-        write = partial(snapshot.write, tensors=tensors, metadata={}, secret=self._secret, sums=True)
-        publish(path.parent, Draft(path.name, write, sync=sync))
-        try:
-            parsed = _mapped(path)
-        except OSError:
-            path.unlink(missing_ok=True)
-            raise
-        block.moved(list(parsed.tensors.values()), BlockFile(path, parsed.metadata["tag"]))
+        return partial(snapshot.write, tensors=tensors, metadata={}, secret=self._secret, sums=True)
 
     def _let_go(self, path: Path, nbytes: int) -> None:
         """In any thread."""

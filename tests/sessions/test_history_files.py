@@ -18,7 +18,7 @@ from pacellm.types import Delta, Outline, SamplingParams
 from tests.engine.helpers import assert_nothing_held, crash, finish, new_engine, operate, prompt, request
 from tests.models import tiny
 from tests.sessions.broken_disk import full_disk
-from tests.sessions.failing_disk import FailingDisk
+from tests.sessions.failing_disk import CALLS, FailingDisk
 
 SIZES = {
     "working_memory": 2560,
@@ -401,6 +401,13 @@ class Schedule:
             else:
                 self.contexts[name] = []
 
+    def fault(self, disk):
+        """What is asked for from here on fails somewhere, or nothing does."""
+        kind = self.rng.choice(["none", "full", "call", "number"])
+        fails = {"none": None, "full": "full", "call": self.rng.choice(CALLS), "number": self.rng.randrange(40)}[kind]
+        disk.begin(fails, None, self.rng.choice([errno.ENOSPC, errno.EIO]))
+        self.engine.mover.histories._next_try = 0
+
     def both(self, make):
         for engine in (self.engine, self.alone):
             operate(engine, make(engine.ops))
@@ -414,6 +421,22 @@ def test_random_schedules(model, tmp_path, block_bytes, seed):
     schedule = Schedule(model, tmp_path, seed, **settings)
     schedule.run(25)
     assert schedule.found["restored"]
+
+
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 12))])
+def test_no_request_fails_for_a_disk_that_does(model, tmp_path, monkeypatch, block_bytes, seed):
+    schedule = Schedule(model, tmp_path, seed, session_host_memory=(30, 12)[seed % 2] * block_bytes)
+    disk = FailingDisk(tmp_path)
+    disk.install(monkeypatch)
+    for _ in range(25):
+        schedule.fault(disk)
+        getattr(schedule, schedule.rng.choice(["ask", "ask", "peek", "spill"]))()
+        if schedule.rng.random() < 0.1:
+            disk.calm()
+            schedule.restart()
+    disk.calm()
+    schedule.spill()
+    assert_nothing_held(schedule.engine)
 
 
 # -- what is broken ----------------------------------------------------------------------------------------
@@ -453,7 +476,7 @@ def test_a_full_disk_costs_the_state_alone(model, wanted, tmp_path, monkeypatch,
     turn(engine, LONG, READ)
     full_disk(monkeypatch, after)
     spill(engine)
-    assert STATE not in files(engine)
+    assert files(engine).keys() == {"lock", "owner.json"}, "what was written before takes no room"
     answer, end = turn(engine, [*LONG, *prompt(200, 1)])
     assert (answer, end.session) == (wanted[0][0], "replayed")
 
