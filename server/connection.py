@@ -106,27 +106,19 @@ class Connection(H11Protocol):
         super().handle_events()
         if self.scope is not None:
             extensions = cast(dict[str, Any], self.scope.setdefault("extensions", {}))
-            extensions[sse.WRITE] = self.write_part
-
-    def write_part(self, data: bytes) -> bool:
-        """Write a part of a chunked body at once: uvicorn and h11 look at their whole state for each, and a stream has
-        one for each token.
-
-        Args:
-            data: the part.
-
-        Returns:
-            False where nothing was written, and ``send`` must be awaited with it: the client takes no more for now or
-            is gone, or the body has no chunks.
-        """
-        if not data or self.flow.write_paused or not self._sends_chunks or self.transport.is_closing():
-            return False
-        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
-        return True
+            extensions[sse.PARTS] = self
 
     @property
-    def _sends_chunks(self) -> bool:
+    def takes_parts(self) -> bool:
+        """The body is one of chunks, and the client takes more of it now."""
+        if self.flow.write_paused or self.transport.is_closing():
+            return False
         return type(self.conn._writer) is ChunkedWriter and self.conn.our_state is h11.SEND_BODY
+
+    def write_part(self, data: bytes) -> None:
+        """Write a part of the body, not an empty one, at once: uvicorn and h11 look at their whole state for each, and
+        a stream has one for each token."""
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     def send_400_response(self, msg: str) -> None:
         """An answer that has begun can only be cut."""

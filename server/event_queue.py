@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from pacellm.types import Event
 
@@ -15,15 +16,21 @@ class EventQueue:
 
     The clock of a wait is looked at only when it may have run out, so that a reader that waits anew for each token
     does not set and cancel a timer each time.
+
+    Attributes:
+        take_at_once: is shown each event that comes while the reader waits and nothing is before it; where it returns
+            True the event was taken, and the reader sleeps on.
     """
 
     def __init__(self) -> None:
         self._events: list[Numbered] = []
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
+        self._timeout: float | None = None  # of the wait, in seconds
         self._deadline: float | None = None  # of the wait, in the loop's time
         self._timer: asyncio.TimerHandle | None = None
         self._rings_at = 0.0
+        self.take_at_once: Callable[[int, Event], bool] | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -32,13 +39,20 @@ class EventQueue:
 
     def push(self, number: int, event: Event) -> None:
         """Add one."""
-        self._events.append((number, event))
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        waiter = self._waiter
+        if waiter is None or waiter.done():
+            self._events.append((number, event))
+        elif self.take_at_once is not None and self.take_at_once(number, event):
+            if self._timeout is not None:
+                self._deadline = self._loop.time() + self._timeout
+        else:
+            self._events.append((number, event))
+            waiter.set_result(None)
 
     async def get(self, timeout: float | None) -> list[Numbered]:
         """All that are there, at least one; none after ``timeout`` seconds without."""
         if not self._events:
+            self._timeout = timeout
             if timeout is not None:
                 self._deadline = self._loop.time() + timeout
                 if self._timer is None or self._rings_at > self._deadline:

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from pacellm.errors import PaceError
+from pacellm.errors import EngineError, PaceError
 from pacellm.types import (
     Admitted,
     ChoiceEnded,
@@ -26,6 +26,7 @@ from pacellm.types import (
 from ..event_queue import EventQueue, Numbered
 from ..generation import Generation
 from ..service import Service
+from ..sse import PartWriter
 from .logprobs import Scored, TokenTexts
 from .parsers import AnswerParser
 from .progress import PromptProgress
@@ -217,6 +218,28 @@ class Answer:
             return self._silent(wait or 0.0, timeout or 0.0)
         self._silence = 0.0
         return self._read(events)
+
+    def as_events(self, parts: Iterable[Part]) -> bytes:
+        """Parts of a stream as it is sent."""
+        return b"".join([part if isinstance(part, bytes) else self._wire.event(part) for part in parts])
+
+    def write_at_once(self, writer: PartWriter) -> None:
+        """From now on text that comes while :meth:`next` waits is written, and does not wake the task that waits."""
+
+        def take(number: int, event: Event) -> bool:
+            if type(event) is not Delta or not writer.takes_parts:
+                return False
+            try:
+                data = self.as_events(self._parts(number, event))
+            except Exception as error:  # whoever waits must know that something is missing
+                self._service.engine.faults.note("delivery", error)
+                self._events.push(number, Failed(EngineError("an event of this request could not be delivered")))
+                return True
+            if data:
+                writer.write_part(data)
+            return True
+
+        self._events.take_at_once = take
 
     def _read(self, events: Iterable[Numbered]) -> list[Part]:
         """What events come to, as far as none of them is a failure."""

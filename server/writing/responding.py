@@ -13,7 +13,7 @@ from pacellm.errors import Aborted, PaceError
 
 from .. import sse
 from ..service import Service
-from .answer import Answer, Chunk, Part, Wire
+from .answer import Answer, Chunk, Wire
 
 
 class Fold(Protocol):
@@ -37,7 +37,8 @@ async def streamed(service: Service, answer: Answer, wire: Wire) -> sse.EventStr
     except BaseException:
         answer.close()
         raise
-    return sse.EventStream(_events(answer, wire, service.settings.keep_alive_seconds), answer.close, headers)
+    events = _events(answer, wire, service.settings.keep_alive_seconds)
+    return sse.EventStream(events, answer.close, headers, at_once=answer.write_at_once)
 
 
 async def _events(answer: Answer, wire: Wire, timeout: float) -> AsyncIterator[bytes | None]:
@@ -48,15 +49,11 @@ async def _events(answer: Answer, wire: Wire, timeout: float) -> AsyncIterator[b
             if parts is None:
                 yield None
             elif answer.is_whole:
-                yield sse.Last(_joined(parts, wire) + wire.done)
+                yield sse.Last(answer.as_events(parts) + wire.done)
             elif parts:
-                yield _joined(parts, wire)
+                yield answer.as_events(parts)
     except PaceError as error:
         yield wire.failed(error)
-
-
-def _joined(parts: list[Part], wire: Wire) -> bytes:
-    return b"".join([part if isinstance(part, bytes) else wire.event(part) for part in parts])
 
 
 async def whole(request: Request, answer: Answer, fold: Fold) -> Response:
