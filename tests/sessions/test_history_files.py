@@ -1,36 +1,32 @@
 """Sessions longer than their budget below the device: block by block in host memory and in files, to the same bit."""
 
-import collections
-import dataclasses
 import errno
 import itertools
 import os
-import random
 
 import pytest
 
-from pacellm import PAConfig
 from pacellm.engine.engine import run_until_idle
 from pacellm.model.load import prepare
 from pacellm.sessions import history_files
 from pacellm.sessions.disk import LOG, STATE
-from pacellm.types import Delta, Outline, SamplingParams
-from tests.engine.helpers import assert_nothing_held, crash, finish, new_engine, operate, prompt, request
+from tests.engine.helpers import assert_nothing_held, crash, finish, operate, prompt, request
 from tests.models import tiny
 from tests.sessions.broken_disk import full_disk
-from tests.sessions.failing_disk import CALLS, FailingDisk
-
-SIZES = {
-    "working_memory": 2560,
-    "working_memory_window": 512,
-    "working_memory_recall": 1024,
-    "max_model_len": 50_000,
-    "bank": PAConfig(bank_size=12, segment=64),
-}
-READ = SamplingParams(max_tokens=0)
-ANSWER = SamplingParams(max_tokens=5, temperature=0, ignore_eos=True, logprobs=0)
-KEY = ("tenant", "s")
-LONG = prompt(4700)
+from tests.sessions.failing_disk import FailingDisk
+from tests.sessions.long_sessions import (
+    KEY,
+    LONG,
+    READ,
+    assert_counted,
+    blocks,
+    files,
+    new,
+    questions,
+    spill,
+    turn,
+    unlisted,
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,70 +39,10 @@ def block_bytes(model):
     return 512 * model.bytes_per_token
 
 
-def new(model, path=None, **changes):
-    return new_engine(model, **{**SIZES, **({"session_dir": str(path)} if path else {}), **changes})
-
-
-def turn(engine, ids, sampling=ANSWER, session="s", **changes):
-    """A request's tokens with log-probabilities, and its end."""
-    asked = request("x", ids, sampling, session=session, **changes)
-    engine.add(dataclasses.replace(asked, outline=Outline(opening=3, question=(20, 5))))
-    events = run_until_idle(engine)["x"]
-    found = [(one.token_id, one.logprob) for e in events if isinstance(e, Delta) for one in e.logprobs]
-    return found, finish(events)
-
-
-def questions(engine, between, session="s", ids=LONG):
-    """Reads beyond the budget, then asks three times; ``between`` gives the engine that goes on."""
-    context, found, ends = list(ids), [], []
-    turn(engine, context, READ, session)
-    for number in range(3):
-        engine = between(engine)
-        context += prompt(200 + 301 * number, number + 1)
-        answer, end = turn(engine, context, ANSWER, session)
-        context += [token for token, _ in answer][:-1]
-        found.append(answer)
-        ends.append(end)
-    return found, ends, engine
-
-
 @pytest.fixture(scope="module")
 def wanted(model):
     found, _, engine = questions(new(model), lambda engine: engine)
     return found, engine.sessions.get(KEY).history.tokens
-
-
-def spill(engine):
-    """Everything idle leaves the device."""
-    engine.prefix_cache.clear()
-    while engine.eviction.evict_one():
-        pass
-    run_until_idle(engine)
-    return engine
-
-
-def files(engine, name="s"):
-    return {path.name: path for path in engine.mover.disk.folder(("tenant", name)).iterdir()}
-
-
-def blocks(engine, name="s"):
-    return {file: path for file, path in files(engine, name).items() if file.startswith("history.")}
-
-
-def unlisted(path):
-    return list(path.glob("history/*/*"))
-
-
-def assert_counted(engine, path):
-    """What the directory holds is what is said of it, but for the heads of files that no state lists, and owners."""
-    engine.worker.finish()
-    held, spare = engine.mover.files.usage, 4096 * len(unlisted(path))
-    found = {one.stat().st_ino: one for one in path.rglob("*.safetensors")}
-    of_blocks = [one for one in found.values() if "history" in f"{one.parent.parent.name} {one.name}"]
-    owners = sum(one.stat().st_size for one in path.glob("*/owner.json"))
-    for told, files, more in ((held.bytes, found.values(), owners), (held.history_bytes, of_blocks, 0)):
-        size = sum(one.stat().st_size for one in files)
-        assert size - spare <= told <= size + more
 
 
 # -- restarts ----------------------------------------------------------------------------------------------
@@ -333,110 +269,6 @@ def test_another_course_leaves_no_blocks_of_the_former(model, tmp_path):
     assert len(kept) == 1, "the first 512 tokens are the same"
     assert turn(engine, [*LONG[:1000], *prompt(4000, 5)], READ, commit=False)[1].session == "restored"
     assert len(blocks(engine)) == engine.sessions.get(KEY).history.tokens // 512
-
-
-class Schedule:
-    """Sessions that grow, ask, fork, go back and end, in any order, over little memory and a small disk; every answer
-    is that of an engine that nothing ever leaves."""
-
-    def __init__(self, model, path, seed, **settings):
-        self.model, self.path, self.settings, self.rng = model, path, settings, random.Random(seed)
-        self.engine, self.alone = new(model, path, **settings), new(model)
-        self.contexts = {}
-        self.found = collections.Counter()
-
-    def run(self, length):
-        for _ in range(length):
-            kinds = ["ask", "ask", "ask", "peek", "spill", "fork", "delete", "reset", "restart"]
-            getattr(self, self.rng.choice(kinds))()
-            budget = self.engine.mover.files.budget
-            self.engine.step()
-            self.engine.worker.finish()
-            assert budget.limit is None or budget._usage.bytes <= budget.limit
-            assert_counted(self.engine, self.path)
-        self.engine.close()
-        assert not unlisted(self.path)
-
-    def ask(self, *, commit=True):
-        name = self.rng.choice("abc")
-        former = self.contexts.get(name, [])
-        kept = former if self.rng.random() < 0.7 else former[: self.rng.randrange(len(former) + 1)]
-        length = self.rng.choice([30, 700, 2900]) if len(kept) < 6000 else 30
-        context = [*kept, *prompt(length, self.rng.randrange(1000))]
-        answer, end = turn(self.engine, context, session=name, commit=commit)
-        wanted, _ = turn(self.alone, context, session=name, commit=commit)
-        assert answer == wanted
-        self.found[end.session] += 1
-        if commit:
-            self.contexts[name] = [*context, *(token for token, _ in answer[:-1])]
-
-    def peek(self):
-        self.ask(commit=False)
-
-    def spill(self):
-        spill(self.engine)
-
-    def restart(self):
-        self.engine.close()
-        self.engine = new(self.model, self.path, **self.settings)
-
-    def fork(self):
-        source, target = self.rng.sample("abc", 2)
-        if source in self.contexts and target not in self.contexts:
-            self.both(lambda ops: ops.fork(("tenant", source), ("tenant", target), None))
-            self.contexts[target] = list(self.contexts[source])
-
-    def delete(self):
-        self.end("delete")
-
-    def reset(self):
-        self.end("reset")
-
-    def end(self, how):
-        name = self.rng.choice("abc")
-        if name in self.contexts:
-            self.both(lambda ops: getattr(ops, how)(("tenant", name)))
-            if how == "delete":
-                del self.contexts[name]
-            else:
-                self.contexts[name] = []
-
-    def fault(self, disk):
-        """What is asked for from here on fails somewhere, or nothing does."""
-        kind = self.rng.choice(["none", "full", "call", "number"])
-        fails = {"none": None, "full": "full", "call": self.rng.choice(CALLS), "number": self.rng.randrange(40)}[kind]
-        disk.begin(fails, None, self.rng.choice([errno.ENOSPC, errno.EIO]))
-        self.engine.mover.histories._next_try = 0
-
-    def both(self, make):
-        for engine in (self.engine, self.alone):
-            operate(engine, make(engine.ops))
-
-
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 12))])
-def test_random_schedules(model, tmp_path, block_bytes, seed):
-    settings = {"session_host_memory": (0, 5, 9)[seed % 3] * block_bytes}
-    if seed % 2:
-        settings["session_disk_size"] = 30 * block_bytes
-    schedule = Schedule(model, tmp_path, seed, **settings)
-    schedule.run(25)
-    assert schedule.found["restored"]
-
-
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 12))])
-def test_no_request_fails_for_a_disk_that_does(model, tmp_path, monkeypatch, block_bytes, seed):
-    schedule = Schedule(model, tmp_path, seed, session_host_memory=(30, 12)[seed % 2] * block_bytes)
-    disk = FailingDisk(tmp_path)
-    disk.install(monkeypatch)
-    for _ in range(25):
-        schedule.fault(disk)
-        getattr(schedule, schedule.rng.choice(["ask", "ask", "peek", "spill"]))()
-        if schedule.rng.random() < 0.1:
-            disk.calm()
-            schedule.restart()
-    disk.calm()
-    schedule.spill()
-    assert_nothing_held(schedule.engine)
 
 
 # -- what is broken ----------------------------------------------------------------------------------------
