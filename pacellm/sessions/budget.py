@@ -11,7 +11,7 @@ from typing import Literal
 from pacellm.sessions.claims import DirectoryClaims
 from pacellm.sessions.deletions import Deletions
 from pacellm.sessions.disk import LOG, STATE, Disk
-from pacellm.sessions.disk_usage import DiskUsage
+from pacellm.sessions.disk_usage import DiskUsage, FileSizes
 from pacellm.sessions.folder import Sizes
 from pacellm.sessions.session import Key, Session
 from pacellm.sessions.store import SessionStore
@@ -135,10 +135,7 @@ class DiskBudget:
             size, session = getattr(files.sizes, kind), self._store.get(key)
             held[key[0]] += size
             if size and not self._is_needed(key, session):
-                is_current = kind == "log" or session is None or session.stored is not None
-                used = max(files.last_used, session.last_used if session is not None else 0.0)
-                is_mapped = session is not None and session.maps_files
-                idle[key[0]].append((is_mapped, is_current, used, key))
+                idle[key[0]].append((*_rank(kind, files, session), key))
         for keys in idle.values():
             keys.sort(reverse=True)  # who gives way first is last
         while idle:
@@ -151,3 +148,11 @@ class DiskBudget:
 
     def _is_needed(self, key: Key, session: Session | None) -> bool:
         return self._claims.is_asking(key) or (session is not None and session.in_use)
+
+
+def _rank(kind: str, files: FileSizes, session: Session | None) -> tuple[bool, bool, float]:
+    """Who gives way first has the least: (memory has maps of its files, its state is the present one, last use)."""
+    if session is None:
+        return False, True, files.last_used
+    used = max(files.last_used, session.last_used)
+    return (False, True, used) if kind == "log" else (session.maps_files, session.stored is not None, used)
