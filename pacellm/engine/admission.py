@@ -17,7 +17,7 @@ from pacellm.engine.deadlines import Deadlines
 from pacellm.engine.queues import RequestQueues
 from pacellm.engine.sequence import Sequence
 from pacellm.engine.validation import limit_of, tokens_to_generate
-from pacellm.errors import ContextLengthExceeded, RequestError
+from pacellm.errors import ContextLengthExceeded, PaceError, RequestError
 from pacellm.kv.blocks import blocks_for
 from pacellm.kv.prefix_cache import PrefixCache
 from pacellm.sessions.history import bind
@@ -167,8 +167,8 @@ class Admission:
         if views is None:
             return True
         wanted = views.token_bytes * max(0, _history_end(plan, sequence) - plan.table.history.tokens)
-        if wanted > histories.capacity:
-            self._queues.refused.append((sequence, self._too_large(wanted)))
+        if (error := self._cannot_hold(wanted)) is not None:
+            self._queues.refused.append((sequence, error))
             return False
         promised = sum(other.promised_history for other in self._queues.running) * views.token_bytes
         if self._queues.running and wanted + promised > histories.capacity:
@@ -181,8 +181,14 @@ class Admission:
             return True
         return False
 
-    def _too_large(self, wanted: int) -> RequestError:
-        host, capacity = self._mover.host.capacity, self._mover.histories.capacity
+    def _cannot_hold(self, wanted: int) -> PaceError | None:
+        """Why a history of ``wanted`` bytes cannot be held, however much gives way."""
+        histories, host = self._mover.histories, self._mover.host.capacity
+        capacity = histories.capacity
+        if wanted <= host or (wanted <= capacity and histories.failure is None):
+            return None
+        if wanted <= capacity:
+            return PaceError(f"the history needs the session directory, which cannot be written: {histories.failure}")
         return ContextLengthExceeded(
             f"the history would take {wanted:,} bytes, and this server has for all of them {host:,} of host memory "
             f"(--session-host-memory) and {capacity - host:,} on disk (--session-dir, --session-disk-size)",

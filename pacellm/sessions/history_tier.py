@@ -29,13 +29,17 @@ class HistoryTier:
 
     def __init__(self, host: HostMemory, worker: Worker, files: SessionFiles | None, stats: MoverStats) -> None:
         self._host, self._worker, self._files, self._stats = host, worker, files, stats
-        self._next_try, self._num_open = 0.0, 0
+        self._next_try, self._failure, self._num_open = 0.0, "", 0
 
     @property
     def capacity(self) -> int:
         """Bytes that histories may take, in host memory and on disk."""
-        files = self._usable_files
-        return self._host.capacity + (0 if files is None else files.budget.most_of_states)
+        return self._host.capacity + (0 if self._files is None else self._files.budget.most_of_states)
+
+    @property
+    def failure(self) -> str | None:
+        """Why the disk takes no blocks for now; None where it does, or there is none."""
+        return None if time.monotonic() >= self._next_try else self._failure
 
     def has_room(self, wanted: int) -> bool:
         """``wanted`` bytes fit beside what is there, after others' states on disk gave way."""
@@ -79,11 +83,10 @@ class HistoryTier:
     def _written(self, done: Future[None]) -> None:
         self._num_open -= 1
         if (error := done.exception()) is not None:
-            self._next_try = time.monotonic() + _RETRY_SECONDS
+            self._next_try, self._failure = time.monotonic() + _RETRY_SECONDS, reason(error)
             self._stats.failures += 1
-            logger.warning("histories stay in host memory: they cannot be written: %s", reason(error))
+            logger.warning("histories stay in host memory: they cannot be written: %s", self._failure)
 
     @property
     def _usable_files(self) -> SessionFiles | None:
-        """None also for a while after the disk has failed."""
-        return self._files if time.monotonic() >= self._next_try else None
+        return self._files if self.failure is None else None

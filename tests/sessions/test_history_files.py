@@ -329,14 +329,16 @@ def test_a_log_is_written_where_its_history_cannot_be(model, wanted, tmp_path, m
 
 
 def test_blocks_that_the_disk_refuses_stay_in_memory(model, wanted, tmp_path, monkeypatch, block_bytes):
-    engine = new(model, tmp_path, session_host_memory=14 * block_bytes)
-    monkeypatch.setattr(engine.scheduler.admission, "_has_history_room", lambda *_: True)
-    engine.mover.host.capacity = 4 * block_bytes
+    engine = new(model, tmp_path, session_host_memory=4 * block_bytes)
     full_disk(monkeypatch)
     turn(engine, LONG, READ)
     assert engine.mover.stats.failures == 1
     assert not unlisted(tmp_path)
     assert engine.mover.host.history.bytes > 4 * block_bytes
+    engine.add(request("other", prompt(4700, 5), READ))
+    refused = run_until_idle(engine)["other"][-1].error
+    assert refused.status == 500
+    assert "the session directory, which cannot be written: No space left on device" in str(refused)
     monkeypatch.undo()
     engine.mover.histories._next_try = 0
     turn(engine, [*LONG, *prompt(1200, 1)], READ, commit=False)
