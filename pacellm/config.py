@@ -148,8 +148,9 @@ class EngineConfig:
         pa_memory: bytes of bank rows, those of running requests included.
         session_memory: bytes of idle sessions' KV kept on the device.
         session_log_memory: bytes of session logs kept in host memory.
-        session_host_memory: bytes of KV and banks in host memory, below the device. None: as much as
-            ``session_memory`` beside a GPU, nothing where the device is the host.
+        session_host_memory: bytes of KV, banks and histories in host memory, below the device. None: as much as
+            ``session_memory`` beside a GPU, nothing where the device is the host; with working memory half of what is
+            free there.
         session_dir: directory for sessions below that, and over restarts.
         session_disk_size: bytes of the files of this server's sessions in it. None: no limit.
         session_sync: write and sync a session's log before its request's final event.

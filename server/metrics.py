@@ -190,6 +190,7 @@ class _EngineCollector(Collector):
         held.add_metric([self._model, "disk", "bank"], usage.stored * row_bytes)
         files = engine.mover.files
         if files is not None:
+            held.add_metric([self._model, "disk", "history"], files.usage.history_bytes)
             held.add_metric([self._model, "disk", "log"], files.usage.log_bytes)
         yield held
         yield self._gauge(

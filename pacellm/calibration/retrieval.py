@@ -27,7 +27,7 @@ from pacellm.calibration.file import (
 )
 from pacellm.calibration.planted import PART, SINKS, WINDOW, Planted
 from pacellm.errors import ConfigError
-from pacellm.kv.history import History, HistoryBlock
+from pacellm.kv.history import History, HistoryBlock, empty_parts
 from pacellm.model.attention.dispatch import slab
 from pacellm.model.context import Asked, Chunk, Run, StepContext, current_step, step_context
 from pacellm.model.load import LoadedModel
@@ -215,7 +215,7 @@ def _questions(planted: Planted) -> list[_Question]:
 def _history(keys: Sequence[Tensor], end: int) -> History:
     blocks = []
     for start in range(0, end, BLOCK):
-        blocks.append(HistoryBlock(keys))
+        blocks.append(HistoryBlock(empty_parts(keys)))
         for target, source in zip(blocks[-1].parts, keys, strict=True):
             target.copy_(source[:, start : start + BLOCK])
     return History(blocks)

@@ -281,7 +281,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         "answers do not depend on batch mates and chunk sizes")  # fmt: skip
     add("--session-memory", type=values.size, help="bytes of idle sessions' KV kept on the device (default: KV memory)")
     add("--session-host-memory", type=values.size, help="bytes of sessions in host memory, below the device "
-        "(default: as --session-memory beside a GPU, else 0)")  # fmt: skip
+        "(default: as --session-memory beside a GPU, else 0; with --working-memory half of what is free)")  # fmt: skip
     add("--session-dir", help="directory for sessions below that, and over restarts")
     add("--session-disk-size", type=values.size, help="bytes of their files there (default: no limit)")
     add("--session-sync", action="store_true", help="sync a session's log to disk before its request's last event")

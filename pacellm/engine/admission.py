@@ -17,7 +17,7 @@ from pacellm.engine.deadlines import Deadlines
 from pacellm.engine.queues import RequestQueues
 from pacellm.engine.sequence import Sequence
 from pacellm.engine.validation import limit_of, tokens_to_generate
-from pacellm.errors import ContextLengthExceeded, RequestError
+from pacellm.errors import ContextLengthExceeded, PaceError, RequestError
 from pacellm.kv.blocks import blocks_for
 from pacellm.kv.prefix_cache import PrefixCache
 from pacellm.sessions.history import bind
@@ -161,30 +161,37 @@ class Admission:
         return False
 
     def _has_history_room(self, sequence: Sequence, session: Session | None, plan: AdmissionPlan) -> bool:
-        """There is host memory for what will leave the request's window, beside what running ones still add; idle state
-        gives way. Notes it as refused where there never will be."""
-        views, host = self._cache.views, self._mover.host
+        """There is host memory, or room on disk, for what will leave the request's window, beside what running ones
+        still add; idle state gives way. Notes it as refused where there never will be."""
+        views, histories = self._cache.views, self._mover.histories
         if views is None:
             return True
         wanted = views.token_bytes * max(0, _history_end(plan, sequence) - plan.table.history.tokens)
-        if wanted > host.capacity:
-            self._queues.refused.append((sequence, self._too_large(plan, wanted)))
+        if (error := self._cannot_hold(wanted)) is not None:
+            self._queues.refused.append((sequence, error))
             return False
         promised = sum(other.promised_history for other in self._queues.running) * views.token_bytes
-        if self._queues.running and wanted + promised > host.capacity:
+        if self._queues.running and wanted + promised > histories.capacity:
             return False
-        while not host.has_room(wanted + promised):
+        while not histories.has_room(wanted + promised):
             if not (self._prefix_cache.evict_history(plan.prefix) or self._sessions.drop_history(session)):
                 break
-        if host.has_room(wanted + promised) or not self._queues.running:
+        if histories.has_room(wanted + promised) or not self._queues.running:
             sequence.history_end = _history_end(plan, sequence)
             return True
         return False
 
-    def _too_large(self, plan: AdmissionPlan, wanted: int) -> RequestError:
+    def _cannot_hold(self, wanted: int) -> PaceError | None:
+        """Why a history of ``wanted`` bytes cannot be held, however much gives way."""
+        histories, host = self._mover.histories, self._mover.host.capacity
+        capacity = histories.capacity
+        if wanted <= host or (wanted <= capacity and histories.failure is None):
+            return None
+        if wanted <= capacity:
+            return PaceError(f"the history needs the session directory, which cannot be written: {histories.failure}")
         return ContextLengthExceeded(
-            f"the history would take {wanted:,} bytes of host memory, and this server has "
-            f"{self._mover.host.capacity:,} for all of them (--session-host-memory)",
+            f"the history would take {wanted:,} bytes, and this server has for all of them {host:,} of host memory "
+            f"(--session-host-memory) and {capacity - host:,} on disk (--session-dir, --session-disk-size)",
             param="messages",
         )
 

@@ -11,7 +11,7 @@ from pacellm.sessions.worker import Worker
 
 
 class Background:
-    """Takes the worker's results, ends sessions whose time has come, tries deletions again, runs operations.
+    """Takes the worker's results, ends sessions whose time has come, tidies the directory, runs operations.
 
     Args:
         worker, sessions, files: looked after; files is None without a session directory.
@@ -38,5 +38,5 @@ class Background:
             with self._faults.survived("expiry"):
                 self._session_operations.expire(session)
         if self._files is not None:
-            self._files.deletions.retry()
+            self._files.tidy()
         self._operations.run()

@@ -12,6 +12,7 @@ from pacellm.kv.prefix_cache import CachedPrefix, PrefixCache
 from pacellm.memory.pool import BankPool
 from pacellm.recall.views import Views
 from pacellm.sessions.eviction import Eviction
+from pacellm.sessions.history_tier import HistoryTier
 from pacellm.sessions.session import Session
 from pacellm.sessions.store import SessionStore
 from pacellm.view import BLOCK, View
@@ -24,6 +25,7 @@ class CacheManager:
         allocator, pool: the memory; pool is None without PA.
         sessions, eviction: who holds most of it, and who takes it from them.
         prefix_cache: prefixes of prompts that were computed before.
+        histories: hold what leaves windows.
         queues: requests; each running one may need a block more.
         copy_kv: copies KV between slots now.
         views: changes what tables stand for; None where they always stand for everything.
@@ -36,13 +38,14 @@ class CacheManager:
         sessions: SessionStore,
         eviction: Eviction,
         prefix_cache: PrefixCache,
+        histories: HistoryTier,
         queues: RequestQueues,
         copy_kv: Callable[[list[Copy]], None],
         views: Views | None = None,
     ) -> None:
         self._allocator, self._pool, self._sessions, self._eviction = allocator, pool, sessions, eviction
         self._prefix_cache, self._queues, self._copy_kv = prefix_cache, queues, copy_kv
-        self.views = views
+        self._histories, self.views = histories, views
         self._copies: list[Copy] = []
 
     def take_copies(self) -> list[Copy]:
@@ -101,7 +104,11 @@ class CacheManager:
 
     @property
     def is_draining(self) -> bool:
-        """Blocks are on their way to being free."""
+        """Blocks are on their way to being free, or host memory for what leaves them."""
+        return self._is_freeing_blocks or self._histories.is_draining
+
+    @property
+    def _is_freeing_blocks(self) -> bool:
         return self._sessions.leaving()[0] > 0
 
     # -- working copies ------------------------------------------------------------------------------------
@@ -126,7 +133,7 @@ class CacheManager:
     def extend(self, table: KVTable) -> bool:
         """One block more, at the price of idle state. False where there is none."""
         while not self._allocator.num_free:
-            if not (self._prefix_cache.evict_one() or (not self.is_draining and self._eviction.evict_one())):
+            if not (self._prefix_cache.evict_one() or (not self._is_freeing_blocks and self._eviction.evict_one())):
                 return False
         table.extend(self._allocator.allocate(1, table.blocks[-1] if table.blocks else None))
         return True
@@ -148,6 +155,9 @@ class CacheManager:
         view = sequence.turn.view(position)
         if view == table.view:
             return True
+        wanted = self.views.history_bytes_for(table, view)
+        if wanted and not self._histories.make_room(wanted):
+            return False
         self.run_copies()
         if position < table.history.tokens:  # the log goes back here
             if not self.make_room(1):

@@ -63,17 +63,18 @@ def _describe_memory(engine: Engine) -> None:
     views, config = engine.parts.scheduling.cache.views, engine.config
     if views is None:
         return
-    host = engine.mover.host.capacity
+    host, capacity = engine.mover.host.capacity, engine.mover.histories.capacity
     logger.info(
-        "working memory: views of %s tokens, %s of them recent, %s called back by %s; %s bytes of host memory a token "
-        "of history, %.1f GiB for %s tokens of all sessions",
+        "working memory: views of %s tokens, %s of them recent, %s called back by %s; %s bytes a token of history, "
+        "%.1f GiB of host memory and %.1f GiB on disk for %s tokens of all sessions",
         f"{config.working_memory:,}",
         f"{config.working_memory_window:,}",
         f"{config.working_memory_recall:,}",
         " and ".join(config.working_memory_index or ()),
         f"{views.token_bytes:,}",
         host / 2**30,
-        f"{host // views.token_bytes:,}",
+        (capacity - host) / 2**30,
+        f"{capacity // views.token_bytes:,}",
     )
 
 

@@ -268,7 +268,7 @@ def new_sessions(
     )
     disk = Disk(config.session_dir, sync=config.session_sync) if config.session_dir is not None else None
     records = get_records() if disk is not None and get_records is not None else None
-    usage, stats = DiskUsage(), MoverStats()
+    usage, stats = DiskUsage(disk), MoverStats()
     claims = DirectoryClaims(store, worker, usage, disk, records)
     files: SessionFiles | None = None
     if disk is not None and records is not None:
@@ -313,7 +313,9 @@ def new_scheduling(
     """
     store, queues, pace = sessions.store, RequestQueues(), Pace(config.working_memory)
     prefix_cache = PrefixCache(allocator, pool, segment=config.bank.segment, max_seqs=config.max_num_seqs)
-    cache = CacheManager(allocator, pool, store, sessions.eviction, prefix_cache, queues, copy_kv, views)
+    cache = CacheManager(
+        allocator, pool, store, sessions.eviction, prefix_cache, sessions.mover.histories, queues, copy_kv, views
+    )
     preset = config.bank.preset if config.pa else None
     planner = AdmissionPlanner(prefix_cache, preset=preset, density=config.ce_density, budget=config.budget)
     deadlines = Deadlines(config, queues, store, planner, pace, clock)
@@ -357,7 +359,12 @@ def _new_operating(
 ) -> Operating:
     store, mover, prefix_cache = sessions.store, sessions.mover, scheduling.prefix_cache
     lookup = SessionLookup(store, mover.claims, has_directory=mover.files is not None)
-    metadata = SessionMetadata(device.pool, block_bytes=device.block_bytes, slots=device.config.bank.bank_size)
+    metadata = SessionMetadata(
+        device.pool,
+        None if mover.files is None else mover.files.usage,
+        block_bytes=device.block_bytes,
+        slots=device.config.bank.bank_size,
+    )
     states = DeviceState(
         store, mover, device.allocator, device.pool, device.runner.slabs,
         has_room=scheduling.cache.has_room, copy_kv=device.runner.copy,

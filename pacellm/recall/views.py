@@ -41,6 +41,10 @@ class Views:
         """Bytes of the history of one token."""
         return sum(slab.shape[0] * slab.shape[2] * slab.element_size() for slab in self._slabs)
 
+    def history_bytes_for(self, table: KVTable, view: View) -> int:
+        """Bytes that :meth:`show` adds to the table's history."""
+        return self.token_bytes * max(0, view.start - table.history.tokens)
+
     def blocks_for(self, table: KVTable, view: View) -> int:
         """Blocks that :meth:`show` takes beside those that it frees; negative where it frees more."""
         wanted = (view.front + max(0, table.view.start - view.start)) // BLOCK
@@ -100,6 +104,7 @@ class Views:
         saved = self.memory.new_block(self._slabs, pin=self._pin)
         for target, slab in zip(saved.parts, self._slabs, strict=True):
             target.copy_(slab[:, block * BLOCK : (block + 1) * BLOCK])
+        self.memory.stays(saved)
         return saved
 
     def _put_back(self, saved: HistoryBlock, block: int) -> None:

@@ -11,7 +11,8 @@ from typing import Literal
 from pacellm.sessions.claims import DirectoryClaims
 from pacellm.sessions.deletions import Deletions
 from pacellm.sessions.disk import LOG, STATE, Disk
-from pacellm.sessions.disk_usage import DiskUsage
+from pacellm.sessions.disk_usage import DiskUsage, FileSizes
+from pacellm.sessions.folder import Sizes
 from pacellm.sessions.session import Key, Session
 from pacellm.sessions.store import SessionStore
 from pacellm.sessions.worker import Worker
@@ -23,7 +24,8 @@ _SPARE = 32  # making room frees one part in so many beyond what is wanted, so t
 class DiskBudget:
     """What this server's sessions take on disk, and which of them give way. Lives in the engine's thread.
 
-    A stored state is a cache of its session's log: states go before any log does, those of an older generation first.
+    A stored state is a cache of its session's log: states go before any log does, those of an older generation first,
+    and last those whose blocks memory has maps of.
     A session whose log goes is ``lost``, unless memory still holds its log. Of the tenant that holds most, the least
     recently used goes first; sessions in use, and those of other running servers, never do.
 
@@ -47,12 +49,18 @@ class DiskBudget:
     ) -> None:
         self.limit, self._usage, self._store, self._claims = limit, usage, store, claims
         self._worker, self._disk, self._deletions = worker, disk, deletions
+        self._without_files: list[Session] = []
         self.states_dropped = self.logs_dropped = 0
+
+    @property
+    def most_of_states(self) -> int:
+        """Bytes that all states and histories may take beside the logs; without a limit what was free."""
+        return self._disk.histories.free_bytes if self.limit is None else max(0, self.limit - self._usage.log_bytes)
 
     def has_room(self, wanted: int) -> bool:
         """A state of ``wanted`` bytes fits, after others gave way; logs never do for a state."""
         if self.limit is None:
-            return True
+            return wanted <= self.most_of_states
         if self._usage.log_bytes + wanted > self.limit:
             return False
         if self._usage.bytes + wanted > self.limit:
@@ -64,8 +72,24 @@ class DiskBudget:
         if self.limit is None or self._usage.bytes <= self.limit:
             return
         self._drop_states(self.limit)
-        if self._usage.bytes > self.limit:
+        if self._usage.session_bytes > self.limit:
             self._drop_logs(self.limit, but)
+
+    def settle(self) -> None:
+        """Between steps: idle sessions let go of the files that memory has maps of where these gave way, because only
+        then the disk has the room, and of others while there are too many."""
+        going, self._without_files = self._without_files, []
+        for session in going:
+            self._let_go(session)
+        if self.limit is not None and self._usage.unlisted_bytes:
+            for session in self._store:
+                if self._usage.bytes <= self.limit:
+                    return
+                self._let_go(session)
+
+    def _let_go(self, session: Session) -> None:
+        if session.maps_files and session.stored is None and not session.in_use:
+            self._store.drop(session)
 
     def _drop_states(self, most: int) -> None:
         for key, session in self._victims("state"):
@@ -73,6 +97,8 @@ class DiskBudget:
                 return
             if session is not None:
                 session.stored = None
+                if session.maps_files:
+                    self._without_files.append(session)
             self.states_dropped += 1
             self._remove(key, STATE)
 
@@ -80,7 +106,7 @@ class DiskBudget:
         for key, session in self._victims("log"):
             if key == but:
                 continue
-            if self._usage.bytes <= most - most // _SPARE:
+            if self._usage.session_bytes <= most - most // _SPARE:
                 return
             self.logs_dropped += 1
             if session is not None and not session.stub:
@@ -94,7 +120,7 @@ class DiskBudget:
 
     def _remove(self, key: Key, *names: str) -> None:
         files = self._usage[key]
-        self._usage.note(key, (0 if LOG in names else files.log, 0), files.last_used)
+        self._usage.note(key, Sizes(0 if LOG in names else files.sizes.log), files.last_used)
         self._worker.submit(lambda: self._disk.drop(key, *names), lambda done: self._removed(key, done))
 
     def _removed(self, key: Key, done: Future[None]) -> None:
@@ -103,24 +129,30 @@ class DiskBudget:
 
     def _victims(self, kind: Literal["log", "state"]) -> Iterator[tuple[Key, Session | None]]:
         """Idle sessions with such a file, in the order in which they give way."""
-        idle: dict[str, list[tuple[bool, float, Key]]] = defaultdict(list)
+        idle: dict[str, list[tuple[bool, bool, float, Key]]] = defaultdict(list)
         held: Counter[str] = Counter()
         for key, files in self._usage:
-            size, session = getattr(files, kind), self._store.get(key)
+            size, session = getattr(files.sizes, kind), self._store.get(key)
             held[key[0]] += size
             if size and not self._is_needed(key, session):
-                is_current = kind == "log" or session is None or session.stored is not None
-                used = max(files.last_used, session.last_used if session is not None else 0.0)
-                idle[key[0]].append((is_current, used, key))
+                idle[key[0]].append((*_rank(kind, files, session), key))
         for keys in idle.values():
             keys.sort(reverse=True)  # who gives way first is last
         while idle:
             tenant = max(idle, key=lambda tenant: held[tenant])
-            key = idle[tenant].pop()[2]
-            held[tenant] -= getattr(self._usage[key], kind)
+            key = idle[tenant].pop()[3]
+            held[tenant] -= getattr(self._usage[key].sizes, kind)
             if not idle[tenant]:
                 del idle[tenant]
             yield key, self._store.get(key)
 
     def _is_needed(self, key: Key, session: Session | None) -> bool:
         return self._claims.is_asking(key) or (session is not None and session.in_use)
+
+
+def _rank(kind: str, files: FileSizes, session: Session | None) -> tuple[bool, bool, float]:
+    """Who gives way first has the least: (memory has maps of its files, its state is the present one, last use)."""
+    if session is None:
+        return False, True, files.last_used
+    used = max(files.last_used, session.last_used)
+    return (False, True, used) if kind == "log" else (session.maps_files, session.stored is not None, used)

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pacellm.engine.sequence import Sequence
 from pacellm.errors import PaceError, SnapshotRefused, reason
 from pacellm.memory.state import Banks
-from pacellm.sessions.disk import LOG, Disk, Sizes
+from pacellm.sessions.disk import LOG, Disk
 from pacellm.sessions.disk_usage import DiskUsage
+from pacellm.sessions.folder import Sizes
 from pacellm.sessions.owner import About, Owner, OwnerRefused, parse_owner
 from pacellm.sessions.records import Facts, Records
 from pacellm.sessions.session import Key, Session
@@ -41,7 +42,7 @@ class _Found:
     """
 
     owner: Owner | None
-    sizes: Sizes = (0, 0)
+    sizes: Sizes = field(default_factory=Sizes)
     log: list[Turn] = field(default_factory=list)
     origin: Banks | None = None
     facts: Facts | None = None

@@ -4,17 +4,19 @@
 
     DIR/key                     32 random bytes: names folders and signs files; 0600
     DIR/servers/ID              locked by the running server of that id, so that others know it lives
+    DIR/history/ID/             blocks of histories of that server that no state lists yet
     DIR/HMAC(tenant, id)/       0700
         lock                    held while any server reads or changes the folder
         owner.json              who owns the session, its generation (commits so far), what a list shows; a tombstone
                                 where it was deleted; under a keyed digest
         log.safetensors         the log: the session itself, and what owner.json said when it was written
-        state.safetensors       KV and banks of one generation: a cache of the log
-
+        state.safetensors       KV and banks of one generation: a cache of the log; it lists what has left the window
+        history.*.safetensors   as blocks, which never change: each is written once, and linked from forks' folders
         *.refused               files that were damaged or of another model, kept
 
-A file is written beside its place, synced where asked, and renamed. Several servers may share DIR: opening a session
-takes it over (its *epoch* grows), and a commit is refused where ``owner.json`` is not what this server last saw.
+A file is written beside its place, synced where asked, and renamed; blocks are there before the state that lists them,
+and those that it does not list go after it. Several servers may share DIR: opening a session takes it over (its *epoch*
+grows), and a commit is refused where ``owner.json`` is not what this server last saw.
 """
 
 from __future__ import annotations
@@ -25,24 +27,24 @@ import mmap
 import os
 import re
 import shutil
-import threading
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
 
 from torch import Tensor
 
 from pacellm.errors import ConfigError, SessionConflict, SnapshotRefused
+from pacellm.kv.history import History
 from pacellm.sessions import format as snapshot
-from pacellm.sessions.atomic import set_aside
+from pacellm.sessions.atomic import Unsettled, set_aside
 from pacellm.sessions.folder import (
     LOG,
     OWNER,
     STATE,
     Claim,
+    Sizes,
     known,
     locked,
     log_generation,
@@ -51,15 +53,16 @@ from pacellm.sessions.folder import (
     owner_of,
     put,
     remove_files,
+    sizes_of,
 )
+from pacellm.sessions.history_files import HistoryFiles
 from pacellm.sessions.owner import Owner, OwnerRefused, Seen
+from pacellm.sessions.read_ahead import reading_ahead
 from pacellm.sessions.session import Key
 
 logger = logging.getLogger("pacellm.memory")
 _TOMBSTONE_DAYS = 7
-_AHEAD = 8 * 2**20
 _FOLDER = re.compile(r"[0-9a-f]{40}")
-Sizes = tuple[int, int]
 
 
 class Disk:
@@ -84,11 +87,13 @@ class Disk:
             fcntl.flock(self._life, fcntl.LOCK_EX)
         except OSError as error:
             raise ConfigError(f"session directory {directory} cannot be used: {error}", param="session_dir") from error
+        self.histories = HistoryFiles(self.directory / "history" / self.server, self.secret, sync=sync)
         self._tidy()
 
     def close(self) -> None:
         """This server's sessions may be taken over by others."""
         if self._life >= 0:
+            self.histories.close()
             with suppress(OSError):  # a mark that nobody locks is a dead server's
                 (self.directory / "servers" / self.server).unlink()
             os.close(self._life)
@@ -166,7 +171,8 @@ class Disk:
             SessionConflict: it says something else now: the session has another owner, or was deleted by one.
             OSError: the disk is full, say; nothing has changed.
         """
-        self._write(owner, seen, {} if log is None else {LOG: log}, meta, sync=log is not None)
+        with self._changing(owner, seen) as folder:
+            put(folder, self.secret, owner, {} if log is None else {LOG: log}, meta, sync=log is not None)
 
     def save(
         self,
@@ -175,26 +181,48 @@ class Disk:
         log: dict[str, Tensor] | None,
         state: dict[str, Tensor] | None,
         meta: dict[str, str],
+        history: History,
     ) -> None:
         """Write a session at rest: its state, and its log where it is not there yet, under its present generation.
 
+        Args:
+            history: of the state: what lies before its KV.
+
         Raises:
             SessionConflict: see :meth:`record`.
-            OSError: what was there before is still there.
+            OSError: what was there before is still there, but for a state with a history.
         """
         tensors = {name: found for name, found in ((STATE, state), (LOG, log)) if found is not None}
-        self._write(owner, seen, tensors, meta, sync=self.sync or log is not None)
+        is_synced = self.sync or log is not None
+        with self._changing(owner, seen) as folder:
+            try:
+                if state is not None:
+                    state |= self.histories.place(folder, history)
+                put(folder, self.secret, owner, tensors, meta, sync=is_synced, sync_states=self.sync)
+            except OSError as error:
+                if state is not None and history.blocks and not isinstance(error, Unsettled):
+                    self._drop_state(folder)  # of another generation: what is written next needs the room
+                raise
+            if state is not None:
+                with suppress(OSError):  # the next state's turn
+                    self.histories.sweep(folder, history)
 
-    def _write(
-        self, owner: Owner, seen: Seen | None, files: dict[str, dict[str, Tensor]], meta: dict[str, str], *, sync: bool
-    ) -> None:
+    @contextmanager
+    def _changing(self, owner: Owner, seen: Seen | None) -> Iterator[Path]:
+        """A session's folder, which is as this server has last seen it."""
         key = owner.tenant, owner.id
         if key in self.doomed:
             self.delete(key, expired=self.doomed[key])  # what was deleted goes before anything takes its place
         folder = self.folder(key)
+        self.histories.measure()
         with locked(folder):
             self._expect(folder, seen)
-            put(folder, self.secret, owner, files, meta, sync=sync, sync_states=self.sync)
+            yield folder
+
+    def _drop_state(self, folder: Path) -> None:
+        with suppress(OSError):
+            (folder / STATE).unlink(missing_ok=True)
+            self.histories.sweep(folder, History())
 
     # -- deleting ------------------------------------------------------------------------------------------
 
@@ -243,7 +271,7 @@ class Disk:
         return Owner(*key, self.server, epoch, generation, deleted=True, expired=expired)
 
     def drop(self, key: Key, *names: str) -> None:
-        """Remove files of a session that no other running server owns."""
+        """Remove files of a session that no other running server owns; with its state go the blocks that it lists."""
         folder = self.folder(key)
         if not folder.exists():
             return
@@ -252,6 +280,8 @@ class Disk:
             if owner is None or not self.is_elsewhere(owner):
                 for name in names:
                     (folder / name).unlink(missing_ok=True)
+                if STATE in names:
+                    self.histories.sweep(folder, History())
 
     def is_elsewhere(self, owner: Owner) -> bool:
         """Another running server owns it."""
@@ -271,7 +301,7 @@ class Disk:
             if not os.fstat(file.fileno()).st_size:
                 raise SnapshotRefused("snapshot is empty")
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            with _reading_ahead(file):
+            with reading_ahead(file):
                 try:
                     yield snapshot.parse(memoryview(mapped))
                 finally:
@@ -290,13 +320,8 @@ class Disk:
             yield parsed.tensors, parsed.metadata
 
     def sizes(self, key: Key) -> Sizes:
-        """(bytes of the log and what else is kept of a session, bytes of its state)."""
-        log = state = 0
-        with suppress(FileNotFoundError), os.scandir(self.folder(key)) as files:
-            for file in files:
-                size = file.stat().st_size
-                log, state = (log, state + size) if file.name == STATE else (log + size, state)
-        return log, state
+        """Bytes of a session's files."""
+        return sizes_of(self.folder(key))
 
     # -- within a folder -----------------------------------------------------------------------------------
 
@@ -342,11 +367,14 @@ class Disk:
         return secret
 
     def _tidy(self) -> None:
-        """Remove marks of dead servers, half-written files nobody writes any more, what deleted sessions have left, and
-        old tombstones."""
+        """Remove marks and blocks of dead servers, half-written files nobody writes any more, what deleted sessions
+        have left, and old tombstones."""
         for mark in (self.directory / "servers").iterdir():
             if mark.name != self.server and not self._lives(mark.name):
                 mark.unlink(missing_ok=True)
+        for blocks in (self.directory / "history").glob("*"):
+            if blocks.name != self.server and not self._lives(blocks.name):
+                shutil.rmtree(blocks, ignore_errors=True)
         for folder in self._folders():
             try:
                 self._tidy_folder(folder)
@@ -367,25 +395,3 @@ class Disk:
     def _folders(self) -> list[Path]:
         """Those of sessions, by name."""
         return sorted(path for path in self.directory.iterdir() if _FOLDER.fullmatch(path.name) and path.is_dir())
-
-
-@contextmanager
-def _reading_ahead(file: BinaryIO) -> Iterator[None]:
-    """A thread that draws a file into the page cache, several times faster than page faults do."""
-    left = threading.Event()
-
-    def main() -> None:
-        buffer, position = bytearray(_AHEAD), 0
-        with suppress(OSError):  # whoever needs the data meets the error
-            while not left.is_set() and (length := os.preadv(file.fileno(), [buffer], position)):
-                position += length
-
-    thread = threading.Thread(target=main, name="pacellm-read-ahead", daemon=True)
-    if os.fstat(file.fileno()).st_size > 4 * _AHEAD:
-        thread.start()
-    try:
-        yield
-    finally:
-        left.set()
-        if thread.ident is not None:
-            thread.join()

@@ -5,19 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from pacellm.engine.sequence import Sequence
 from pacellm.errors import SessionConflict
+from pacellm.kv.history import History
 from pacellm.memory.pool import BankPool
 from pacellm.memory.state import Banks, copy_banks
 from pacellm.sessions.budget import DiskBudget
 from pacellm.sessions.claims import stub_of
 from pacellm.sessions.deletions import Deletions
-from pacellm.sessions.disk import Disk, Sizes
+from pacellm.sessions.disk import STATE, Disk
 from pacellm.sessions.disk_usage import DiskUsage
+from pacellm.sessions.folder import Sizes
 from pacellm.sessions.owner import Owner, Seen
 from pacellm.sessions.records import Records, ending_metadata
 from pacellm.sessions.session import Session
@@ -29,9 +32,25 @@ from pacellm.sessions.worker import Worker
 Then = Callable[[Future], None]
 
 
+@dataclass(frozen=True)
+class State:
+    """What a save writes of a session's state.
+
+    Attributes:
+        tokens: of its KV. history: what lies before.
+        tensors: asked for in the worker.
+        free: called there at the end, whatever happened.
+    """
+
+    tokens: int
+    history: History
+    tensors: Callable[[], dict[str, Tensor]]
+    free: Callable[[], None] = lambda: None
+
+
 @dataclass
 class Resting:
-    """A session at rest, as a save takes it."""
+    """A session at rest, as a save takes it. ``refused``: why its state could not be written; its log was."""
 
     owner: Owner
     seen: Seen | None
@@ -39,6 +58,7 @@ class Resting:
     origin: Banks | None
     meta: dict[str, str]
     seconds: float = 0.0
+    refused: OSError | None = None
 
 
 class SessionFiles:
@@ -66,6 +86,7 @@ class SessionFiles:
         self._store, self._worker, self._stats = store, worker, stats
         self.disk, self.records = disk, records
         self.usage, self.budget, self.deletions = usage, budget, deletions
+        self._is_tidying = False
 
     @property
     def num_sessions(self) -> int:
@@ -81,6 +102,17 @@ class SessionFiles:
                 self.usage.note(session.key, self.disk.sizes(session.key), session.last_used)
         self.budget.trim()
 
+    def tidy(self) -> None:
+        """Deletions that the disk has refused, and files of blocks that nobody holds any more."""
+        self.deletions.retry()
+        self.budget.settle()
+        if self.disk.histories.has_gone and not self._is_tidying:
+            self._is_tidying = True
+            self._worker.submit(self.disk.histories.remove_gone, lambda done: self._tidied())
+
+    def _tidied(self) -> None:
+        self._is_tidying = False
+
     # -- at rest -------------------------------------------------------------------------------------------
 
     def rest(self, session: Session) -> Resting:
@@ -93,41 +125,46 @@ class SessionFiles:
             meta=self.records.metadata(session),
         )
 
-    def save(
-        self,
-        session: Session,
-        tensors: Callable[[], dict[str, Tensor]] | None = None,
-        free: Callable[[], None] = lambda: None,
-    ) -> None:
+    def has_room(self, nbytes: int, history: History) -> bool:
+        """There is room for a state of ``nbytes`` with what of its history has no file yet."""
+        return self.budget.has_room(nbytes + history.host_bytes)
+
+    def save(self, session: Session, state: State | None = None) -> None:
         """Have a session at rest written, and its blocks and row given back then.
 
         Args:
-            tensors: of its state, asked for in the worker; None writes the log alone, where it is not there yet.
-            free: called in the worker at the end, whatever happened.
+            state: None writes the log alone, where it is not there yet.
         """
         resting = self.rest(session)
         session.moving = True
 
         def job() -> tuple[int, Sizes]:
             try:
-                nbytes = self._write(resting, tensors() if tensors is not None else None)
+                nbytes = self._write(resting, state)
+            except OSError as error:
+                if state is None or resting.log is None:
+                    raise
+                resting.refused, resting.owner.about.stored = error, None
+                nbytes = self._write(resting, None)
             finally:
-                free()
+                if state is not None:
+                    state.free()
             return nbytes, self.disk.sizes(session.key)
 
         self._worker.submit(job, lambda done: self._saved(session, resting, done))
 
-    def _write(self, resting: Resting, state: dict[str, Tensor] | None) -> int:
+    def _write(self, resting: Resting, state: State | None) -> int:
         """In the worker; returns bytes of state."""
         started = time.monotonic()
         log = self.records.log_tensors(resting.log, resting.origin) if resting.log is not None else None
-        owner = resting.owner
+        owner, tensors, history = resting.owner, None, History()
         owner.about.saved = owner.generation
         if state is not None:
-            owner.about.stored = owner.about.tokens
-        self.disk.save(owner, resting.seen, log, state, resting.meta)
+            owner.about.stored, tensors, history = state.tokens, state.tensors(), state.history
+        nbytes = sum(tensor.nbytes for tensor in (tensors or {}).values()) + history.host_bytes
+        self.disk.save(owner, resting.seen, log, tensors, resting.meta, history)
         resting.seconds = time.monotonic() - started
-        return sum(tensor.nbytes for tensor in (state or {}).values())
+        return nbytes
 
     def _saved(self, session: Session, resting: Resting, done: Future[tuple[int, Sizes]]) -> None:
         session.moving = False
@@ -135,12 +172,14 @@ class SessionFiles:
         if (error := done.exception()) is not None:
             self._stats.say_failure(session.key, "writing to the session directory", error)
             return
+        if resting.refused is not None:
+            self._stats.say_failure(session.key, "writing its state beside its log", resting.refused)
         nbytes, sizes = done.result()
         session.seen = resting.owner.seen
         if not session.deleted and session.generation == resting.owner.generation:
             session.saved, session.foreign = session.generation, False
             if nbytes:
-                session.stored = len(session.context) if not session.stub else session.num_tokens
+                session.stored = resting.owner.about.stored
                 self._stats.count_spill(nbytes, resting.seconds)
         self._noted(session, sizes)
 
@@ -209,6 +248,8 @@ class SessionFiles:
 
         def job() -> Sizes:
             disk.record(owner, seen, records.log_tensors(log, origin), meta)
+            with suppress(OSError):  # it is of another generation, and goes when the next is written
+                disk.drop(session.key, STATE)
             return disk.sizes(session.key)
 
         def then(done: Future[Sizes]) -> None:

@@ -8,22 +8,44 @@ import hashlib
 import hmac
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 from torch import Tensor
 
 from pacellm.errors import SnapshotRefused
 from pacellm.sessions import format as snapshot
 from pacellm.sessions.atomic import Draft, publish
+from pacellm.sessions.history_files import is_block
 from pacellm.sessions.owner import MAX_BYTES, Owner, OwnerRefused, parse_owner, read_owner
 from pacellm.sessions.session import Key
 
 LOG, STATE, OWNER, _LOCK = "log.safetensors", "state.safetensors", "owner.json", "lock"
 Files = dict[str, dict[str, Tensor]]
+
+
+class Sizes(NamedTuple):
+    """Bytes of one session's files.
+
+    Attributes:
+        log: and of what else is kept of it.
+        state: with the blocks of its history.
+        blocks: of these each, by name; forks' folders may have links to the same.
+    """
+
+    log: int = 0
+    state: int = 0
+    blocks: Mapping[str, int] = MappingProxyType({})
+
+    @property
+    def all(self) -> int:
+        """Bytes of all files."""
+        return self.log + self.state
 
 
 @dataclass
@@ -94,6 +116,22 @@ def put(
     publish(folder, *drafts, Draft(OWNER, lambda file: file.write(data), sync=sync))
 
 
+def sizes_of(folder: Path) -> Sizes:
+    """What lies in a folder; nothing where there is none."""
+    log = state = 0
+    blocks = {}
+    with suppress(FileNotFoundError), os.scandir(folder) as files:
+        for file in files:
+            size = file.stat().st_size
+            if is_block(file.name):
+                blocks[file.name] = size
+            elif file.name == STATE:
+                state += size
+            else:
+                log += size
+    return Sizes(log, state + sum(blocks.values()), blocks)
+
+
 def remove_files(folder: Path) -> None:
     """All but the owner and the lock."""
     for path in folder.iterdir():
@@ -148,9 +186,19 @@ def _told_by_log(folder: Path, secret: bytes) -> Owner | None:
         owner = _of(folder, parse_owner(_metadata(folder / LOG).get("owner", "")), secret)
     except OwnerRefused:
         return None
-    is_stored = _metadata(folder / STATE).get("generation") == str(owner.generation)
-    owner.about.saved, owner.about.stored = owner.generation, owner.about.tokens if is_stored else None
+    owner.about.saved, owner.about.stored = owner.generation, _told_by_state(folder, owner.generation)
     return owner
+
+
+def _told_by_state(folder: Path, generation: int) -> int | None:
+    """Tokens of a state of this generation; None where there is none."""
+    metadata = _metadata(folder / STATE)
+    if metadata.get("generation") != str(generation):
+        return None
+    try:
+        return parse_owner(metadata.get("owner", "")).about.stored
+    except OwnerRefused:
+        return None
 
 
 def log_generation(folder: Path) -> int:

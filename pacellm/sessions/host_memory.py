@@ -18,7 +18,7 @@ class HostMemory:
         worker: gives memory back: a gigabyte takes the system a tenth of a second.
 
     Attributes:
-        history: what has left the windows of sessions, running requests and cached prefixes, as it is counted.
+        history: counts what has left the windows of sessions, running requests and cached prefixes.
     """
 
     def __init__(self, capacity: int, worker: Worker) -> None:
@@ -29,13 +29,18 @@ class HostMemory:
 
     @property
     def bytes(self) -> int:
-        """Bytes of KV and banks in host memory, those on their way and histories beyond their budget included."""
+        """Bytes of KV and banks in host memory, those on their way and histories beyond their budget included; what
+        has a file is not."""
         held = sum(s.host.nbytes for s in list(self._sessions.values()) if s.host is not None)
         return self._reserved + self.history.bytes + held
 
+    def missing(self, wanted: int) -> int:
+        """How far ``wanted`` bytes beside what is there now are too many; negative where there is room."""
+        return self.bytes + wanted - self.capacity
+
     def has_room(self, wanted: int) -> bool:
-        """``wanted`` bytes fit beside what is there."""
-        return self.bytes + wanted <= self.capacity
+        """``wanted`` bytes fit beside what is there, once what is on its way to disk has left."""
+        return self.missing(wanted) <= self.history.leaving
 
     def idle(self) -> list[Session]:
         """Sessions whose copy may go, in the order in which they give way: of the tenant that holds most, the one used

@@ -36,13 +36,12 @@ class HostState:
         kv: [heads, tokens, size] for every slab (keys of all layers, then values); empty where only banks are kept.
         banks: by layer; empty without PA.
         tokens: that the KV stands for.
-        start: of these in the session's history. history: what lies before.
+        history: what lies before them.
     """
 
     kv: list[Tensor]
     banks: Banks
     tokens: int
-    start: int = 0
     history: History = field(default_factory=History)
 
     @property

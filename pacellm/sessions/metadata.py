@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pacellm.memory.pool import BankPool
+from pacellm.sessions.disk_usage import DiskUsage
 from pacellm.sessions.session import Session
 
 _READS = {"hits": "hit_rate", "fuses": "fuse_rate", "misses": "miss_rate"}
@@ -15,12 +16,13 @@ class SessionMetadata:
 
     Args:
         pool: of banks; None without PA.
+        usage: of the session directory; None where there is none.
         block_bytes: KV bytes of one block over all layers.
         slots: of a bank.
     """
 
-    def __init__(self, pool: BankPool | None, *, block_bytes: int, slots: int) -> None:
-        self._pool, self.block_bytes, self._slots = pool, block_bytes, slots
+    def __init__(self, pool: BankPool | None, usage: DiskUsage | None = None, *, block_bytes: int, slots: int) -> None:
+        self._pool, self._usage, self.block_bytes, self._slots = pool, usage, block_bytes, slots
 
     def of(self, session: Session) -> dict[str, Any]:
         """One session, as the API shows it."""
@@ -40,8 +42,9 @@ class SessionMetadata:
                 "kv": len(session.table.blocks) * self.block_bytes if session.table is not None else 0,
                 "bank": self.bank_bytes(session),
                 "host": session.host.nbytes if session.host is not None else 0,
-                "history": _history_bytes(session),
+                "history": session.history.host_bytes,
                 "log": session.log_bytes,
+                "disk": 0 if self._usage is None else self._usage.of_session(session.key),
             },
             "bank": {"slots": self._slots, "layers": _rates(session.banks)} if self._pool is not None else None,
         }
@@ -49,12 +52,6 @@ class SessionMetadata:
     def bank_bytes(self, session: Session) -> int:
         """Bytes of banks that it holds on the device."""
         return self._pool.bytes_per_row if self._pool is not None and session.row is not None else 0
-
-
-def _history_bytes(session: Session) -> int:
-    """Bytes of what has left its window, shared with its forks; in host memory."""
-    held = session.table or session.host
-    return 0 if held is None else held.history.nbytes
 
 
 def _rates(banks: dict[int, dict[str, int]]) -> dict[str, dict[str, Any]]:

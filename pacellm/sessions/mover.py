@@ -9,16 +9,19 @@ from __future__ import annotations
 import logging
 import time
 from concurrent.futures import Future
+from functools import partial
 
 from torch import Tensor
 
 from pacellm.errors import SnapshotRefused, reason
 from pacellm.kv.blocks import BlockAllocator, KVTable, blocks_for
+from pacellm.kv.history import History
 from pacellm.memory.pool import BankPool
 from pacellm.memory.state import Banks, banks_nbytes
 from pacellm.sessions.claims import DirectoryClaims
 from pacellm.sessions.disk import STATE, Disk
-from pacellm.sessions.files import SessionFiles
+from pacellm.sessions.files import SessionFiles, State
+from pacellm.sessions.history_tier import HistoryTier
 from pacellm.sessions.host_memory import HostMemory
 from pacellm.sessions.host_state import HostState, download, spans_of, upload
 from pacellm.sessions.session import Session
@@ -61,6 +64,7 @@ class Mover:
         self._store, self._allocator, self._pool, self._slabs = store, allocator, pool, slabs
         self._bytes_per_token, self._worker = bytes_per_token, worker
         self.host, self.claims, self.files, self.stats = host, claims, files, stats
+        self.histories = HistoryTier(host, worker, files, stats)
 
     @property
     def disk(self) -> Disk | None:
@@ -78,6 +82,7 @@ class Mover:
         """Room for ``wanted`` bytes, made before it is used: by jobs that run before the one that needs it."""
         if wanted > self.host.capacity:
             return False
+        self.histories.write_out(self.host.missing(wanted))
         idle = self.host.idle()
         while idle and not self.host.has_room(wanted):
             self._leave_host(idle.pop(0))
@@ -87,11 +92,12 @@ class Mover:
         state, session.host = session.host, None
         if state is None:
             return
-        if self.files is None or session.deleted or state.start or not self.files.budget.has_room(state.nbytes):
+        if self.files is None or session.deleted or not self.files.has_room(state.nbytes, state.history):
             state.clear()
             return
         records = self.files.records
-        self.files.save(session, lambda: records.host_tensors(state), free=state.clear)
+        tensors = partial(records.host_tensors, state)
+        self.files.save(session, State(state.tokens, state.history, tensors, free=state.clear))
 
     # -- down ----------------------------------------------------------------------------------------------
 
@@ -115,19 +121,18 @@ class Mover:
                 lambda done: self._in_host_now(session, nbytes, done),
             )
             return True
-        if self.files is None or not table.view.is_whole or not self.files.budget.has_room(nbytes):
+        if self.files is None or not self.files.has_room(nbytes, table.history):
             return False
-        self._spill_to_disk(session, self.files)
+        self._spill_to_disk(session, table, self.files)
         return True
 
-    def _spill_to_disk(self, session: Session, files: SessionFiles) -> None:
-        assert session.table is not None
-        spans, tokens, banks = spans_of(session.table), len(session.context), self._banks(session)
+    def _spill_to_disk(self, session: Session, table: KVTable, files: SessionFiles) -> None:
+        spans, tokens, banks = spans_of(table), session.kv_tokens, self._banks(session)
 
         def tensors() -> dict[str, Tensor]:
             return {**files.records.kv_tensors(self._slabs, spans, tokens), **files.records.bank_tensors(banks)}
 
-        files.save(session, tensors)
+        files.save(session, State(tokens, table.history.until(table.view.start), tensors))
 
     def _in_host_now(self, session: Session, nbytes: int, done: Future[tuple[HostState, float]]) -> None:
         self.host.arrived(nbytes)
@@ -156,11 +161,11 @@ class Mover:
 
     def _save(self, session: Session, files: SessionFiles) -> None:
         """Write an idle session: its log, and the state where there is one that is not on disk and has room there."""
-        if session.table is not None and session.stored is None and len(session.context):
-            if session.table.view.is_whole and files.budget.has_room(
-                len(session.context) * self._bytes_per_token + banks_nbytes(self._banks(session))
-            ):
-                self._spill_to_disk(session, files)
+        table, tokens = session.table, session.kv_tokens
+        if table is not None and session.stored is None and tokens:
+            nbytes = tokens * self._bytes_per_token + banks_nbytes(self._banks(session))
+            if files.has_room(nbytes, table.history):
+                self._spill_to_disk(session, table, files)
                 return
             self._store.release(session)
         elif session.host is not None:
@@ -180,29 +185,29 @@ class Mover:
         """Start bringing KV and banks back; blocks and a row must be free."""
         tokens = self.stored_tokens(session)
         assert tokens is not None
-        table = KVTable(self._allocator.allocate(blocks_for(tokens)))
-        if session.host is not None and session.host.start:
-            table = KVTable(table.blocks, View(session.host.start), session.host.history.until(session.host.start))
+        start = len(session.context) - tokens
+        table = KVTable(self._allocator.allocate(blocks_for(tokens)), View(start))
         row = self._pool.take() if self._pool is not None else None
         self._store.put(session, table, row)
         session.moving = session.loading = session.wanted = True
         spans, banks, state = spans_of(table), self._banks(session), session.host
         key, generation, files = session.key, session.generation, self.files
 
-        def job() -> int:
+        def job() -> tuple[int, History]:
             if state is not None:
                 upload(state, self._slabs, spans, banks)
-                return state.nbytes
+                return state.nbytes, state.history.until(start)
             assert files is not None
             with files.disk.parse(key, STATE) as parsed:
                 size = sum(tensor.nbytes for tensor in parsed.tensors.values())
-                files.records.fill(parsed, files.disk.secret, generation, tokens, spans, banks)
+                listing = files.records.fill(parsed, files.disk.secret, generation, start, tokens, spans, banks)
+                history = files.disk.histories.take(files.disk.folder(key), listing, self._slabs)
                 parsed.tensors.clear()
-            return size
+            return size, history
 
-        self._worker.submit(lambda: _timed(job), lambda done: self._restored(session, done))
+        self._worker.submit(lambda: _timed(job), lambda done: self._restored(session, table, done))
 
-    def _restored(self, session: Session, done: Future[tuple[int, float]]) -> None:
+    def _restored(self, session: Session, table: KVTable, done: Future[tuple[tuple[int, History], float]]) -> None:
         session.moving = session.loading = False
         self.host.free(session)
         if (error := done.exception()) is not None:
@@ -215,7 +220,7 @@ class Mover:
             self._store.drop(session)
             return
         session.found = "restored"
-        nbytes, seconds = done.result()
+        (nbytes, table.history), seconds = done.result()
         self.stats.restores += 1
         self.stats.restored_bytes += nbytes
         self.stats.restore_seconds += seconds
@@ -240,7 +245,7 @@ class Mover:
 
 
 def _with_history(state: HostState, table: KVTable) -> HostState:
-    state.start, state.history = table.view.start, table.history.until(table.view.start)
+    state.history = table.history.until(table.view.start)
     return state
 
 

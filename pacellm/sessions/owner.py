@@ -32,7 +32,8 @@ class About:
         tokens: of the context.
         created, last_used: seconds since 1970; None where nobody knew. ``ttl``: seconds it lives unused.
         kept: created by itself, so it stays without a commit.
-        stored: tokens of this generation's KV and banks on disk. ``saved``: generation whose log is there.
+        stored: tokens of this generation's KV on disk, of its window alone where it is beyond its budget.
+           ``saved``: generation whose log is there.
         banks: per layer, fill and reads so far.
     """
 

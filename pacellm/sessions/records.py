@@ -20,11 +20,12 @@ from pacellm.memory.state import Banks
 from pacellm.modes import MODES, PAChoice, PAMode, resolve
 from pacellm.sessions.ending import Ending
 from pacellm.sessions.format import Parsed, bank_tensors, take_banks
+from pacellm.sessions.history_files import LISTED_BYTES, LISTING
 from pacellm.sessions.host_state import HostState, Span, cut
 from pacellm.sessions.owner import About, Count
 from pacellm.sessions.session import Session
 from pacellm.sessions.turn import Turn
-from pacellm.view import Budget, checked_budget, checked_recall
+from pacellm.view import BLOCK, Budget, checked_budget, checked_recall
 from pacellm.view import Span as TokenSpan
 
 # as logs number them; "on" and "read_only" were written when a fingerprint still told one preset for all turns
@@ -212,9 +213,15 @@ class Records:
         return {**self.kv_tensors(state.kv, [Span(0, 0, state.tokens)], state.tokens), **self.bank_tensors(state.banks)}
 
     def fill(
-        self, parsed: Parsed, secret: bytes, generation: int, tokens: int, spans: list[Span], banks: Banks
-    ) -> None:
+        self, parsed: Parsed, secret: bytes, generation: int, start: int, tokens: int, spans: list[Span], banks: Banks
+    ) -> Tensor | None:
         """Put a state file into the slabs' spans, while it is read, and into ``banks``, once all of it is known good.
+
+        Args:
+            start: position of its first token. tokens: of its KV.
+
+        Returns:
+            What it lists of the history before ``start``; None where there is none.
 
         Raises:
             SnapshotRefused: damaged, of another model, config or generation, or with parts missing; the spans then
@@ -222,10 +229,11 @@ class Records:
         """
         tensors, metadata = dict(parsed.tensors), parsed.metadata
         self.check_fingerprint(metadata)
-        if metadata.get("generation") != str(generation) or metadata.get("tokens") != str(tokens):
+        if metadata.get("generation") != str(generation) or metadata.get("tokens") != str(start + tokens):
             raise SnapshotRefused("snapshot is of another generation of the session")
         if not self.has_codes_of(metadata):
             raise SnapshotRefused("snapshot's activity codes were made by another calibration")
+        listing = _checked_listing(tensors.pop(LISTING, None), start)
         kv = {name: tensor for name, tensor in tensors.items() if not name.startswith("bank.")}
         self.check_kv(kv, tokens, is_trusted=True)
 
@@ -238,6 +246,7 @@ class Records:
         if bool(found) != bool(banks):
             raise SnapshotRefused("snapshot has no banks")
         self.place({}, tokens, spans, found, banks)
+        return listing
 
     def place(
         self, kv: dict[str, Tensor], tokens: int, spans: list[Span], found: Banks | None = None,
@@ -334,6 +343,14 @@ def _take_views(tensors: dict[str, Tensor], log: list[Turn]) -> None:
         raise SnapshotRefused(_CONTRADICTS) from None
     if spans:
         raise SnapshotRefused(_CONTRADICTS)
+
+
+def _checked_listing(listing: Tensor | None, start: int) -> Tensor | None:
+    shape = (0, LISTED_BYTES) if listing is None else tuple(listing.shape)
+    is_listing = listing is None or listing.dtype == torch.uint8
+    if not is_listing or shape != (start // BLOCK, LISTED_BYTES) or start % BLOCK:
+        raise SnapshotRefused("snapshot does not list the history before its KV")
+    return listing
 
 
 def ending_metadata(ending: Ending | None) -> dict[str, str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from pacellm.kv.blocks import KVTable
+from pacellm.kv.history import History
 from pacellm.memory.state import BankState
 from pacellm.sessions.ending import Ending
 from pacellm.sessions.host_state import HostState
@@ -43,7 +44,8 @@ class Session:
         origin: host copies of its banks at the last fold, by layer.
         host: KV and banks in host memory.
         stub: the log is on disk only. ``num_tokens`` is the context's length then.
-        saved: generation whose log is on disk. ``stored``: tokens of this generation's KV and banks on disk.
+        saved: generation whose log is on disk. ``stored``: tokens of this generation's KV on disk, with
+            banks and what lies before.
         generation: commits, resets and imports in its life; ``epoch``: how often it changed servers.
         seen: what ``owner.json`` last said to this server; None where there is none.
         busy: a running request works on it. ``moving``: the worker does. ``loading``: ``table`` is not filled yet.
@@ -101,6 +103,17 @@ class Session:
     def is_resident(self) -> bool:
         """KV, and banks if it has any, are in place."""
         return self.table is not None and not self.loading
+
+    @property
+    def history(self) -> History:
+        """What has left its window, as far as memory knows of it."""
+        held = self.table if self.table is not None else self.host
+        return History() if held is None else held.history
+
+    @property
+    def maps_files(self) -> bool:
+        """Memory has maps of its history's files."""
+        return any(block.file is not None for block in self.history.blocks)
 
     @property
     def kv_tokens(self) -> int:

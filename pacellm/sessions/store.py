@@ -310,13 +310,11 @@ class SessionStore:
         self._holding.pop(id(session), None)
 
     def drop_history(self, keep: Session | None) -> bool:
-        """Drop the state of the idle session used longest ago that holds a history, but not of ``keep``; its log brings
-        it back. False where there is none."""
+        """Drop the state of the idle session used longest ago that holds a history, but not of ``keep``; its files or
+        its log bring it back. False where there is none."""
         for session in self._sessions.values():
-            table, host = session.table, session.host
-            holds = (table is not None and table.history.blocks) or (host is not None and host.history.blocks)
-            if holds and session is not keep and not session.in_use:
-                self.drop(session)
+            if session.history.blocks and session is not keep and not session.in_use:
+                (self.drop if session.stored is None else self.release)(session)
                 return True
         return False
 

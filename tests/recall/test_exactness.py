@@ -98,6 +98,15 @@ def test_host_memory(model, alone):
     assert found.engine.mover.stats.restores == 4
 
 
+def test_disk(model, alone, tmp_path):
+    """The same with blocks in files, which leave host memory while a prompt is read."""
+    settings = {**SIZES, "session_memory": 0, "session_host_memory": 0, "session_dir": str(tmp_path)}
+    found = Story(new_engine(prepare(model), **settings))
+    assert found.found == alone
+    assert found.engine.mover.stats.restores == 4
+    assert found.engine.sessions.get(("tenant", "s")).tier == "disk"
+
+
 def test_replays(model, alone):
     """Each turn begins with nothing but the log."""
 

@@ -85,6 +85,28 @@ def test_questions_by_append_streamed_and_by_responses(server, document):
     assert float(recalls.split()[-1]) >= 5
 
 
+def test_over_a_restart_on_little_host_memory(tokenizer, document, tmp_path):
+    """Its history is on disk block by block, and nothing is read again."""
+    config = EngineConfig(
+        working_memory=BUDGET, working_memory_window=512, working_memory_index=("lexical",), max_model_len=20_000,
+        session_dir=str(tmp_path), session_host_memory=2**22,
+    )  # fmt: skip
+    fact = document.facts[5]
+    for found in ("new", "restored"):
+        engine = Engine(load(MODEL_PATH), config, tokenizer.backend)
+        with Live(Service(engine, tokenizer, Settings(model_name=NAME))) as server:
+            append = found != "new"
+            told = ask(server, fact.question if append else document.text, session_id="s", pacellm={"append": append})
+            assert told.json()["pacellm"]["session"] == found
+            metrics = server.http.get("/metrics").text
+            line = 'pacellm_session_bytes{kind="history",model_name="pacellm-demo",tier="%s"} '
+            host, disk = (float(metrics.split(line % tier)[1].split()[0]) for tier in ("host", "disk"))
+            assert host <= 2**22 < disk
+            assert server.http.get("/v1/sessions/s").json()["bytes"]["disk"] >= (disk if append else 0)
+        engine.close()
+    assert told.json()["choices"][0]["message"]["content"] == fact.answer
+
+
 def test_what_fits_its_budget_sees_everything(server):
     memory = ask(server, "hello").json()["pacellm"]["memory"]
     assert (memory["view"], memory["called_back"], memory["passages"]) == (False, [], [])

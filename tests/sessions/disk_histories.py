@@ -75,13 +75,17 @@ class Wrong(AssertionError):
 class History:
     """A server, and what its sessions may be: None where there is none, else (commits, the last prompt).
 
+    Args:
+        longer: tokens that prompts have beside a few.
+
     Attributes:
         live: what a session may be in this process. kept: what it may be in the next, should this one die; the same set
             where whatever it is is on disk.
     """
 
-    def __init__(self, model, path, monkeypatch, **settings):
+    def __init__(self, model, path, monkeypatch, *, longer=0, **settings):
         self._model, self._path, self._settings = model, path, settings
+        self._longer = longer
         self.disk = FailingDisk(path)
         self.disk.install(monkeypatch)
         self._begin()
@@ -114,12 +118,15 @@ class History:
 
     def _turn(self, op):
         contexts = sorted(state[1] for state in self.live[op.name] if state is not None)
-        asked = [*(contexts[-1] if contexts else ())[-40:], *prompt(5, op.number)]
+        asked = [*(contexts[-1] if contexts else ())[-40:], *self._prompt(op)]
         new = {((state or EMPTY)[0] + 1, tuple(asked)) for state in self.live[op.name]}
         return self._changed(op.name, new, self._ask(op.name, asked), {*self.live[op.name]})
 
     def _peek(self, op):
-        return self._ask(op.name, prompt(5, op.number), commit=False)
+        return self._ask(op.name, self._prompt(op), commit=False)
+
+    def _prompt(self, op):
+        return prompt(5 + self._longer, op.number)
 
     def _ask(self, name, asked, **options):
         self.engine.add(request("x", asked, ANSWER, session=name, **options))
@@ -193,7 +200,7 @@ class History:
 
     def _race(self, op):
         """A request, and a deletion or a reset before it has ended."""
-        asked, before = prompt(5, op.number), set(self.live[op.name])
+        asked, before = self._prompt(op), set(self.live[op.name])
         is_deletion, key = op.number % 2, ("tenant", op.name)
         self.engine.add(request("x", asked, ANSWER, session=op.name))
         events = [event for _ in range(op.number % 5) for _, event in self.engine.step()]

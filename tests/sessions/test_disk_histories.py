@@ -31,6 +31,14 @@ def test_random_histories(model, tmp_path, monkeypatch, seed):
     check(draw(seed, 60), model, tmp_path, monkeypatch, SETTINGS[seed % 3])
 
 
+@pytest.mark.parametrize("seed", [*range(2), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 40))])
+def test_random_histories_beyond_the_budget(model, tmp_path, monkeypatch, seed):
+    settings = {"working_memory": 2048, "working_memory_window": 512, "max_model_len": 50_000}
+    settings["session_host_memory"] = (30, 12)[seed % 2] * 512 * model.bytes_per_token
+    ops = draw(seed, 30)
+    History(model, tmp_path, monkeypatch, longer=2300, check_integrity=False, **settings).run(ops)
+
+
 @pytest.mark.parametrize(
     "ops",
     [
