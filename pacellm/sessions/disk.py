@@ -21,6 +21,7 @@ grows), and a commit is refused where ``owner.json`` is not what this server las
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import mmap
@@ -158,7 +159,14 @@ class Disk:
         if self.is_elsewhere(owner) and log_generation(folder) < owner.generation:
             raise SessionConflict("another running server holds this session's latest commits")
         owner.server, owner.epoch = self.server, owner.epoch + 1
-        put(folder, self.secret, owner, sync=True)
+        try:
+            put(folder, self.secret, owner, sync=True)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not self.sync:
+                raise
+            self._drop_state(folder)  # the log brings it back, and little of its room is wanted
+            owner.about.stored = None
+            put(folder, self.secret, owner, sync=True)
         return found
 
     def record(self, owner: Owner, seen: Seen | None, log: dict[str, Tensor] | None, meta: dict[str, str]) -> None:

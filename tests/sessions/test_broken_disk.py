@@ -166,6 +166,21 @@ def test_a_full_disk_makes_room_for_the_tombstone(model, stored, monkeypatch):
     assert ask(new(model, stored), FIRST)[0].session == "new"
 
 
+def test_on_a_full_disk_a_state_gives_way_so_that_its_session_can_be_taken_over(model, wanted, stored, monkeypatch):
+    from pacellm.sessions import folder
+
+    engine, publish = new(model, stored, session_sync=True), folder.publish
+
+    def full(path, *drafts):
+        if (path / STATE).exists():
+            raise OSError(28, "No space left on device", str(path))
+        publish(path, *drafts)
+
+    monkeypatch.setattr(folder, "publish", full)
+    end, answer = ask(engine, wanted[0])
+    assert (end.session, answer) == ("replayed", wanted[1])
+
+
 def test_changes_that_are_not_durable_say_so(model, tmp_path, monkeypatch, kind):
     engine = new(model, tmp_path)
     ask(engine, FIRST)
