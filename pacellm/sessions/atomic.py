@@ -67,16 +67,16 @@ def _place(folder: Path, paths: Sequence[Path], drafts: Sequence[Draft]) -> None
             path.replace(folder / draft.name)
             has_begun = True
         if any(draft.sync for draft in drafts):
-            sync_folder(folder)
+            sync_path(folder)
     except OSError as error:
         if has_begun:
             raise Unsettled(error) from error
         raise
 
 
-def sync_folder(folder: Path) -> None:
-    """The names in a folder are on disk."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """A file's bytes, or the names in a folder, are on disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

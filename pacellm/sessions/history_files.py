@@ -25,7 +25,7 @@ from torch import Tensor
 from pacellm.errors import SnapshotRefused
 from pacellm.kv.history import BlockFile, History, HistoryBlock
 from pacellm.sessions import format as snapshot
-from pacellm.sessions.atomic import Draft, publish
+from pacellm.sessions.atomic import Draft, publish, sync_path
 from pacellm.view import BLOCK
 
 _NAME_BYTES = 16
@@ -137,7 +137,7 @@ class HistoryFiles:
             return False
         block.file = block.file._replace(path=path)
         if self._sync:
-            _sync(path)
+            sync_path(path)
         return True
 
     def _move_or_link(self, block: HistoryBlock, file: BlockFile, path: Path) -> None:
@@ -225,11 +225,3 @@ def _mapped(path: Path) -> snapshot.Parsed:
     except RuntimeError as error:  # no more maps, say
         raise OSError(str(error)) from None
     return snapshot.parse(memoryview(data))
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
