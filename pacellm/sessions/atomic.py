@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeGuard
 
 
 class Draft(NamedTuple):
@@ -29,6 +30,13 @@ class Unsettled(OSError):
     def __init__(self, error: OSError) -> None:
         why = error.strerror or type(error).__name__
         super().__init__(error.errno, f"{why}; the change may be there all the same", error.filename)
+
+
+def is_full(error: BaseException) -> TypeGuard[OSError]:
+    """The disk had no room, or its quota is used up, and nothing has changed."""
+    return (
+        isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and not isinstance(error, Unsettled)
+    )
 
 
 def publish(folder: Path, *drafts: Draft) -> None:

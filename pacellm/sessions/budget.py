@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Literal
 
@@ -49,7 +49,9 @@ class DiskBudget:
     ) -> None:
         self.limit, self._usage, self._store, self._claims = limit, usage, store, claims
         self._worker, self._disk, self._deletions = worker, disk, deletions
+        worker.make_room = self.make_room
         self._without_files: list[Session] = []
+        self._num_removing = 0
         self.states_dropped = self.logs_dropped = 0
 
     @property
@@ -75,6 +77,14 @@ class DiskBudget:
         if self._usage.session_bytes > self.limit:
             self._drop_logs(self.limit, but)
 
+    def make_room(self) -> bool:
+        """The disk is full for what must be written: states give way, then blocks that no state lists. False where
+        nothing is left to."""
+        if not self._num_removing:
+            self._drop_states(self._usage.bytes - 1)
+            self.settle()
+        return self._num_removing > 0 or any(self._let_go(session) for session in self._store)
+
     def settle(self) -> None:
         """Between steps: idle sessions let go of the files that memory has maps of where these gave way, because only
         then the disk has the room, and of others while there are too many."""
@@ -87,9 +97,12 @@ class DiskBudget:
                     return
                 self._let_go(session)
 
-    def _let_go(self, session: Session) -> None:
-        if session.maps_files and session.stored is None and not session.in_use:
+    def _let_go(self, session: Session) -> bool:
+        is_free = session.maps_files and session.stored is None and not session.in_use
+        if is_free:
             self._store.drop(session)
+            self._submit(session.key, self._disk.histories.remove_gone)
+        return is_free
 
     def _drop_states(self, most: int) -> None:
         for key, session in self._victims("state"):
@@ -121,9 +134,14 @@ class DiskBudget:
     def _remove(self, key: Key, *names: str) -> None:
         files = self._usage[key]
         self._usage.note(key, Sizes(0 if LOG in names else files.sizes.log), files.last_used)
-        self._worker.submit(lambda: self._disk.drop(key, *names), lambda done: self._removed(key, done))
+        self._submit(key, lambda: self._disk.drop(key, *names))
+
+    def _submit(self, key: Key, remove: Callable[[], None]) -> None:
+        self._num_removing += 1
+        self._worker.submit(remove, lambda done: self._removed(key, done))
 
     def _removed(self, key: Key, done: Future[None]) -> None:
+        self._num_removing -= 1
         if (error := done.exception()) is not None:
             logger.warning("session %r of tenant %r: files could not be removed: %s", key[1], key[0], str(error))
 

@@ -99,7 +99,9 @@ class DirectoryClaims:
             return
         session = self._store.get(key)
         known = None if session is None or session.stub else session.generation
-        self._worker.submit(lambda: self._claim(key, known), lambda done: self._answered(key, asked, done))
+        self._worker.submit(
+            lambda: self._claim(key, known), lambda done: self._answered(key, asked, done), needs_room=True
+        )
 
     def take_refused(self) -> list[tuple[Sequence, PaceError]]:
         """Requests whose sessions the disk has not given since this was last asked, and why."""
@@ -157,7 +159,7 @@ class DirectoryClaims:
 
     def _unreadable(self, key: Key, error: Exception) -> PaceError:
         logger.warning("session %r: cannot be opened: %s", key[1], str(error), exc_info=error)
-        return PaceError(f"the session directory cannot be read: {reason(error)}")
+        return PaceError(f"the session cannot be opened in the session directory: {reason(error)}")
 
     def _take(self, key: Key, found: _Found) -> None:
         """Memory learns what the disk knows."""

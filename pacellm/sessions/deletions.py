@@ -35,7 +35,7 @@ class Deletions:
         """Leave a tombstone, now or at a later try; whether there was a session."""
         self._forget(key)
         return self._worker.submit(
-            lambda: self._disk.delete(key, expired=expired), lambda done: self._deleted(key, done)
+            lambda: self._disk.delete(key, expired=expired), lambda done: self._deleted(key, done), needs_room=True
         )
 
     def _deleted(self, key: Key, done: Future[bool]) -> None:

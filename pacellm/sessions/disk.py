@@ -21,7 +21,6 @@ grows), and a commit is refused where ``owner.json`` is not what this server las
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import logging
 import mmap
@@ -39,12 +38,13 @@ from torch import Tensor
 from pacellm.errors import ConfigError, SessionConflict, SnapshotRefused
 from pacellm.kv.history import History
 from pacellm.sessions import format as snapshot
-from pacellm.sessions.atomic import Unsettled, set_aside
+from pacellm.sessions.atomic import Unsettled, is_full, set_aside
 from pacellm.sessions.folder import (
     LOG,
     OWNER,
     STATE,
     Claim,
+    Files,
     Sizes,
     known,
     locked,
@@ -159,13 +159,9 @@ class Disk:
         if self.is_elsewhere(owner) and log_generation(folder) < owner.generation:
             raise SessionConflict("another running server holds this session's latest commits")
         owner.server, owner.epoch = self.server, owner.epoch + 1
-        try:
-            put(folder, self.secret, owner, sync=True)
-        except OSError as error:
-            if error.errno != errno.ENOSPC or not self.sync:
-                raise
-            self._drop_state(folder)  # the log brings it back, and little of its room is wanted
-            owner.about.stored = None
+        if self.sync:
+            self._put(folder, owner)
+        else:
             put(folder, self.secret, owner, sync=True)
         return found
 
@@ -180,7 +176,7 @@ class Disk:
             OSError: the disk is full, say; nothing has changed.
         """
         with self._changing(owner, seen) as folder:
-            put(folder, self.secret, owner, {} if log is None else {LOG: log}, meta, sync=log is not None)
+            self._put(folder, owner, {} if log is None else {LOG: log}, meta, sync=log is not None)
 
     def save(
         self,
@@ -226,6 +222,25 @@ class Disk:
         with locked(folder):
             self._expect(folder, seen)
             yield folder
+
+    def _put(
+        self,
+        folder: Path,
+        owner: Owner,
+        files: Files | None = None,
+        meta: dict[str, str] | None = None,
+        *,
+        sync: bool = True,
+    ) -> None:
+        """Write what is worth more than the session's state, which on a full disk gives way: its log brings it back."""
+        try:
+            put(folder, self.secret, owner, files, meta, sync=sync)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            self._drop_state(folder)
+            owner.about.stored = None
+            put(folder, self.secret, owner, files, meta, sync=sync)
 
     def _drop_state(self, folder: Path) -> None:
         with suppress(OSError):

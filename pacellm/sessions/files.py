@@ -139,19 +139,21 @@ class SessionFiles:
         session.moving = True
 
         def job() -> tuple[int, Sizes]:
+            nonlocal state
+            tried, state = state, None  # a second run is for the log alone
             try:
-                nbytes = self._write(resting, state)
+                nbytes = self._write(resting, tried)
             except OSError as error:
-                if state is None or resting.log is None:
+                if tried is None or resting.log is None:
                     raise
                 resting.refused, resting.owner.about.stored = error, None
                 nbytes = self._write(resting, None)
             finally:
-                if state is not None:
-                    state.free()
+                if tried is not None:
+                    tried.free()
             return nbytes, self.disk.sizes(session.key)
 
-        self._worker.submit(job, lambda done: self._saved(session, resting, done))
+        self._worker.submit(job, lambda done: self._saved(session, resting, done), needs_room=resting.log is not None)
 
     def _write(self, resting: Resting, state: State | None) -> int:
         """In the worker; returns bytes of state."""
@@ -237,7 +239,7 @@ class SessionFiles:
             if isinstance(found, tuple):
                 self._noted(session, found)
 
-        self._worker.submit(job, noted)
+        self._worker.submit(job, noted, needs_room=True)
 
     def replace_log(self, session: Session) -> Future[Sizes]:
         """Take note of a session that was emptied or replaced, with its log."""
@@ -268,7 +270,7 @@ class SessionFiles:
                 self._store.remove(session)
                 self.usage.forget(session.key)
 
-        return self._worker.submit(job, then)
+        return self._worker.submit(job, then, needs_room=True)
 
     def recorded(self, session: Session) -> None:
         """After the commit: what of it is on disk."""

@@ -148,6 +148,8 @@ def known(folder: Path, secret: bytes) -> Claim:
     try:
         owner = owner_of(folder, secret)
         if owner is not None or not (folder / LOG).exists():
+            if owner is not None and not (folder / STATE).exists():
+                owner.about.stored = None  # it has given way
             return Claim(owner)
         refused = f"{OWNER} is missing"
     except OwnerRefused as error:

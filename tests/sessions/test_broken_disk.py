@@ -1,6 +1,7 @@
 """What a session directory that cannot be written costs, and what damage in it does."""
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import pytest
 
 from pacellm.engine.engine import run_until_idle
 from pacellm.model.load import prepare
+from pacellm.sessions import atomic, folder, history_files
 from pacellm.sessions.disk import LOG, STATE
 from pacellm.sessions.folder import OWNER, name_of
 from pacellm.sessions.owner import OwnerRefused, read_owner
@@ -151,8 +153,6 @@ def test_what_was_deleted_goes_before_anything_takes_its_place(model, stored, mo
 
 
 def test_a_full_disk_makes_room_for_the_tombstone(model, stored, monkeypatch):
-    from pacellm.sessions import folder
-
     engine, publish = new(model, stored), folder.publish
 
     def full(path, *drafts):
@@ -167,8 +167,6 @@ def test_a_full_disk_makes_room_for_the_tombstone(model, stored, monkeypatch):
 
 
 def test_on_a_full_disk_a_state_gives_way_so_that_its_session_can_be_taken_over(model, wanted, stored, monkeypatch):
-    from pacellm.sessions import folder
-
     engine, publish = new(model, stored, session_sync=True), folder.publish
 
     def full(path, *drafts):
@@ -179,6 +177,59 @@ def test_on_a_full_disk_a_state_gives_way_so_that_its_session_can_be_taken_over(
     monkeypatch.setattr(folder, "publish", full)
     end, answer = ask(engine, wanted[0])
     assert (end.session, answer) == ("replayed", wanted[1])
+
+
+def full_of_states(monkeypatch, directory):
+    """The disk is full for as long as there is a state."""
+    publish = atomic.publish
+
+    def full(path, *drafts):
+        if any(directory.glob(f"*/{STATE}")):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        publish(path, *drafts)
+
+    for module in (folder, history_files):
+        monkeypatch.setattr(module, "publish", full)
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_on_a_full_disk_others_states_give_way_to_what_must_be_there(model, wanted, stored, monkeypatch, sync):
+    engine = new(model, stored, session_sync=sync)
+    with monkeypatch.context() as patch:
+        full_of_states(patch, stored)
+        end, answer = ask(engine, wanted[0])
+        assert (end.session, answer) == ("replayed" if sync else "restored", wanted[1])
+        assert "durable" not in operate(engine, engine.ops.fork(OTHER, ("tenant", "u"), None))
+        assert "durable" not in operate(engine, engine.ops.reset(("tenant", "u")))
+        assert "durable" not in operate(engine, engine.ops.delete(("tenant", "u")))
+        if sync:
+            crash(engine)
+        else:
+            engine.close()
+    assert ask(new(model, stored), FIRST, "t")[0].session in ("replayed", "restored")
+
+
+def test_at_the_end_logs_are_written_where_states_had_filled_the_disk(model, stored, monkeypatch):
+    engine = new(model, stored)
+    for name in "abc":
+        ask(engine, FIRST, name)
+    with monkeypatch.context() as patch:
+        full_of_states(patch, stored)
+        engine.close()
+    again = new(model, stored)
+    assert [ask(again, FIRST, name)[0].session for name in "abcst"] == ["replayed"] * 5
+
+
+def test_a_disk_that_stays_full_costs_every_state_and_no_session(model, wanted, stored, monkeypatch):
+    engine = new(model, stored, session_sync=True)
+    with monkeypatch.context() as patch:
+        break_disk(patch, "full")
+        end = run(engine, request("x", wanted[0], session="s"))["x"][-1]
+    assert isinstance(end, Failed)
+    assert "opened in the session directory: No space left on device" in str(end.error)
+    assert not list(stored.glob(f"*/{STATE}"))
+    assert ask(engine, wanted[0])[1] == wanted[1]
+    assert ask(engine, FIRST, "t")[0].session == "replayed"
 
 
 def test_changes_that_are_not_durable_say_so(model, tmp_path, monkeypatch, kind):
