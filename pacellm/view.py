@@ -128,15 +128,20 @@ def checked_recall(budget: Budget | None, start: int, spans: list[Span]) -> Reca
     Raises:
         ValueError: it cannot be one.
     """
-    if budget is None or start < budget.tokens or not spans or spans[0].start != 0 or spans[0].length < BLOCK:
+    if budget is None or start < budget.tokens or not _is_front(spans):
         raise ValueError
     recall = Recall(start, tuple(spans), budget)
-    is_ordered = all(before.end <= after.start for before, after in pairwise(spans))
     front = sum(span.length for span in spans)
-    fits = front % BLOCK == 0 and front - BLOCK <= budget.room and spans[-1].end <= recall.view(start).start
-    if not is_ordered or not fits or min(span.length for span in spans) < 1:
+    if front % BLOCK or front - BLOCK > budget.room or spans[-1].end > recall.view(start).start:
         raise ValueError
     return recall
+
+
+def _is_front(spans: list[Span]) -> bool:
+    """They ascend, none is empty, and the history's first block is among them."""
+    if not spans or spans[0].start != 0 or spans[0].length < BLOCK:
+        return False
+    return all(span.length > 0 for span in spans) and all(one.end <= next_.start for one, next_ in pairwise(spans))
 
 
 def view_of(budget: Budget | None, recall: Recall | None, position: int) -> View:

@@ -104,9 +104,7 @@ class _Trace:
     def observe(self, event: Event) -> bool:
         """Note an event, when it reached the event loop; whether it was the last."""
         if isinstance(event, Delta):
-            if event.token_ids and not self._decodes:
-                self._span.add_event("decode" if self._has_token else "first_token")
-                self._decodes, self._has_token = self._has_token, True
+            self._note_tokens(event)
         elif isinstance(event, Admitted):
             if event.session == "restored":
                 self._span.add_event("restore", {"pacellm.restored_tokens": event.cached_tokens})
@@ -119,6 +117,11 @@ class _Trace:
             self._span.set_attributes(_answered(event, self._reasons or [event.reason.value]))
             self._span.end()
         return isinstance(event, Finished | Failed)
+
+    def _note_tokens(self, event: Delta) -> None:
+        if event.token_ids and not self._decodes:
+            self._span.add_event("decode" if self._has_token else "first_token")
+            self._decodes, self._has_token = self._has_token, True
 
     def fail(self, reason: str) -> None:
         """End it. The error's message stays out: it may quote the request."""

@@ -274,6 +274,7 @@ def new_sessions(
     if disk is not None and records is not None:
         deletions = Deletions(disk, worker, claims, usage, stats)
         budget = DiskBudget(config.session_disk_size, usage, store, claims, worker, disk, deletions)
+        worker.make_room = budget.make_room
         files = SessionFiles(store, worker, disk, records, usage, budget, deletions, stats)
         files.find()
     mover = Mover(

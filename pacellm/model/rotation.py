@@ -88,18 +88,23 @@ def _fitting(layer: int, seen: dict[int, LayerProbe], frequencies: list[Tensor])
     others = {position: probe.key.float().cpu() for position, probe in seen.items()}
     if all(_is_close(key, base) for key in others.values()):
         return None
-    for one in frequencies:
-        size = 2 * len(one)
-        for first in sorted({0, base.shape[-1] - size}) if size <= base.shape[-1] else ():
-            for pairs in ("half", "adjacent"):
-                rotation = KeyRotation(one, first, pairs)
-                if all(_is_close(key, rotation.moved(base, position)) for position, key in others.items()):
-                    return rotation
+    for rotation in _known(frequencies, base.shape[-1]):
+        if all(_is_close(key, rotation.moved(base, position)) for position, key in others.items()):
+            return rotation
     raise ConfigError(
         f"working memory moves keys to other positions, and those of layer {layer} depend on theirs in no way that is "
         "known here (rotary, half or adjacent pairs); leave it out for this model",
         param=_PARAM,
     )
+
+
+def _known(frequencies: list[Tensor], size: int) -> Iterator[KeyRotation]:
+    """Ways in which keys of ``size`` may depend on their position."""
+    for one in frequencies:
+        beside = size - 2 * len(one)
+        for first in sorted({0, beside}) if beside >= 0 else ():
+            yield KeyRotation(one, first, "half")
+            yield KeyRotation(one, first, "adjacent")
 
 
 def _is_close(one: Tensor, other: Tensor) -> bool:

@@ -49,7 +49,6 @@ class DiskBudget:
     ) -> None:
         self.limit, self._usage, self._store, self._claims = limit, usage, store, claims
         self._worker, self._disk, self._deletions = worker, disk, deletions
-        worker.make_room = self.make_room
         self._without_files: list[Session] = []
         self._num_removing = 0
         self.states_dropped = self.logs_dropped = 0

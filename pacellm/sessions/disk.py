@@ -21,14 +21,12 @@ grows), and a commit is refused where ``owner.json`` is not what this server las
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import mmap
 import os
 import re
 import shutil
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -50,7 +48,6 @@ from pacellm.sessions.folder import (
     locked,
     log_generation,
     name_of,
-    open_lock,
     owner_of,
     put,
     remove_files,
@@ -59,6 +56,7 @@ from pacellm.sessions.folder import (
 from pacellm.sessions.history_files import HistoryFiles
 from pacellm.sessions.owner import Owner, OwnerRefused, Seen
 from pacellm.sessions.read_ahead import reading_ahead
+from pacellm.sessions.servers import Servers
 from pacellm.sessions.session import Key
 
 logger = logging.getLogger("pacellm.memory")
@@ -79,26 +77,21 @@ class Disk:
 
     def __init__(self, directory: str | Path, *, sync: bool = False) -> None:
         self.directory, self.sync = Path(directory), sync
-        self.server = uuid.uuid4().hex
         self.doomed: dict[Key, bool] = {}  # sessions whose deletion is not on disk yet; True where their time had come
         try:
-            (self.directory / "servers").mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.servers = Servers(self.directory)
             self.secret = self._secret()
-            self._life = os.open(self.directory / "servers" / self.server, os.O_CREAT | os.O_RDWR, 0o600)
-            fcntl.flock(self._life, fcntl.LOCK_EX)
         except OSError as error:
             raise ConfigError(f"session directory {directory} cannot be used: {error}", param="session_dir") from error
-        self.histories = HistoryFiles(self.directory / "history" / self.server, self.secret, sync=sync)
+        self.server = self.servers.own
+        self.histories = HistoryFiles(self.servers.blocks, self.secret, sync=sync)
         self._tidy()
 
     def close(self) -> None:
         """This server's sessions may be taken over by others."""
-        if self._life >= 0:
+        if not self.servers.is_closed:
             self.histories.close()
-            with suppress(OSError):  # a mark that nobody locks is a dead server's
-                (self.directory / "servers" / self.server).unlink()
-            os.close(self._life)
-            self._life = -1
+            self.servers.close()
 
     def folder(self, key: Key) -> Path:
         """Where a session lies."""
@@ -308,7 +301,7 @@ class Disk:
 
     def is_elsewhere(self, owner: Owner) -> bool:
         """Another running server owns it."""
-        return owner.server != self.server and self._lives(owner.server)
+        return owner.server != self.server and self.servers.is_running(owner.server)
 
     # -- reading -------------------------------------------------------------------------------------------
 
@@ -358,25 +351,12 @@ class Disk:
         if found is not None and found.seen != seen:
             raise SessionConflict("another server has changed or deleted this session; send the request again")
 
-    def _lives(self, server: str) -> bool:
-        try:
-            handle = open_lock(self.directory / "servers" / server)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return False
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(handle)
-
     # -- the directory -------------------------------------------------------------------------------------
 
     def _secret(self) -> bytes:
         path = self.directory / "key"
         if not path.exists():
-            draft = self.directory / f"key.{self.server}"
+            draft = self.directory / f"key.{self.servers.own}"
             with os.fdopen(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
                 file.write(os.urandom(32))
                 file.flush()
@@ -392,12 +372,7 @@ class Disk:
     def _tidy(self) -> None:
         """Remove marks and blocks of dead servers, half-written files nobody writes any more, what deleted sessions
         have left, and old tombstones."""
-        for mark in (self.directory / "servers").iterdir():
-            if mark.name != self.server and not self._lives(mark.name):
-                mark.unlink(missing_ok=True)
-        for blocks in (self.directory / "history").glob("*"):
-            if blocks.name != self.server and not self._lives(blocks.name):
-                shutil.rmtree(blocks, ignore_errors=True)
+        self.servers.tidy()
         for folder in self._folders():
             try:
                 self._tidy_folder(folder)

@@ -331,10 +331,8 @@ def _take_views(tensors: dict[str, Tensor], log: list[Turn]) -> None:
         return
     if budgets is None or recalls is None or budgets.shape != (len(log), 3) or recalls.ndim != 2:
         raise SnapshotRefused(_CONTRADICTS)
-    spans: dict[int, list[TokenSpan]] = defaultdict(list)
     try:
-        for number, start, length in recalls.tolist():
-            spans[number].append(TokenSpan(start, length))
+        spans = _spans_by_turn(recalls)
         for number, (turn, (tokens, window, start)) in enumerate(zip(log, budgets.tolist(), strict=True)):
             turn.budget = checked_budget(tokens, window) if tokens else None
             if start >= 0:
@@ -343,6 +341,13 @@ def _take_views(tensors: dict[str, Tensor], log: list[Turn]) -> None:
         raise SnapshotRefused(_CONTRADICTS) from None
     if spans:
         raise SnapshotRefused(_CONTRADICTS)
+
+
+def _spans_by_turn(recalls: Tensor) -> dict[int, list[TokenSpan]]:
+    spans: dict[int, list[TokenSpan]] = defaultdict(list)
+    for number, start, length in recalls.tolist():
+        spans[number].append(TokenSpan(start, length))
+    return spans
 
 
 def _checked_listing(listing: Tensor | None, start: int) -> Tensor | None:

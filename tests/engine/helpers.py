@@ -76,7 +76,7 @@ def operate(engine, operation):
 def crash(engine):
     """The process of an engine dies, once what it has begun is on disk: the kernel lets its locks go."""
     engine.worker.finish()
-    os.close(engine.mover.disk._life)
+    os.close(engine.mover.disk.servers._mark)
 
 
 def banks(engine, session):

@@ -62,9 +62,7 @@ def attention_forward(
     if step is None:
         raise RuntimeError("this model only runs inside the engine's step; load it without PaceLLM for plain use")
     form = _form(module, query, scaling, sliding_window, kwargs)
-    unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _HARMLESS)
-    if attention_mask is not None or dropout or unknown:
-        raise RuntimeError(f"attention was given what it cannot honour: mask, dropout or {unknown}")
+    _check_honoured(kwargs | {"attention_mask": attention_mask, "dropout": dropout or None})
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if step.probe is not None:
         return _probed(step.probe, layer, query, key, value, form), None
@@ -72,12 +70,23 @@ def attention_forward(
     query = tempered(module, step, query)
     query, key, value = (_widen(part, size) for part in (query, key, value))
     write_rows(step, [(step.keys[layer], key[0]), (step.values[layer], value[0])])
-    for chunk in step.chunks:
-        if chunk.asked is not None and layer in chunk.asked.layers:
-            chunk.asked.queries[layer] = query[0, :, chunk.start : chunk.stop].clone()
-            chunk.asked.scales[layer] = form.scale
+    _keep_questions(step, layer, query[0], form.scale)
     output = _attended(step, layer, query[0], form)
     return output[None, ..., :value_size], None
+
+
+def _check_honoured(given: dict[str, Any]) -> None:
+    unknown = sorted(name for name, value in given.items() if value is not None and name not in _HARMLESS)
+    if unknown:
+        raise RuntimeError(f"attention was given what it cannot honour: {', '.join(unknown)}")
+
+
+def _keep_questions(step: StepContext, layer: int, query: Tensor, scale: float) -> None:
+    """Queries, [H, T, D], of chunks that look for what to call back."""
+    for chunk in step.chunks:
+        if chunk.asked is not None and layer in chunk.asked.layers:
+            chunk.asked.queries[layer] = query[:, chunk.start : chunk.stop].clone()
+            chunk.asked.scales[layer] = scale
 
 
 def _probed(probe: dict[int, LayerProbe], layer: int, query: Tensor, key: Tensor, value: Tensor, form: Form) -> Tensor:
