@@ -17,8 +17,8 @@ venv: .venv/installed
 models: venv  ## real models, fetched and converted once, in the user's cache
 	$(BIN)/pacellm fetch
 
-real: venv  ## SmolLM2 behind a server, asked ten questions about 4,000 tokens
-	$(BIN)/pacellm demo --model smollm2
+real: venv  ## SmolLM2 behind a server, asked ten questions about 4,000 tokens, or TOKENS with working memory
+	$(BIN)/pacellm demo --model smollm2 $(if $(filter command line,$(origin TOKENS)),--tokens $(TOKENS))
 
 demo: venv  ## a question about a document of TOKENS tokens, over HTTP
 	$(BIN)/pacellm demo --tokens $(TOKENS)

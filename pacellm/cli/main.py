@@ -55,9 +55,9 @@ def demo(options: argparse.Namespace) -> int:
         from pacellm.demo.real import show_real
         from pacellm.real_models import resolve
 
-        if options.tokens is not None or options.seed is not None:
-            raise ConfigError("--tokens and --seed are for the bundled model's documents", param="model")
-        return show_real(options.model, resolve(options.model), options.serve_arguments)
+        if options.seed is not None:
+            raise ConfigError("--seed is for the bundled model's documents", param="model")
+        return show_real(options.model, resolve(options.model), options.tokens, options.serve_arguments)
     from pacellm.demo.show import show
 
     return show(options.tokens or 200_000, options.seed or 0, options.serve_arguments)
@@ -110,9 +110,11 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="another model that chats, as smollm2: ten questions about 4,000 tokens")
-    parser.add_argument("--tokens", type=values.size, help="length of the bundled model's document (default: 200,000)")
-    parser.add_argument("--seed", type=int, help="of that document (default: 0)")
+    parser.add_argument(
+        "--model", help="another model that chats, as smollm2: ten questions about 4,000 tokens, or --tokens"
+    )
+    parser.add_argument("--tokens", type=values.size, help="length of the document (default: 200,000)")
+    parser.add_argument("--seed", type=int, help="of the bundled model's document (default: 0)")
     parser.add_argument("serve_arguments", nargs="*", help="flags for the server, after --")
     parser.set_defaults(run=demo)
 

@@ -121,7 +121,7 @@ def test_logprobs_are_those_without_pa_to_the_bit(live, smollm2, tokenizer):
 def test_what_a_document_says_is_found(live):
     """Ten questions at once, each in a fork of the session that read the document; one also without a session."""
     document = real.real_document(share=0.3)
-    history = real.conversation(document)
+    history = real.reading(document)
     read = chat(live, history, session_id="document", max_tokens=0, add_generation_prompt=False)
     assert 1024 < read["usage"]["prompt_tokens"] < 1600  # more than a segment
 

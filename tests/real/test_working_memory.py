@@ -2,6 +2,7 @@
 
 import pytest
 
+from pacellm.demo import real
 from pacellm.demo.generator import make_document
 from pacellm.llm import LLM
 from pacellm.types import Finished, GenerationRequest, Outline, SamplingParams
@@ -34,3 +35,13 @@ def test_a_view(name):
         first = last.memory.passages[:2]
         assert any(fact.answer in llm.tokenizer.decode(list(one.token_ids)) for one in first)
         assert all(any(a <= one.start and one.end <= b for a, b in last.memory.called_back) for one in first[:1])
+
+
+def test_the_demo_s_long_document(smollm2, capsys):
+    """The server reads it within its budget, and finds most facts for the questions."""
+    status = real.show_real("smollm2", str(smollm2), 6000, ["--working-memory-window", "512"])
+    said = capsys.readouterr().out
+    assert status == 0, said
+    assert "pacellm serve smollm2 --working-memory 4096" in said
+    assert said.count("called back: tokens") == 10
+    assert int(said.split("what the model saw in ")[1].split(".")[0]) >= real.ENOUGH
