@@ -107,7 +107,7 @@ def main() -> None:
     llm = LLM(
         options.model, working_memory=options.budget, working_memory_window=options.window,
         working_memory_index=_needed(options.arms), max_model_len=options.length + 4096,
-        session_host_memory=options.host_memory,
+        session_host_memory=options.host_memory, session_dir=options.session_dir,
     )  # fmt: skip
     arm = Arm(llm.engine.parts.scheduling.recaller)  # type: ignore[arg-type]
     for number in range(options.documents):
@@ -174,7 +174,8 @@ def _options() -> argparse.Namespace:
     add("--facts", type=int, default=40)
     add("--seed", type=int, default=500)
     add("--texts", type=Path)
-    add("--host-memory", type=int)
+    add("--host-memory", type=int, help="bytes for histories (default: half of what is free)")
+    add("--session-dir", help="where what host memory cannot hold goes; an empty folder")
     add("--arms", type=lambda text: text.split(","), default=["lexical", "recent", "random", "foreign", "forced"])
     add("--out", type=Path, default=Path("working_memory.jsonl"))
     return parser.parse_args()
