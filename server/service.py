@@ -11,8 +11,10 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import pacellm
 from pacellm.calibration.gate import Gate
 from pacellm.engine.engine import Engine
+from pacellm.engine.fingerprint import system_fingerprint
 from pacellm.engine.thread import EngineThread
 from pacellm.errors import (
     Aborted,
@@ -87,6 +89,7 @@ class Service:
         self._writing: dict[str, Key] = {}  # by request, sessions that others than responses commit to
         self.prefill_rate: float | None = None  # tokens per second, of late
         self.created = int(time.time())
+        self.fingerprint = system_fingerprint(engine.model, engine.config, pacellm.__version__)
         observers = [self.metrics.observe, *([traces.observe] if traces is not None else [])]
         self._handlers = (*observers, self._route)
 

@@ -49,6 +49,7 @@ class PromptProgress:
         return {
             "total": total,
             "cached": cached,
+            "cache": cached,  # as llama.cpp calls it
             "processed": processed,
             "time_ms": round(1000 * spent),
             "estimated_ms": left,

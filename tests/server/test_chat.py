@@ -1,5 +1,8 @@
 """Chat completions through the real client."""
 
+import dataclasses
+import functools
+import re
 from unittest.mock import ANY
 
 import openai
@@ -8,6 +11,7 @@ import pytest
 import pacellm
 from pacellm.demo import MODEL_PATH
 from pacellm.demo.generator import make_document
+from pacellm.engine.fingerprint import system_fingerprint
 from pacellm.text.tokenizer import ChatTokenizer
 from tests.server.conftest import NAME
 
@@ -224,3 +228,20 @@ def test_no_chunk_of_several_choices_is_without_a_choice(live):
     assert all(len(chunk.choices) == 1 for chunk in chunks)
     assert [bool(chunk.model_dump().get("pacellm")) for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
     assert sorted(chunk.choices[0].index for chunk in chunks if chunk.choices[0].finish_reason) == [0, 1, 2]
+
+
+def test_the_system_fingerprint_is_that_of_what_answers_depend_on(live):
+    asked = {"model": NAME, "max_tokens": 2}
+    whole = live.client.chat.completions.create(**asked, messages=user("Hello"))
+    chunks = list(live.client.chat.completions.create(**asked, messages=user("Hello"), stream=True))
+    completion = live.client.completions.create(**asked, prompt="Hello")
+    (found,) = {one.system_fingerprint for one in (whole, *chunks, completion)}
+    engine = live.service.engine
+    told = functools.partial(system_fingerprint, engine.model)
+    assert found == told(engine.config, pacellm.__version__)
+    assert re.fullmatch("fp_[0-9a-f]{10}", found)
+    assert (
+        told(dataclasses.replace(engine.config, session_dir="/elsewhere", max_num_seqs=3), pacellm.__version__) == found
+    )
+    assert told(dataclasses.replace(engine.config, ce_density=0.75), pacellm.__version__) != found
+    assert told(engine.config, "another") != found

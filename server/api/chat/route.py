@@ -58,6 +58,6 @@ async def _submit(
     )
     events = EventQueue()
     generation = service.submit(request, caller, events)
-    wire = ChatWire(request, body, service.settings.model_name)
+    wire = ChatWire(request, body, service.settings.model_name, service.fingerprint)
     progress = bool(body.stream and body.return_progress)
     return Answer(service, [generation], events, prompt.parsers, wire, with_progress=progress), wire

@@ -26,18 +26,19 @@ class ChatWire:
     Args:
         request: that was submitted.
         body: what the client asked for.
-        model: its name.
+        model: its name. fingerprint: of what answers depend on.
     """
 
     done = sse.DONE
 
-    def __init__(self, request: GenerationRequest, body: ChatCompletionRequest, model: str) -> None:
+    def __init__(self, request: GenerationRequest, body: ChatCompletionRequest, model: str, fingerprint: str) -> None:
         self._body, self._wants_usage = body, body.wants_usage() or not body.stream
         self._head = {
             "id": request.request_id,
             "object": "chat.completion.chunk",
             "created": int(time.time()),
             "model": model,
+            "system_fingerprint": fingerprint,
             **({} if body.service_tier is None else {"service_tier": "default"}),
         }
         self._has_role: set[int] = set()  # choices that have begun

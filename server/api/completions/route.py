@@ -59,7 +59,7 @@ async def _submit(
     requests = await _engine_requests(service, body, caller, session)
     events = EventQueue()
     generations = _queued(service, requests, caller, events)
-    wire = CompletionsWire(requests, body, service.tokenizer, service.settings.model_name)
+    wire = CompletionsWire(requests, body, service.tokenizer, service.settings.model_name, service.fingerprint)
     parsers = [PlainParser() for one in requests for _ in range(one.n)]
     progress = bool(body.stream and body.return_progress)
     return Answer(service, generations, events, parsers, wire, with_progress=progress), wire

@@ -27,13 +27,18 @@ class CompletionsWire:
         requests: that were submitted, one for each prompt.
         body: what the client asked for.
         tokenizer: of the model.
-        model: its name.
+        model: its name. fingerprint: of what answers depend on.
     """
 
     done = sse.DONE
 
     def __init__(
-        self, requests: Sequence[GenerationRequest], body: CompletionRequest, tokenizer: ChatTokenizer, model: str
+        self,
+        requests: Sequence[GenerationRequest],
+        body: CompletionRequest,
+        tokenizer: ChatTokenizer,
+        model: str,
+        fingerprint: str,
     ) -> None:
         self._requests, self._body, self._tokenizer = requests, body, tokenizer
         self._wants_usage = body.wants_usage() or not body.stream
@@ -45,6 +50,7 @@ class CompletionsWire:
             "object": "text_completion",
             "created": int(time.time()),
             "model": model,
+            "system_fingerprint": fingerprint,
         }
         self._text_events: dict[int, sse.TextEvent] = {}  # by choice
 

@@ -74,6 +74,7 @@ SCHEMAS: dict[str, Schema] = {
         object=one_of("chat.completion"),
         created=COUNT,
         model=TEXT,
+        system_fingerprint=TEXT,
         choices=many(
             fields(
                 {"stop_reason": {"type": ["string", "integer"]}},
@@ -94,6 +95,7 @@ SCHEMAS: dict[str, Schema] = {
         object=one_of("text_completion"),
         created=COUNT,
         model=TEXT,
+        system_fingerprint=TEXT,
         choices=many(
             fields({"pacellm": ref("Report")}, index=COUNT, text=TEXT, logprobs=maybe(OBJECT), finish_reason=_REASON)
         ),
