@@ -21,6 +21,7 @@ from pacellm.engine.stats import per_layer
 from pacellm.engine.thread import EngineThread
 from pacellm.faults import PLACES
 from pacellm.modes import MODES
+from pacellm.recall.hits import Attention
 from pacellm.types import Delta, Event, Failed, Finished
 
 _STATUSES = (200, *sorted({error.status for error in vars(errors).values() if hasattr(error, "status")}))
@@ -145,6 +146,7 @@ class _EngineCollector(Collector):
         yield self._counter("cached_prompt_tokens", "Prompt tokens not computed again.", stats.cached_tokens)
         yield self._counter("recalls", "Requests that had a part of their history called back.", stats.recalls)
         yield self._counter("recalled_tokens", "Tokens of histories that were called back.", stats.recalled_tokens)
+        yield from self._attention()
         yield self._counter("num_preemptions", "Requests that had to start again.", engine.scheduler.preemptions)
         yield self._counter("steps", "Forward passes.", stats.steps)
         yield self._counter(
@@ -167,6 +169,20 @@ class _EngineCollector(Collector):
         yield success
         yield from self._banks()
         yield self._experts()
+
+    def _attention(self) -> Iterator[Metric]:
+        """Whether what was called back is used."""
+        recaller = self._thread.engine.parts.scheduling.recaller
+        total = Attention() if recaller is None else recaller.hits.total
+        yield self._counter("attended_tokens", "Decoded tokens whose attention was measured.", total.tokens)
+        yield self._counter(
+            "attention_called_back", "Of their attention, in layers that retrieve, what went to called-back blocks.",
+            total.called_back,
+        )  # fmt: skip
+        yield self._counter(
+            "attention_by_lot", "What would go to as many other blocks of the history, by lot, beside them.",
+            total.by_lot,
+        )  # fmt: skip
 
     def _tiers(self) -> Iterator[Metric]:
         engine = self._thread.engine

@@ -51,6 +51,18 @@ _DECEIVES = (
 )
 BANKS = (
     Panel(
+        "Attention to what was called back",
+        "percentunit",
+        (
+            (f"{rate('attention_called_back')} / {rate('attended_tokens')}", "called back"),
+            (f"{rate('attention_by_lot')} / {rate('attended_tokens')}", "as much by lot"),
+        ),
+        "Working memory's hits: of decoded tokens' attention, in the layers that retrieve, the share that goes to "
+        "blocks that were called back, and that would go to as many others of the history beside them. One turn in "
+        "eight, its first eight tokens. Where both are alike, what was called back is not used.",
+    ),
+    Panel("Requests that called back", "cps", ((rate("recalls"), "requests"),)),
+    Panel(
         "Requests by what is on",
         "cps",
         ((rate("requests_by_pa", "pa"), "{{pa}}"),),
@@ -127,6 +139,12 @@ SERVING = (
         ),
     ),
     Panel("HTTP answers", "reqps", ((rate("http_responses", "status"), "{{status}}"),)),
+    Panel(
+        "Engine faults",
+        "cps",
+        ((rate("engine_faults", "place"), "{{place}}"),),
+        "Failures outside the forward pass: each cost one request or operation, and the log names it.",
+    ),
     Panel("Preemptions", "cps", ((rate("num_preemptions"), "preemptions"),)),
     Panel("Forward passes", "cps", ((rate("steps"), "passes"),)),
     Panel(

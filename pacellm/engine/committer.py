@@ -66,6 +66,8 @@ class Committer:
                 if work.asks is not None:
                     self._choose(sequence, output)
                     continue
+                if work.watched and self._recaller is not None:
+                    self._recaller.hits.measure(work, output.asked[sequence.id])
                 self._advance(work)
                 if sequence.id in failed:
                     self._outbox.put(self._recovery.fail(sequence, failed[sequence.id]))

@@ -332,6 +332,7 @@ def new_recaller(device: Device, views: Views) -> Recaller:
     config = device.config
     return Recaller(
         config.working_memory_index or ("lexical",), device.model.retrieval or Retrieval(), views.rotations,
+        device.runner.slabs,
         block=config.working_memory_block, room=config.working_memory_recall, distance=config.working_memory_window,
     )  # fmt: skip
 

@@ -78,7 +78,8 @@ class Scheduler:
         for sequence in [sequence for sequence in self.running if sequence.is_decoding]:
             sequence.outgrow()
             if budget and sequence.status is Status.RUNNING and self._grow(sequence, step, sequence.position + 1):
-                step.work.append(Work(sequence, 1))
+                watched = () if self._recaller is None else self._recaller.hits.layers(sequence)
+                step.work.append(Work(sequence, 1, watched=watched))
                 budget -= 1
         return budget
 

@@ -72,6 +72,7 @@ class Sequence:
         question: positions of what is asked, which chooses what is called back; None where the prompt fits its budget.
         history_end: position that its history may reach; 0 where none was promised.
         recall: what was called back; it outlives a preemption. passages: of it what was voted for most.
+        is_watched: what its decoded tokens attend to is measured.
         working_sets: by layer the experts that its decoded tokens use, as long as they are known.
         cached, replayed: prompt tokens not computed again; tokens of the log that are.
     """
@@ -101,6 +102,7 @@ class Sequence:
     recall: Recall | None = None
     history_end: int = 0
     passages: tuple[Passage, ...] = ()
+    is_watched: bool = False
     working_sets: dict[int, Any] = field(default_factory=dict)
     admitted_at: float | None = None
     first_token_at: float | None = None

@@ -12,6 +12,7 @@ class Work:
     """``count`` tokens of a sequence's current turn, from its cursor.
 
     Attributes:
+        watched: layers whose queries of the one decoded token are wanted, to measure what it attends to.
         asks: layers that look at the tokens, which are a question: what it calls back is to be chosen, and nothing of
             them is kept. None: they are fed.
         ends: None for tokens that are known. Else the one token is still being chosen on the device, by the step
@@ -22,6 +23,7 @@ class Work:
     count: int
     ends: tuple[int, ...] | None = None
     asks: tuple[int, ...] | None = None
+    watched: tuple[int, ...] = ()
 
     @property
     def cursor(self) -> int:

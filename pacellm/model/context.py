@@ -116,7 +116,7 @@ class Experts:
 
 @dataclass
 class Asked:
-    """What a question's tokens were seen to be.
+    """What tokens were seen to be.
 
     Attributes:
         layers: whose queries are wanted.
@@ -142,7 +142,8 @@ class Chunk:
         banks: None where this request's FFNs are left alone.
         num_decoded: how many of its last rows are decoded tokens, now or in the log that is replayed.
         experts: its expert activity, None without a layout.
-        asked: takes what its tokens are seen to be, where they are a question; nothing else is kept of them then.
+        asked: takes what its tokens are seen to be: those of a question, of which nothing else is kept, or one that is
+            watched.
     """
 
     start: int

@@ -8,6 +8,7 @@ from collections.abc import Sequence as Items
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pacellm.config import IndexName
 from pacellm.engine.sequence import Sequence
@@ -17,6 +18,7 @@ from pacellm.model.retrieval import Retrieval
 from pacellm.model.rotation import KeyRotation
 from pacellm.recall.activity import activity_votes
 from pacellm.recall.attention import attention_mass
+from pacellm.recall.hits import HitMeter
 from pacellm.recall.lexical import lexical_votes
 from pacellm.types import Passage
 from pacellm.view import BLOCK, Recall, Span
@@ -30,10 +32,13 @@ class Recaller:
     Args:
         indexes: which; several share what is called back evenly.
         retrieval: what they need of the model.
-        rotations: how keys turn, by layer.
+        rotations: how keys turn, by layer. slabs: KV memory.
         block: tokens of a block that is called back; a part of ``BLOCK``.
         room: tokens that are called back.
         distance: tokens between a question and a key, as attention scores it.
+
+    Attributes:
+        hits: measures whether what is called back is used.
     """
 
     def __init__(
@@ -41,6 +46,7 @@ class Recaller:
         indexes: Items[IndexName],
         retrieval: Retrieval,
         rotations: Items[KeyRotation | None],
+        slabs: Items[Tensor],
         *,
         block: int,
         room: int,
@@ -48,6 +54,7 @@ class Recaller:
     ) -> None:
         self._indexes, self._retrieval, self._rotations = tuple(indexes), retrieval, rotations
         self._block, self._room, self._distance = block, room, distance
+        self.hits = HitMeter(retrieval.layers, slabs, rotations)
 
     @property
     def looks_at(self) -> tuple[int, ...] | None:
@@ -67,6 +74,7 @@ class Recaller:
             votes = [self.votes(index, sequence, question, end, asked) for index in self._indexes]
             recall = Recall(question.start, chosen(votes, min(budget.room, self._room), self._block), budget)
             sequence.passages = self._passages(votes, sequence)
+            self.hits.begin(sequence)
         sequence.recalls(recall)
         return recall
 

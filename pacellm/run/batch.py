@@ -113,6 +113,12 @@ def _add_scored(step: Step, wanted: list[int]) -> list[tuple[Sequence, int]]:
     return scored
 
 
+def _asked(work: Work) -> Asked | None:
+    if work.asks is not None:
+        return Asked(work.asks)
+    return Asked(work.watched) if work.watched else None
+
+
 def _chunk(work: Work, row: int, pool: BankPool | None, segment: int) -> Chunk:
     sequence, turn = work.sequence, work.sequence.turn
     banks: Banks | None = None
@@ -136,5 +142,5 @@ def _chunk(work: Work, row: int, pool: BankPool | None, segment: int) -> Chunk:
         banks,
         num_decoded=num_decoded,
         experts=experts,
-        asked=Asked(work.asks) if work.asks is not None else None,
+        asked=_asked(work),
     )

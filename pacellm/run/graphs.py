@@ -43,6 +43,7 @@ def fits(step: Step) -> bool:
     """Every sequence of the step is fed one decoded token, and gets the next."""
     return bool(step.work) and all(
         work.count == 1
+        and not work.watched
         and work.sequence.pending == 1
         and work.sequence.position >= work.sequence.turn.prompt_end
         and work.sequence.request.sampling.prompt_logprobs is None

@@ -4,12 +4,13 @@ positions where it is shown."""
 import torch
 
 
-def logits(module, ids, views):
+def logits(module, ids, views, weights=None):
     """[T, V] float64 of a Llama without what any engine does to it.
 
     Args:
         module: LlamaForCausalLM. ids: T tokens.
         views: for each token the :class:`View` that it is fed under.
+        weights: a list that gets, layer by layer and token by token, [H, n] its attention to what it sees.
     """
     config, model = module.config, module.model
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -30,6 +31,8 @@ def logits(module, ids, views):
             values = value[seen].repeat_interleave(heads // kv_heads, 1)
             scores = torch.einsum("hd,nhd->hn", one, keys) * size**-0.5
             found.append(torch.einsum("hn,nhd->hd", scores.softmax(-1), values).flatten())
+            if weights is not None:
+                weights.append(scores.softmax(-1))
         hidden = hidden + _linear(attention.o_proj, torch.stack(found))
         normed = _norm(layer.post_attention_layernorm, hidden)
         inner = torch.nn.functional.silu(_linear(layer.mlp.gate_proj, normed)) * _linear(layer.mlp.up_proj, normed)
