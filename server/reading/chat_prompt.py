@@ -34,6 +34,7 @@ class ChatPrompt:
         grammar: what the whole answer must look like; None where it is free.
         parsers: of the answer's text, one for each choice.
         outline: of the prompt, for its session. append: what makes it of the session's history.
+        texts: of the messages as they were sent.
     """
 
     ids: array[int]
@@ -42,6 +43,7 @@ class ChatPrompt:
     parsers: list[AnswerParser]
     outline: Outline
     append: Append | None
+    texts: tuple[str, ...]
 
 
 class RenderedChat:
@@ -58,6 +60,7 @@ class RenderedChat:
     """
 
     def __init__(self, tokenizer: ChatTokenizer, grammars: Grammars, asked: ChatInput, limit: int | None) -> None:
+        self._texts = tuple(message.text() for message in asked.messages)
         asked = told(tokenizer, asked)
         self._tokenizer, self._asked = tokenizer, asked
         self._limit = text_limit(limit, is_cut=asked.is_truncated)
@@ -99,7 +102,7 @@ class RenderedChat:
         if self._form.dialect.template is not None:
             sampling = dataclasses.replace(sampling, skip_special_tokens=False)  # marks may be special tokens
         grammar = self._form.grammar(self._rendered)
-        return ChatPrompt(array("i", ids), sampling, grammar, self._parsers(), outline, append)
+        return ChatPrompt(array("i", ids), sampling, grammar, self._parsers(), outline, append, self._texts)
 
     def _parsers(self) -> list[AnswerParser]:
         asked, dialect = self._asked, self._form.dialect

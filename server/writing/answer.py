@@ -143,6 +143,7 @@ class Answer:
         is_lost: the session that it goes on from was gone, whatever admission finds.
         outlives: where the session has taken the answer before its client went, it is completed all the same.
         also_close: called when it is over, after the generations are closed.
+        texts: of the messages that were sent, in which passages that were called back are looked up.
 
     Attributes:
         headers: what admission found of the session.
@@ -161,9 +162,10 @@ class Answer:
         is_lost: bool = False,
         outlives: bool = False,
         also_close: Callable[[], None] = lambda: None,
+        texts: Sequence[str] = (),
     ) -> None:
         self._service, self._generations, self._events, self._wire = service, generations, events, wire
-        self._is_lost, self._outlives, self._also_close = is_lost, outlives, also_close
+        self._is_lost, self._outlives, self._also_close, self._texts = is_lost, outlives, also_close, texts
         self._n = generations[0].request.n
         self._choices = [
             Choice(index, parser, self._token_texts(generations[index // self._n]))
@@ -326,7 +328,7 @@ class Answer:
         self._finished.append(event)
         last = self._last_ends.get(number) or ChoiceEnded(0, event.reason, event.stop_reason)
         request, decode = self._generations[number].request, self._service.tokenizer.decode
-        told = report(request, event, self._session(event.session), decode)
+        told = report(request, event, self._session(event.session), decode, self._texts)
         choice = self._choices[number * self._n + last.index]
         return self._wire.ended(choice.end(last.reason, last.stop_reason, told))
 

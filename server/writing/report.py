@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from pacellm.types import Finished, GenerationRequest, Kinship, MemoryUse
+from pacellm.types import Finished, GenerationRequest, Kinship, MemoryUse, Passage
+
+from .places import place_of
 
 
 def report(
-    request: GenerationRequest, event: Finished, session: str, decode: Callable[[list[int]], str]
+    request: GenerationRequest,
+    event: Finished,
+    session: str,
+    decode: Callable[[list[int]], str],
+    texts: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The object of a request that has ended well.
 
     Args:
         session: what became of it.
         decode: ids to text.
+        texts: of the messages that were sent.
     """
     return {
         "session_id": request.session[1] if request.session is not None else None,
@@ -27,7 +34,11 @@ def report(
         "cached_tokens": event.usage.cached_tokens,
         "replayed_tokens": event.usage.replayed_tokens,
         "pa": event.pa,
-        **({"memory": _memory(event.memory, decode)} if event.memory is not None else {}),
+        **(
+            {"memory": _memory(event.memory, event.usage.prompt_tokens, decode, texts)}
+            if event.memory is not None
+            else {}
+        ),
         "bank": dataclasses.asdict(event.bank) if event.bank is not None else None,
         **({"experts": _rounded(event.experts)} if event.experts is not None else {}),
         "timings": {
@@ -38,23 +49,27 @@ def report(
     }
 
 
-def _memory(use: MemoryUse, decode: Callable[[list[int]], str]) -> dict[str, Any]:
+def _memory(use: MemoryUse, length: int, decode: Callable[[list[int]], str], texts: Sequence[str]) -> dict[str, Any]:
     """What was seen of the history, and the passages that were called back."""
     return {
         "view": bool(use.called_back),
         "budget_tokens": use.budget,
         "resident_tokens": use.resident,
         "called_back": [list(span) for span in use.called_back],
-        "passages": [
-            {
-                "start": one.start,
-                "end": one.end,
-                "index": one.index,
-                "vote": round(one.vote, 6),
-                "text": decode(list(one.token_ids)),
-            }
-            for one in use.passages
-        ],
+        "passages": [_passage(one, one.start / length, decode, texts) for one in use.passages],
+    }
+
+
+def _passage(one: Passage, position: float, decode: Callable[[list[int]], str], texts: Sequence[str]) -> dict[str, Any]:
+    text = decode(list(one.token_ids))
+    place = place_of(text, position, texts)
+    return {
+        "start": one.start,
+        "end": one.end,
+        "index": one.index,
+        "vote": round(one.vote, 6),
+        "text": text,
+        **({} if place is None else {"in": place}),
     }
 
 

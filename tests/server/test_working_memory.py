@@ -57,6 +57,10 @@ def test_a_document_and_its_question_in_one_message(server, document):
     assert memory["resident_tokens"] <= BUDGET
     best = memory["passages"][0]
     assert fact.answer in best["text"] + memory["passages"][1]["text"]
+    for one in memory["passages"]:
+        place = one["in"]
+        assert place["message"] == 0
+        assert f"{document.text}\n\n{fact.question}"[place["start"] : place["end"]] == one["text"].strip("\ufffd")
     assert (best["index"], best["end"] - best["start"]) == ("lexical", 64)
     assert memory["called_back"][0] == [0, 512]
     assert sum(end - start for start, end in memory["called_back"]) == 1024
@@ -70,6 +74,7 @@ def test_questions_by_append_streamed_and_by_responses(server, document):
         server.http.post("/v1/sessions/w/fork", json={"session_id": "x"})
         told = ask(server, fact.question, session_id="x", pacellm={"append": True}).json()
         assert told["choices"][0]["message"]["content"] == fact.answer
+        assert not any("in" in one for one in told["pacellm"]["memory"]["passages"]), "they were not sent now"
         server.http.delete("/v1/sessions/x")
     stream = server.client.chat.completions.create(
         model=NAME, messages=[{"role": "user", "content": f"{document.text}\n\n{fact.question}"}], stream=True,

@@ -60,4 +60,5 @@ async def _submit(
     generation = service.submit(request, caller, events)
     wire = ChatWire(request, body, service.settings.model_name, service.fingerprint)
     progress = bool(body.stream and body.return_progress)
-    return Answer(service, [generation], events, prompt.parsers, wire, with_progress=progress), wire
+    answer = Answer(service, [generation], events, prompt.parsers, wire, with_progress=progress, texts=prompt.texts)
+    return answer, wire
