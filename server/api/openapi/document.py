@@ -12,7 +12,7 @@ from ...idempotency import KEY
 from ...schema import SESSION_ID, Strict
 from .answers import SCHEMAS, ref
 from .operations import JSON, OPERATIONS, Operation
-from .rules import Limits, narrow
+from .rules import WRITABLE, Limits, narrow
 
 _ERRORS = {
     400: "A bad value; `param` names the field",
@@ -62,11 +62,11 @@ def _complete(described: dict[str, Any], operation: Operation, bodies: dict[str,
     """
     for parameter in described.get("parameters", ()):
         if parameter["name"] == "name":
-            parameter["schema"] = {"type": "string", "pattern": SESSION_ID}
+            parameter["schema"] = {"type": "string", "pattern": WRITABLE if operation.writes else SESSION_ID}
     if operation.streams:
         described.setdefault("parameters", []).append(_header("Idempotency-Key", KEY))
     if operation.has_session:
-        described["parameters"].append(_header("X-Session-ID", SESSION_ID))
+        described["parameters"].append(_header("X-Session-ID", WRITABLE))
     described["responses"] = _answers(operation, described["description"].splitlines()[0])
     described["security"] = [] if operation.is_public else [{"bearer": []}]
     if operation.body is not None:

@@ -36,6 +36,7 @@ class Operation:
         has_session: a header may name its session.
         is_public: it needs no key.
         also: further statuses that carry its usual answer.
+        writes: the session in its path is changed.
     """
 
     answer: str
@@ -48,6 +49,7 @@ class Operation:
     has_session: bool = False
     is_public: bool = False
     also: tuple[int, ...] = ()
+    writes: bool = False
 
 
 OPERATIONS: dict[tuple[str, str], Operation] = {
@@ -94,7 +96,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("DELETE", "/v1/sessions"): Operation("SessionsDeleted", errors=_ENGINE, also=(202,)),
     ("GET", "/v1/sessions/{name}"): Operation("Session", errors=(404, *_ENGINE)),
     ("DELETE", "/v1/sessions/{name}"): Operation("SessionDeleted", errors=(404, *_ENGINE), also=(202,)),
-    ("POST", "/v1/sessions/{name}/reset"): Operation("Session", errors=(404, 409, *_ENGINE), also=(202,)),
+    ("POST", "/v1/sessions/{name}/reset"): Operation("Session", errors=(404, 409, *_ENGINE), also=(202,), writes=True),
     ("POST", "/v1/sessions/{name}/fork"): Operation(
         "Session",
         NamedSession,
@@ -104,7 +106,9 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         may_lack_body=True,
     ),
     ("GET", "/v1/sessions/{name}/snapshot"): Operation(TENSORS, errors=(404, *_ENGINE)),
-    ("PUT", "/v1/sessions/{name}/snapshot"): Operation("Session", TENSORS, errors=(409, *_BODY, *_ENGINE), also=(202,)),
+    ("PUT", "/v1/sessions/{name}/snapshot"): Operation(
+        "Session", TENSORS, errors=(409, *_BODY, *_ENGINE), also=(202,), writes=True
+    ),
     ("GET", "/version"): Operation("Version"),
     ("GET", "/metrics"): Operation(PLAIN),
     ("GET", "/openapi.json"): Operation("Document"),

@@ -12,8 +12,11 @@ from ...service import Service
 
 Schema = dict[str, Any]
 _NULL: Schema = {"type": "null"}
+WRITABLE = f"^(?!{RESPONSE_PREFIX}){SESSION_ID[1:]}"
+"""Sessions that a client may change: a stored response stays as it was."""
 _SHARED = ("content", "name")
 _EMPTY = ("audio", "function_call")  # null, in whatever message
+_THOUGHTS = {"reasoning_content", "reasoning"}  # another server's, in whatever form, is left out
 # fields of a message beside those of all, by role
 _ROLES = {
     "system": (),
@@ -76,6 +79,9 @@ def _limit(properties: dict[str, Schema], limits: Limits) -> None:
         _bound(properties.get(name), exclusiveMaximum=limits.vocabulary)
     if "model" in properties:
         properties["model"] = {"enum": [limits.model, None], "default": None}
+    for name in ("session_id", "conversation"):
+        if name in properties:
+            _first(properties[name])["pattern"] = WRITABLE
     if "chat_template_kwargs" in properties:
         names = {"propertyNames": {"enum": list(limits.variables)}} if limits.variables else {"maxProperties": 0}
         _first(properties["chat_template_kwargs"]).update(names)
@@ -109,6 +115,7 @@ def _messages(schema: Schema) -> dict[str, Schema]:
     for role, own in _ROLES.items():
         is_answer = role == "assistant"
         properties = {name: schema["properties"][name] for name in (*_SHARED, *own)}
+        properties |= {key: {} for key in _THOUGHTS & set(own)}
         if not is_answer:
             properties = {name: field if name == "name" else _without_null(field) for name, field in properties.items()}
         found[f"{role.title()}Message"] = {
@@ -219,7 +226,6 @@ def _completion(schema: Schema) -> Schema:
 def _response(schema: Schema) -> Schema:
     _has_tools(schema)
     _needs(schema, "stream_options", _NULL, "stream")
-    _first(schema["properties"]["conversation"])["pattern"] = f"^(?!{RESPONSE_PREFIX}){SESSION_ID[1:]}"
     return schema
 
 
