@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +44,7 @@ def running_server(serve_arguments: Sequence[str] = ()) -> Iterator[httpx.Client
     command = [sys.executable, "-P", "-m", "pacellm.cli", "serve", "--port", str(port), "--log-level", "warning"]
     # a server's log never blocks on a pipe nobody reads
     with (
+        _ending_with_sigterm(),
         tempfile.TemporaryFile() as log,
         subprocess.Popen([*command, *serve_arguments], stderr=log, env=_environment()) as server,
     ):
@@ -52,6 +55,23 @@ def running_server(serve_arguments: Sequence[str] = ()) -> Iterator[httpx.Client
         finally:
             server.terminate()
             server.wait()
+
+
+@contextmanager
+def _ending_with_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does: what it has started ends with it. In the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _environment() -> dict[str, str]:
