@@ -4,8 +4,8 @@ A document is read once into a session, beyond the budget, and each question is 
 generation: an answer is right where it is the stated value (or contains it, for a model that writes sentences).
 Documents are the demo's (``--texts`` FOLDER: prose of its ``*.txt`` with the demo's facts in it). Arms are indexes
 (``lexical``, ``activity``, ``attention``, joined by +) and controls: ``recent`` calls nothing back, ``random`` as many
-blocks by lot, ``foreign`` the blocks that another document's facts stand in, ``forced`` the right one, ``full`` is a
-server without working memory, where the document fits its context. Intervals are 95 % bootstraps over documents.
+blocks by lot, ``foreign`` the blocks that another document's facts stand in, ``forced`` the right one, ``full``, alone,
+is a server without working memory, where the document fits its context. Intervals are 95 % bootstraps over documents.
 
 Records go to ``--out`` as JSON lines as they come; the last line is JSON.
 """
@@ -104,12 +104,7 @@ def main() -> None:
     options = _options()
     started = time.monotonic()
     records: list[dict[str, Any]] = []
-    llm = LLM(
-        options.model, working_memory=options.budget, working_memory_window=options.window,
-        working_memory_index=_needed(options.arms), max_model_len=options.length + 4096,
-        session_host_memory=options.host_memory, session_dir=options.session_dir,
-    )  # fmt: skip
-    arm = Arm(llm.engine.parts.scheduling.recaller)  # type: ignore[arg-type]
+    llm, arm = _served(options)
     for number in range(options.documents):
         seed = options.seed + number
         document = _document(options, llm.tokenizer, seed)
@@ -121,7 +116,8 @@ def main() -> None:
         for fact in questions_of(document, options.questions, 0):
             for name in options.arms:
                 depth = fact.depth if name != "foreign" else foreign.facts[len(records) % len(foreign.facts)].depth
-                arm.use(name, int(depth * options.length))
+                if arm is not None:
+                    arm.use(name, int(depth * options.length))
                 clock = time.monotonic()
                 answer = ask(llm, document, fact.question, "s")
                 right = fact.answer in str(answer) if options.texts else str(answer) == fact.answer
@@ -131,6 +127,18 @@ def main() -> None:
                     file.write(json.dumps(records[-1]) + "\n")
         llm.delete("s")
     print(json.dumps(summary(records, options, time.monotonic() - started, llm)))
+
+
+def _served(options: argparse.Namespace) -> tuple[LLM, Arm | None]:
+    """A server, and what has it call back what an arm says; the arm ``full`` stands by itself."""
+    if options.arms == ["full"]:
+        return LLM(options.model), None
+    llm = LLM(
+        options.model, working_memory=options.budget, working_memory_window=options.window,
+        working_memory_index=_needed(options.arms), max_model_len=options.length + 4096,
+        session_host_memory=options.host_memory, session_dir=options.session_dir,
+    )  # fmt: skip
+    return llm, Arm(llm.engine.parts.scheduling.recaller)  # type: ignore[arg-type]
 
 
 def summary(records: list[dict[str, Any]], options: argparse.Namespace, seconds: float, llm: LLM) -> dict[str, Any]:
