@@ -50,10 +50,17 @@ class DeviceState:
     def is_coming(self, session: Session) -> bool:
         """Its state is below the device and on its way up; where there is no room for it, only its log is left."""
         tokens = self._mover.stored_tokens(session)
-        if tokens is None or not self._has_room(blocks_for(tokens) + 1):
+        if tokens is None or not self._has_room_for(session, blocks_for(tokens) + 1):
             return False
         self._mover.restore(session)
         return True
+
+    def _has_room_for(self, session: Session, blocks: int) -> bool:
+        """Others give way, but not what it is made for: what leaves the device may push states off the disk."""
+        was_busy, session.busy = session.busy, True
+        has_room = self._has_room(blocks)
+        session.busy = was_busy
+        return has_room
 
     def share(self, source: Session, fork: Session) -> None:
         """Give a fork a resident source's state: full blocks are shared, the last one and the banks copied. Where there
