@@ -66,8 +66,7 @@ class Committer:
                 if work.asks is not None:
                     self._choose(sequence, output)
                     continue
-                if work.watched and self._recaller is not None:
-                    self._recaller.hits.measure(work, output.asked[sequence.id])
+                self._measure(work, output)
                 self._advance(work)
                 if sequence.id in failed:
                     self._outbox.put(self._recovery.fail(sequence, failed[sequence.id]))
@@ -84,6 +83,11 @@ class Committer:
         """A sequence's question was asked: what is called back for it."""
         assert self._recaller is not None
         self._recaller.choose(sequence, output.asked[sequence.id])
+
+    def _measure(self, work: Work, output: Output) -> None:
+        """What a watched token attended to."""
+        if work.watched and self._recaller is not None:
+            self._recaller.hits.measure(work, output.asked[work.sequence.id])
 
     def _advance(self, work: Work) -> None:
         """A sequence's tokens were fed."""

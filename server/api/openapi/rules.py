@@ -115,9 +115,7 @@ def _messages(schema: Schema) -> dict[str, Schema]:
     for role, own in _ROLES.items():
         is_answer = role == "assistant"
         properties = {name: schema["properties"][name] for name in (*_SHARED, *own)}
-        properties |= {key: {} for key in _THOUGHTS & set(own)}
-        if not is_answer:
-            properties = {name: field if name == "name" else _without_null(field) for name, field in properties.items()}
+        properties = _noted(properties) if is_answer else _required(properties)
         found[f"{role.title()}Message"] = {
             "type": "object",
             "properties": {
@@ -135,6 +133,16 @@ def _messages(schema: Schema) -> dict[str, Schema]:
         "discriminator": {"propertyName": "role", "mapping": refs},
     }
     return found
+
+
+def _noted(properties: dict[str, Schema]) -> dict[str, Schema]:
+    """An answer's: what somebody thought is of any kind."""
+    return {name: {} if name in _THOUGHTS else field for name, field in properties.items()}
+
+
+def _required(properties: dict[str, Schema]) -> dict[str, Schema]:
+    """Those of other messages: all but the name must be there."""
+    return {name: field if name == "name" else _without_null(field) for name, field in properties.items()}
 
 
 def _one_of(schema: Schema, names: Iterable[str]) -> Schema:
