@@ -69,7 +69,9 @@ class CalledFunction(Strict):
     @classmethod
     def _as_text(cls, value: Any) -> Any:
         """Some clients send what they have read."""
-        return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value or ""
+        if value is None or isinstance(value, str):
+            return value or ""
+        return json.dumps(value, ensure_ascii=False)
 
     def read(self) -> dict[str, Any] | None:
         """The arguments as an object; None where they are no JSON object, or one that a template could not write."""

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from pacellm.server.reading.tools import CalledFunction
 from tests.server.conftest import NAME
 from tests.server.talk import CALL, DICE, PARAMETERS, WEATHER, ask, check, folded, function, parts, user
 
@@ -141,3 +142,10 @@ def test_refused_with_the_field_named(live, name):
     answer = live.http.post("/v1/chat/completions", json={"model": NAME, **body})
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == param, answer.text
+
+
+@pytest.mark.parametrize(
+    ("sent", "text"), [(None, ""), ("", ""), ({"a": 1}, '{"a": 1}'), ([], "[]"), (0, "0"), ("{cut", "{cut")]
+)
+def test_arguments_that_a_client_has_read_are_text_again(sent, text):
+    assert CalledFunction.model_validate({"name": "f", "arguments": sent}).arguments == text

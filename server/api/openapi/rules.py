@@ -237,6 +237,12 @@ def _response(schema: Schema) -> Schema:
     return schema
 
 
+def _call(schema: Schema) -> Schema:
+    """What clients have read out of the arguments is taken too, and written as JSON again."""
+    schema["properties"]["arguments"] = {"description": "JSON as text, or what it says", "default": ""}
+    return schema
+
+
 _RULES: dict[str, Callable[[Schema], Schema]] = {
     "ChatCompletionRequest": _chat,
     "CompletionRequest": _completion,
@@ -247,4 +253,5 @@ _RULES: dict[str, Callable[[Schema], Schema]] = {
     "TextFormat": _text_format,
     "FunctionDefinition": _function,
     "ResponseTool": _function,
+    "CalledFunction": _call,
 }
