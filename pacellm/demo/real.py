@@ -144,7 +144,7 @@ def _report(fact: Fact, answer: Answer) -> None:
           f"{answer.seconds:.1f} s)", flush=True)  # fmt: skip
     for passage in _passages(answer)[:1]:
         said = " ".join(passage["text"].split())
-        print(f"    called back: tokens {passage['start']:,} to {passage['end']:,}: … {said[:160]} …", flush=True)
+        print(f"    called back: tokens {passage['start']:,} to {passage['end']:,}: … {said[:300]} …", flush=True)
 
 
 def _passages(answer: Answer) -> list[dict[str, Any]]:
