@@ -1,7 +1,7 @@
 """Draws recall over length: ``python load_tests/working_memory_picture.py TITLE:LENGTH=RECORDS … -o OUT.png``.
 
 RECORDS are what load_tests/working_memory.py has written; a panel for each TITLE, a line for each arm, with 95 %
-intervals over documents.
+intervals over documents. The last line is JSON: by title, length and arm the share that is right and its interval.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ def main() -> None:
         title, _, length = place.rpartition(":")
         panels[title][int(length)] = recall(Path(file))
     draw(panels, options.out)
+    print(json.dumps(panels))
 
 
 if __name__ == "__main__":
