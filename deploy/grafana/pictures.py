@@ -26,7 +26,8 @@ from pacellm.demo.local import running_server, sample_document
 
 Series = list[tuple[str, list[float], list[float]]]
 FLAGS = [
-    *("--session-memory", "24M", "--session-host-memory", "24M", "--session-disk-size", "64M", "--pa-memory", "16M"),
+    *("--session-memory", "24M", "--session-host-memory", "256M", "--session-disk-size", "256M", "--pa-memory", "16M"),
+    *("--working-memory", "2560", "--working-memory-window", "512"),
     *(
         "--pa-preset",
         "paper",

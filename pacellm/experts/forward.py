@@ -152,7 +152,10 @@ class ExpertForward:
         return self._remember(step, inner, plain)
 
     def _remember(self, step: StepContext, inner: Tensor, plain: Tensor) -> Tensor:
+        """As the down-projection, which is gone around: what looks at its input is shown it."""
         down = self._ffn.down
+        for look in down._forward_pre_hooks.values():
+            look(down, (inner,))
         return down.remember(step, inner, plain) if isinstance(down, PersistentDown) else plain
 
     def _inner(self, hidden: Tensor) -> Tensor:
