@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -274,7 +275,8 @@ def new_sessions(
     if disk is not None and records is not None:
         deletions = Deletions(disk, worker, claims, usage, stats)
         budget = DiskBudget(config.session_disk_size, usage, store, claims, worker, disk, deletions)
-        worker.make_room = budget.make_room
+        give_way = weakref.WeakMethod(budget.make_room)  # its thread keeps the worker, which keeps nothing else
+        worker.make_room = lambda: (found := give_way()) is not None and found()
         files = SessionFiles(store, worker, disk, records, usage, budget, deletions, stats)
         files.find()
     mover = Mover(

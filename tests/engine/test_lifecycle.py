@@ -375,14 +375,15 @@ def test_a_dead_engine_ends_every_stream(thread, monkeypatch):
         thread.submit(request("y", SHORT))
 
 
-def test_an_engine_that_nobody_keeps_is_freed(model):
+@pytest.mark.parametrize("has_directory", [False, True])
+def test_an_engine_that_nobody_keeps_is_freed(model, tmp_path, has_directory):
     """Also one that was never closed and whose worker's thread waits for jobs."""
-    engine = new_engine(model, session_host_memory=2**24)
+    engine = new_engine(model, session_host_memory=2**24, session_dir=str(tmp_path) if has_directory else None)
     run(engine, request("a", prompt(40), session="s"))
     assert engine.eviction.evict_one()
     engine.worker.submit(lambda: None, lambda done: None)
     engine.worker.finish()
-    freed = weakref.ref(engine)
+    freed = [weakref.ref(one) for one in (engine, engine.sessions, engine.runner)]
     del engine
     gc.collect()
-    assert freed() is None
+    assert [one() for one in freed] == [None] * 3
