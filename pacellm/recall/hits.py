@@ -14,7 +14,7 @@ from pacellm.engine.step import Work
 from pacellm.kv.blocks import KVTable
 from pacellm.model.context import Asked
 from pacellm.model.rotation import KeyRotation
-from pacellm.view import BLOCK, Span, View
+from pacellm.view import BLOCK, Span
 
 _EVERY, _TOKENS = 8, 8  # the first of so many turns is watched, and so many decoded tokens of it
 _BLOCK = 64  # tokens of a block by lot
@@ -97,14 +97,10 @@ class HitMeter:
 
 def _by_lot(table: KVTable, seed: int) -> list[int]:
     """Where blocks begin that are out of sight, as many as were called back; [] where there are fewer."""
-    count = (table.view.front - BLOCK) // _BLOCK
-    hidden = _hidden(table.view, min(table.view.start, table.history.tokens))
-    if count <= 0 or len(hidden) < count:
+    count, view = (table.view.front - BLOCK) // _BLOCK, table.view
+    total = min(view.start, table.history.tokens) // _BLOCK
+    seen = {number for span in view.spans for number in range(span.start // _BLOCK, -(-span.end // _BLOCK))}
+    if count <= 0 or total < count + len(seen):
         return []
-    return np.random.default_rng(seed).choice(hidden, count, replace=False).tolist()
-
-
-def _hidden(view: View, end: int) -> list[int]:
-    seen = [(span.start, span.end) for span in view.spans]
-    starts = range(0, end - _BLOCK + 1, _BLOCK)
-    return [start for start in starts if all(start + _BLOCK <= first or last <= start for first, last in seen)]
+    drawn = np.random.default_rng(seed).choice(total, count + len(seen), replace=False).tolist()
+    return [number * _BLOCK for number in drawn if number not in seen][:count]
