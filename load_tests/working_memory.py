@@ -1,11 +1,16 @@
 """What working memory finds again: ``python load_tests/working_memory.py [MODEL] --length 200000 --documents 5``.
 
 A document is read once into a session, beyond the budget, and each question is asked from a copy of it, by free
-generation: an answer is right where it is the stated value (or contains it, for a model that writes sentences).
-Documents are the demo's (``--texts`` FOLDER: prose of its ``*.txt`` with the demo's facts in it). Arms are indexes
-(``lexical``, ``activity``, ``attention``, joined by +) and controls: ``recent`` calls nothing back, ``random`` as many
+generation: an answer is right where it is the stated value (or contains it, for a model that writes sentences), and
+the fact was *shown* where what was called back or the window has it. Documents are the demo's; with ``--texts`` FOLDER
+they are prose of its ``*.txt`` with the demo's facts in it, or with ``--written`` those of load_tests/planted, which
+are asked for in their own words and in others.
+
+Arms are indexes (``lexical``, ``activity``, ``attention``, joined by +; behind ``/hubs`` their votes are taken as they
+differ from those for questions about other things) and controls: ``recent`` calls nothing back, ``random`` as many
 blocks by lot, ``foreign`` the blocks that another document's facts stand in, ``forced`` the right one, ``full``, alone,
-is a server without working memory, where the document fits its context. Intervals are 95 % bootstraps over documents.
+is a server without working memory, where the document fits its context (``--rope-scaling``). Intervals are 95 %
+bootstraps over documents.
 
 Records go to ``--out`` as JSON lines as they come; the last line is JSON.
 """
@@ -14,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import resource
 import sys
 import time
@@ -27,46 +31,67 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from load_tests.bank_experiment import bootstrap
-from pacellm.demo.generator import Document, Fact, make_document
-from pacellm.demo.reader import ask, questions_of, read
+from load_tests.planted.asking import Asker
+from load_tests.planted.documents import Planted, Text, prose, synthetic
 from pacellm.llm import LLM
+from pacellm.model.load import load
+from pacellm.real_models import resolve
 from pacellm.recall.recaller import Recaller
-from pacellm.view import Recall
+from pacellm.text.tokenizer import ChatTokenizer
+from pacellm.view import WHOLE, Recall
 
 CONTROLS = ("recent", "random", "foreign", "forced")
+NULLS = (
+    "What is the capital of Portugal?", "How many legs has a spider?", "Who wrote the national anthem?",
+    "At what temperature does water boil?", "Which planet is the largest?", "When did the war end?",
+    "What does the word honest mean?", "Why is the sky blue?", "Where do penguins live?", "Which metal rusts?",
+    "How is glass made?", "What is the name of your sister?",
+)  # fmt: skip
+"""Asked of no document: what they vote for attracts any question."""
 
 
 class Arm:
-    """Has a recaller call back what an arm says.
-
-    Args:
-        recaller: of the engine.
-        tokenizer: for the places of facts.
-    """
+    """Has a recaller call back what an arm says."""
 
     def __init__(self, recaller: Recaller) -> None:
         self._recaller, self._votes = recaller, recaller.votes
-        self._indexes, self._choose = recaller._indexes, recaller.choose
+        self._choose = recaller.choose
         self.block = recaller._block
         recaller.votes = self._voted  # type: ignore[method-assign]
         recaller.choose = self._chosen  # type: ignore[method-assign]
-        self.name, self.place = "lexical", 0
+        self.name, self.place, self._view = "lexical", 0, WHOLE
+        self._nulls: dict[str, list[np.ndarray]] = defaultdict(list)
 
     def use(self, name: str, place: int) -> None:
-        """The arm, and about where the fact is stated that is asked for (or, as a control, another document's)."""
+        """The arm, and where the fact is stated that is asked for (or, as a control, another document's)."""
         self.name, self.place = name, place
-        self._recaller._indexes = ("lexical",) if name in CONTROLS else tuple(name.split("+"))  # type: ignore[assignment]
+        indexes = ("lexical",) if name in CONTROLS else name.removesuffix("/hubs").split("+")
+        self._recaller._indexes = tuple(indexes)  # type: ignore[assignment]
+
+    def learn_hubs(self, indexes: str, asker: Asker) -> None:
+        """Ask the nulls of a document that was read, and keep the votes."""
+        self._nulls.clear()
+        self.use(indexes, -1)
+        for question in NULLS:
+            asker.ask(question, max_tokens=1)
+
+    def sees(self, first: int, length: int) -> bool:
+        """What was called back last, or the window, has the middle of some tokens."""
+        place = first + length // 2
+        return place >= self._view.start or any(span.start <= place < span.end for span in self._view.spans)
 
     def _chosen(self, sequence: Any, asked: Any = None) -> Recall:
-        if self.name != "recent":
-            return self._choose(sequence, asked)
-        recall = Recall.recent(sequence.turn.budget)
-        sequence.recalls(recall)
+        if self.name == "recent":
+            recall = Recall.recent(sequence.turn.budget)
+            sequence.recalls(recall)
+        else:
+            recall = self._choose(sequence, asked)
+        self._view = recall.view(sequence.question.start)
         return recall
 
     def _voted(self, index: Any, sequence: Any, question: range, end: int, asked: Any) -> np.ndarray:
         if self.name not in CONTROLS:
-            return self._votes(index, sequence, question, end, asked)
+            return self._by_index(index, self._votes(index, sequence, question, end, asked))
         count = end // self.block
         if self.name == "random":
             return np.random.default_rng(question.start).random(count)
@@ -74,29 +99,13 @@ class Arm:
         votes[max(0, number - 1) : number + 2] = 1.0
         return votes
 
-
-def prose(texts: Path, length: int, num_facts: int, seed: int, tokenizer: Any) -> Document:
-    """The demo's facts, spread over prose, each behind the end of a sentence."""
-    files = sorted(texts.glob("*.txt"))
-    rng = random.Random(seed)
-    rng.shuffle(files)
-    stated = make_document(60 * num_facts, num_facts, seed, tokenizer)
-    sentences = [part + "." for part in stated.text.split(". ")]
-    told = [next(one for one in sentences if fact.answer in one) for fact in stated.facts]
-    text = ""
-    while len(text) < 6 * length:
-        text += files[len(text) % len(files)].read_text() + "\n\n"
-    ids = tokenizer.encode(text)[:length]
-    per = length // num_facts
-    parts: list[str] = []
-    facts: list[Fact] = []
-    for number, (fact, sentence) in enumerate(zip(stated.facts, told, strict=True)):
-        part = tokenizer.decode(ids[number * per : (number + 1) * per])
-        place = part.find(". ", len(part) // 2) + 1 or len(part)
-        parts.append(f"{part[:place]} {sentence.rstrip('.')}.{part[place:]}")
-        before = len(tokenizer.encode("".join(parts)[: -len(part) + place]))
-        facts.append(Fact(fact.question, fact.answer, min(1.0, before / length)))
-    return Document("".join(parts), facts)
+    def _by_index(self, index: str, votes: np.ndarray) -> np.ndarray:
+        if self.place < 0:
+            self._nulls[index].append(votes)
+        if not self.name.endswith("/hubs"):
+            return votes
+        logs = [np.log(one.astype(np.float64) + 1e-9) for one in [votes, *(null[: len(votes)] for null in self._nulls[index])]]
+        return np.exp(logs[0] - np.mean(logs[1:], 0))
 
 
 def main() -> None:
@@ -105,53 +114,75 @@ def main() -> None:
     started = time.monotonic()
     records: list[dict[str, Any]] = []
     llm, arm = _served(options)
-    for number in range(options.documents):
-        seed = options.seed + number
-        document = _document(options, llm.tokenizer, seed)
+    for number in range(options.first, options.first + options.documents):
+        document = _document(options, llm.tokenizer, options.seed + number)
+        asker = Asker(llm, document.text, options.max_tokens)
         clock, cpu = time.monotonic(), time.process_time()
-        read(llm, document, "s")
-        record = {"document": number, "seconds": time.monotonic() - clock, "cpu_seconds": time.process_time() - cpu}
-        print(f"document {number}: read in {record['seconds']:.1f} s", flush=True)
-        foreign = _document(options, llm.tokenizer, seed + 1000)
-        for fact in questions_of(document, options.questions, 0):
-            for name in options.arms:
-                depth = fact.depth if name != "foreign" else foreign.facts[len(records) % len(foreign.facts)].depth
-                if arm is not None:
-                    arm.use(name, int(depth * options.length))
-                clock = time.monotonic()
-                answer = ask(llm, document, fact.question, "s")
-                right = fact.answer in str(answer) if options.texts else str(answer) == fact.answer
-                records.append({**record, "arm": name, "depth": fact.depth, "right": right, "answer": str(answer),
-                                "wanted": fact.answer, "seconds": time.monotonic() - clock})  # fmt: skip
-                with options.out.open("a") as file:
-                    file.write(json.dumps(records[-1]) + "\n")
-        llm.delete("s")
+        asker.read()
+        record = {"document": number, "read_seconds": time.monotonic() - clock, "cpu_seconds": time.process_time() - cpu}
+        print(f"document {number}: read in {record['read_seconds']:.1f} s", flush=True)
+        if arm is not None and (hubs := [name for name in options.arms if name.endswith("/hubs")]):
+            arm.learn_hubs("+".join(_needed(hubs)), asker)
+        foreign = _document(options, llm.tokenizer, options.seed + number + 1000) if "foreign" in options.arms else None
+        step = len(document.facts) / options.questions
+        for fact in (document.facts[int((one + 0.5) * step)] for one in range(options.questions)):
+            for words, question in fact.questions.items():
+                for name in options.arms:
+                    told = foreign.facts[len(records) % len(foreign.facts)] if foreign and name == "foreign" else fact
+                    records.append({**record, "arm": name, "words": words,
+                                    **_asked(asker, arm, name, fact, told.place, question, options)})  # fmt: skip
+                    with options.out.open("a") as file:
+                        file.write(json.dumps(records[-1]) + "\n")
+        asker.forget()
     print(json.dumps(summary(records, options, time.monotonic() - started, llm)))
+
+
+def _asked(
+    asker: Asker, arm: Arm | None, name: str, fact: Planted, place: int, question: str, options: argparse.Namespace
+) -> dict[str, Any]:
+    """A question's answer, and what it came of."""
+    if arm is not None:
+        arm.use(name, asker.opening + place)
+    clock = time.monotonic()
+    answer = asker.ask(question)
+    return {
+        "right": fact.answer in answer if options.texts else answer == fact.answer,
+        "shown": arm is None or arm.sees(asker.opening + fact.place, fact.length),
+        "place": fact.place, "question": question, "answer": answer, "wanted": fact.answer,
+        "seconds": time.monotonic() - clock,
+    }  # fmt: skip
 
 
 def _served(options: argparse.Namespace) -> tuple[LLM, Arm | None]:
     """A server, and what has it call back what an arm says; the arm ``full`` stands by itself."""
+    model: Any = options.model
+    more: dict[str, Any] = {}
+    if options.rope_scaling is not None:
+        path = resolve(model)
+        model, more = load(path, rope_scaling=options.rope_scaling), {"tokenizer": ChatTokenizer(path)}
     if options.arms == ["full"]:
-        return LLM(options.model), None
+        return LLM(model, max_model_len=options.max_model_len, **more), None
     llm = LLM(
-        options.model, working_memory=options.budget, working_memory_window=options.window,
+        model, working_memory=options.budget, working_memory_window=options.window,
         working_memory_index=_needed(options.arms), max_model_len=options.length + 4096,
-        session_host_memory=options.host_memory, session_dir=options.session_dir,
+        session_host_memory=options.host_memory, session_dir=options.session_dir, **more,
     )  # fmt: skip
     return llm, Arm(llm.engine.parts.scheduling.recaller)  # type: ignore[arg-type]
 
 
 def summary(records: list[dict[str, Any]], options: argparse.Namespace, seconds: float, llm: LLM) -> dict[str, Any]:
-    """Recall by arm, with intervals."""
-    by_arm: dict[str, dict[int, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    """Recall by arm and words, with intervals."""
+    by_arm: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for one in records:
-        by_arm[one["arm"]][one["document"]].append(one["right"])
+        by_arm[one["arm"] if one["words"] == "own" else f"{one['arm']}, other words"][one["document"]].append(one)
     arms = {}
     for name, documents in by_arm.items():
-        shares = [sum(right) / len(right) for right in documents.values()]
-        right, total = sum(map(sum, documents.values())), sum(map(len, documents.values()))
-        arms[name] = {"right": right, "of": total, "interval": list(bootstrap(shares))}
-        print(f"{name}: {right} of {total}")
+        arms[name] = {"of": sum(map(len, documents.values()))}
+        for what in ("right", "shown"):
+            counts = [sum(one[what] for one in asked) for asked in documents.values()]
+            shares = [count / len(asked) for count, asked in zip(counts, documents.values(), strict=True)]
+            arms[name] |= {what: sum(counts), f"{what}_interval": list(bootstrap(shares))}
+        print(f"{name}: of {arms[name]['of']} shown {arms[name]['shown']}, right {arms[name]['right']}")
     return {
         "model": options.model or "bundled", "length": options.length, "budget": options.budget, "arms": arms,
         "seconds": round(seconds, 1), "history_bytes_a_token": llm.engine.mover.host.history.bytes,
@@ -159,14 +190,14 @@ def summary(records: list[dict[str, Any]], options: argparse.Namespace, seconds:
     }  # fmt: skip
 
 
-def _document(options: argparse.Namespace, tokenizer: Any, seed: int) -> Document:
+def _document(options: argparse.Namespace, tokenizer: Any, seed: int) -> Text:
     if options.texts is not None:
-        return prose(options.texts, options.length, options.facts, seed, tokenizer)
-    return make_document(options.length, options.facts, seed, tokenizer)
+        return prose(options.texts, options.length, options.facts, seed, tokenizer, written=options.written)
+    return synthetic(options.length, options.facts, seed, tokenizer)
 
 
 def _needed(arms: list[str]) -> tuple[Any, ...]:
-    names = {part for name in arms if name not in CONTROLS for part in name.split("+")}
+    names = {part for name in arms if name not in CONTROLS for part in name.removesuffix("/hubs").split("+")}
     return tuple(sorted(names)) or ("lexical",)
 
 
@@ -178,10 +209,15 @@ def _options() -> argparse.Namespace:
     add("--budget", type=int, default=4096)
     add("--window", type=int, default=1024)
     add("--documents", type=int, default=1)
+    add("--first", type=int, default=0, help="number of the first document, for runs in pieces")
     add("--questions", type=int, default=20, help="of each document")
     add("--facts", type=int, default=40)
     add("--seed", type=int, default=500)
     add("--texts", type=Path)
+    add("--written", action="store_true", help="the facts of load_tests/planted, in their words and in others")
+    add("--max-tokens", type=int, default=24, help="of an answer")
+    add("--rope-scaling", type=json.loads, help="as for pacellm serve")
+    add("--max-model-len", type=int, help="of the arm full")
     add("--host-memory", type=int, help="bytes for histories (default: half of what is free)")
     add("--session-dir", help="where what host memory cannot hold goes; an empty folder")
     add("--arms", type=lambda text: text.split(","), default=["lexical", "recent", "random", "foreign", "forced"])

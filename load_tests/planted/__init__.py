@@ -1,0 +1,1 @@
+"""Documents with facts planted in prose, for measuring what is found again."""
