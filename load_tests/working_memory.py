@@ -104,8 +104,8 @@ class Arm:
             self._nulls[index].append(votes)
         if not self.name.endswith("/hubs"):
             return votes
-        logs = [np.log(one.astype(np.float64) + 1e-9) for one in [votes, *(null[: len(votes)] for null in self._nulls[index])]]
-        return np.exp(logs[0] - np.mean(logs[1:], 0))
+        asked, *nulls = (np.log(one[: len(votes)].astype(np.float64) + 1e-9) for one in (votes, *self._nulls[index]))
+        return np.exp(asked - np.mean(nulls, 0))
 
 
 def main() -> None:
@@ -113,14 +113,15 @@ def main() -> None:
     options = _options()
     started = time.monotonic()
     records: list[dict[str, Any]] = []
-    llm, arm = _served(options)
+    llm, arm = served(options)
     for number in range(options.first, options.first + options.documents):
         document = _document(options, llm.tokenizer, options.seed + number)
         asker = Asker(llm, document.text, options.max_tokens)
         clock, cpu = time.monotonic(), time.process_time()
         asker.read()
-        record = {"document": number, "read_seconds": time.monotonic() - clock, "cpu_seconds": time.process_time() - cpu}
-        print(f"document {number}: read in {record['read_seconds']:.1f} s", flush=True)
+        seconds, cpu = time.monotonic() - clock, time.process_time() - cpu
+        record = {"document": number, "read_seconds": seconds, "cpu_seconds": cpu}
+        print(f"document {number}: read in {seconds:.1f} s", flush=True)
         if arm is not None and (hubs := [name for name in options.arms if name.endswith("/hubs")]):
             arm.learn_hubs("+".join(_needed(hubs)), asker)
         foreign = _document(options, llm.tokenizer, options.seed + number + 1000) if "foreign" in options.arms else None
@@ -153,7 +154,7 @@ def _asked(
     }  # fmt: skip
 
 
-def _served(options: argparse.Namespace) -> tuple[LLM, Arm | None]:
+def served(options: argparse.Namespace) -> tuple[LLM, Arm | None]:
     """A server, and what has it call back what an arm says; the arm ``full`` stands by itself."""
     model: Any = options.model
     more: dict[str, Any] = {}

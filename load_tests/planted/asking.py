@@ -26,9 +26,7 @@ class Asker:
 
     def read(self) -> None:
         """Feed the document, up to where questions part, and commit that to a session."""
-        one, other = (self._ids(self._rendered(question)) for question in ("Who?", "What?"))
-        shared = next(n for n, (mine, theirs) in enumerate(zip(one, other, strict=False)) if mine != theirs)
-        self._llm.generate([one[:shared]], session=_SESSION, max_tokens=0)
+        self._llm.generate([self._shared()], session=_SESSION, max_tokens=0)
 
     def ask(self, question: str, max_tokens: int | None = None) -> str:
         """The greedy answer."""
@@ -40,9 +38,18 @@ class Asker:
         )[0]  # fmt: skip
         return str(answer)
 
+    def go_on(self, ids: list[int], max_tokens: int) -> None:
+        """Generate behind the document and some more tokens of it, token by token; nothing ends it before."""
+        self._llm.generate([[*self._shared(), *ids]], session=_SESSION, commit=False, temperature=0,
+                           max_tokens=max_tokens, ignore_eos=True, logprobs=0)  # fmt: skip
+
     def forget(self) -> None:
         """Delete the session."""
         self._llm.delete(_SESSION)
+
+    def _shared(self) -> list[int]:
+        one, other = (self._ids(self._rendered(question)) for question in ("Who?", "What?"))
+        return one[: next(n for n, (mine, theirs) in enumerate(zip(one, other, strict=False)) if mine != theirs)]
 
     @property
     def _has_template(self) -> bool:

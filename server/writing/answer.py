@@ -29,6 +29,7 @@ from ..service import Service
 from ..sse import PartWriter
 from .logprobs import Scored, TokenTexts
 from .parsers import AnswerParser
+from .places import NOTHING, Sent
 from .progress import PromptProgress
 from .report import report
 from .tool_calls import MessageDelta
@@ -143,7 +144,7 @@ class Answer:
         is_lost: the session that it goes on from was gone, whatever admission finds.
         outlives: where the session has taken the answer before its client went, it is completed all the same.
         also_close: called when it is over, after the generations are closed.
-        texts: of the messages that were sent, in which passages that were called back are looked up.
+        sent: by generation, in which passages that were called back are looked up.
 
     Attributes:
         headers: what admission found of the session.
@@ -162,10 +163,10 @@ class Answer:
         is_lost: bool = False,
         outlives: bool = False,
         also_close: Callable[[], None] = lambda: None,
-        texts: Sequence[str] = (),
+        sent: Sequence[Sent] = (),
     ) -> None:
         self._service, self._generations, self._events, self._wire = service, generations, events, wire
-        self._is_lost, self._outlives, self._also_close, self._texts = is_lost, outlives, also_close, texts
+        self._is_lost, self._outlives, self._also_close, self._sent = is_lost, outlives, also_close, sent
         self._n = generations[0].request.n
         self._choices = [
             Choice(index, parser, self._token_texts(generations[index // self._n]))
@@ -328,7 +329,8 @@ class Answer:
         self._finished.append(event)
         last = self._last_ends.get(number) or ChoiceEnded(0, event.reason, event.stop_reason)
         request, decode = self._generations[number].request, self._service.tokenizer.decode
-        told = report(request, event, self._session(event.session), decode, self._texts)
+        sent = self._sent[number] if self._sent else NOTHING
+        told = report(request, event, self._session(event.session), decode, sent)
         choice = self._choices[number * self._n + last.index]
         return self._wire.ended(choice.end(last.reason, last.stop_reason, told))
 

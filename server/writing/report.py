@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from pacellm.types import Finished, GenerationRequest, Kinship, MemoryUse, Passage
 
-from .places import place_of
+from .places import NOTHING, Sent, place_of
 
 
 def report(
@@ -16,14 +16,14 @@ def report(
     event: Finished,
     session: str,
     decode: Callable[[list[int]], str],
-    texts: Sequence[str] = (),
+    sent: Sent = NOTHING,
 ) -> dict[str, Any]:
     """The object of a request that has ended well.
 
     Args:
         session: what became of it.
         decode: ids to text.
-        texts: of the messages that were sent.
+        sent: what its prompt was made of.
     """
     return {
         "session_id": request.session[1] if request.session is not None else None,
@@ -35,7 +35,7 @@ def report(
         "replayed_tokens": event.usage.replayed_tokens,
         "pa": event.pa,
         **(
-            {"memory": _memory(event.memory, event.usage.prompt_tokens, decode, texts)}
+            {"memory": _memory(event.memory, event.usage.prompt_tokens, decode, sent)}
             if event.memory is not None
             else {}
         ),
@@ -49,20 +49,20 @@ def report(
     }
 
 
-def _memory(use: MemoryUse, length: int, decode: Callable[[list[int]], str], texts: Sequence[str]) -> dict[str, Any]:
+def _memory(use: MemoryUse, length: int, decode: Callable[[list[int]], str], sent: Sent) -> dict[str, Any]:
     """What was seen of the history, and the passages that were called back."""
     return {
         "view": bool(use.called_back),
         "budget_tokens": use.budget,
         "resident_tokens": use.resident,
         "called_back": [list(span) for span in use.called_back],
-        "passages": [_passage(one, one.start / length, decode, texts) for one in use.passages],
+        "passages": [_passage(one, one.start / length, decode, sent) for one in use.passages],
     }
 
 
-def _passage(one: Passage, position: float, decode: Callable[[list[int]], str], texts: Sequence[str]) -> dict[str, Any]:
+def _passage(one: Passage, position: float, decode: Callable[[list[int]], str], sent: Sent) -> dict[str, Any]:
     text = decode(list(one.token_ids))
-    place = place_of(text, position, texts)
+    place = place_of(text, position, sent)
     return {
         "start": one.start,
         "end": one.end,

@@ -1,8 +1,8 @@
-"""Where passages stand in the messages that were sent."""
+"""Where passages stand in what was sent."""
 
 import pytest
 
-from pacellm.server.writing.places import place_of
+from pacellm.server.writing.places import NOTHING, Sent, place_of
 
 TEXTS = ("You help.", "one two three. one two three. four", "", "five one two three")
 
@@ -23,16 +23,16 @@ TEXTS = ("You help.", "one two three. one two three. four", "", "five one two th
     ],
 )
 def test_the_nearest_place_of_the_same_words(passage, position, place):
-    found = place_of(passage, position, TEXTS)
+    found = place_of(passage, position, Sent("message", TEXTS))
     assert (None if found is None else (found["message"], found["start"], found["end"])) == place
     if found is not None:
         assert TEXTS[found["message"]][found["start"] : found["end"]] == passage.strip("\ufffd")
 
 
 def test_without_messages_there_is_none():
-    assert place_of("one", 0.0, ()) is None
+    assert place_of("one", 0.0, NOTHING) is None
 
 
 def test_a_text_of_the_same_words_over_and_over_is_looked_at_once():
     text = "ab" * 4_000_000
-    assert place_of("ab" * 100, 0.5, (text,)) == {"message": 0, "start": 4_000_000, "end": 4_000_200}
+    assert place_of("ab" * 100, 0.5, Sent("prompt", (text,), 2)) == {"prompt": 2, "start": 4_000_000, "end": 4_000_200}

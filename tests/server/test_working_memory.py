@@ -90,6 +90,23 @@ def test_questions_by_append_streamed_and_by_responses(server, document):
     assert float(recalls.split()[-1]) >= 5
 
 
+def test_passages_stand_in_prompts_and_in_items_of_an_input(server, document):
+    question = document.facts[4].question
+    prompts = ["A first one.", f"{document.text}\n\n{question}"]
+    told = server.http.post("/v1/completions", json={"prompt": prompts, "max_tokens": 4}).json()
+    items = [{"role": "user", "content": document.text}, {"role": "assistant", "content": "I have read it."},
+             {"role": "user", "content": question}]  # fmt: skip
+    answer = server.http.post("/v1/responses", json={"input": items, "max_output_tokens": 4}).json()
+    for name, texts, passages in (
+        ("prompt", prompts, told["choices"][1]["pacellm"]["memory"]["passages"]),
+        ("input", [item["content"] for item in items], answer["pacellm"]["memory"]["passages"]),
+    ):
+        assert passages
+        for one in passages:
+            place = one["in"]
+            assert texts[place[name]][place["start"] : place["end"]] == one["text"].strip("\ufffd"), name
+
+
 def test_over_a_restart_on_little_host_memory(tokenizer, document, tmp_path):
     """Its history is on disk block by block, and nothing is read again."""
     config = EngineConfig(

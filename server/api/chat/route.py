@@ -13,6 +13,7 @@ from ...event_queue import EventQueue
 from ...service import Service
 from ...writing import responding
 from ...writing.answer import Answer
+from ...writing.places import Sent
 from ..submitting import chat_prompt, check_options, new_request
 from .schema import ChatCompletionRequest, parse_chat
 from .wire import ChatFold, ChatWire
@@ -60,5 +61,6 @@ async def _submit(
     generation = service.submit(request, caller, events)
     wire = ChatWire(request, body, service.settings.model_name, service.fingerprint)
     progress = bool(body.stream and body.return_progress)
-    answer = Answer(service, [generation], events, prompt.parsers, wire, with_progress=progress, texts=prompt.texts)
+    sent = [Sent("message", prompt.texts)]
+    answer = Answer(service, [generation], events, prompt.parsers, wire, with_progress=progress, sent=sent)
     return answer, wire

@@ -20,6 +20,7 @@ from ...service import Service
 from ...writing import responding
 from ...writing.answer import Answer
 from ...writing.parsers import PlainParser
+from ...writing.places import Sent
 from ..submitting import check_options, new_request
 from .schema import CompletionRequest, parse_completion
 from .wire import CompletionsFold, CompletionsWire
@@ -62,7 +63,9 @@ async def _submit(
     wire = CompletionsWire(requests, body, service.tokenizer, service.settings.model_name, service.fingerprint)
     parsers = [PlainParser() for one in requests for _ in range(one.n)]
     progress = bool(body.stream and body.return_progress)
-    return Answer(service, generations, events, parsers, wire, with_progress=progress), wire
+    texts = [prompt if isinstance(prompt, str) else "" for prompt in body.prompts()]
+    sent = [Sent("prompt", [text], number) for number, text in enumerate(texts)]
+    return Answer(service, generations, events, parsers, wire, with_progress=progress, sent=sent), wire
 
 
 async def _engine_requests(

@@ -20,6 +20,7 @@ from ...response_store import StoredResponse
 from ...service import Service
 from ...writing import responding
 from ...writing.answer import Answer
+from ...writing.places import Sent
 from ..submitting import chat_prompt, check_generation
 from .item_list import input_items, page
 from .schema import Includable, ResponseRequest, parse_response
@@ -125,7 +126,7 @@ async def _submit(service: Service, body: ResponseRequest, caller: Caller) -> tu
     answer = Answer(
         service, [generation], events, prompt.parsers, wire,
         with_progress=bool(body.stream and body.return_progress), is_lost=state.is_lost, outlives=body.is_stored,
-        also_close=state.close,
+        also_close=state.close, sent=[Sent("input", body.texts())],
     )  # fmt: skip
     return answer, wire
 

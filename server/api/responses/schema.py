@@ -18,7 +18,16 @@ from ...schema import RESPONSE_PREFIX, SESSION_ID, WHOLE, Strict, parse, refuse_
 from ..fields import GenerationFields
 from ..formats import TextFormat
 from ..hints import HintFields
-from .input_items import InputItem, ResponseNamedTool, ResponseTool, messages_of, resolved
+from .input_items import (
+    AnswerMessage,
+    CallOutputItem,
+    InputItem,
+    InputMessage,
+    ResponseNamedTool,
+    ResponseTool,
+    messages_of,
+    resolved,
+)
 
 
 class ConversationId(Strict):
@@ -122,6 +131,13 @@ class ResponseRequest(GenerationFields, HintFields):
         if isinstance(self.input, str):
             return [{"role": "user", "content": self.input}]
         return messages_of(resolved(self.input, item))
+
+    def texts(self) -> list[str]:
+        """Of the items of its input, empty where one has none; a text is one item."""
+        if isinstance(self.input, str):
+            return [self.input]
+        spoken = (InputMessage, AnswerMessage, CallOutputItem)
+        return [item.text() if isinstance(item, spoken) else "" for item in self.input]
 
     def chat_input(self, messages: Sequence[dict[str, Any]]) -> ChatInput:
         """What is to be answered.
