@@ -23,7 +23,9 @@ from load_tests.scenarios.talks import make_talk, percentile, spread
 from load_tests.scenarios.twins import Tally, Worker
 
 ROOT = Path(__file__).parent.parent
-SCENARIOS = ("long_beside_short", "many_sessions", "disconnects", "kill", "heavy_bodies", "overload", "histories")
+SCENARIOS = (
+    "long_beside_short", "many_sessions", "long_histories", "disconnects", "kill", "heavy_bodies", "overload", "histories",
+)  # fmt: skip
 SCRAPE = """\
 # TYPE pacellm_sessions gauge
 pacellm_sessions{model_name="m"} 3
