@@ -24,7 +24,8 @@ from load_tests.scenarios.twins import Tally, Worker
 
 ROOT = Path(__file__).parent.parent
 SCENARIOS = (
-    "long_beside_short", "many_sessions", "long_histories", "disconnects", "kill", "heavy_bodies", "overload", "histories",
+    "long_beside_short", "many_sessions", "long_histories", "disconnects", "kill", "heavy_bodies", "overload",
+    "histories",
 )  # fmt: skip
 SCRAPE = """\
 # TYPE pacellm_sessions gauge
