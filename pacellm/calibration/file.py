@@ -59,12 +59,35 @@ def unpack(text: str) -> np.ndarray:
     return found.astype(np.float32)
 
 
+def pack_bytes(numbers: np.ndarray) -> str:
+    """Bytes as text: base64."""
+    return base64.b64encode(numbers.tobytes()).decode()
+
+
+def unpack_bytes(text: str) -> np.ndarray:
+    """[n] uint8 of :func:`pack_bytes`.
+
+    Raises:
+        ValueError: it is not that.
+    """
+    try:
+        return np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
+    except (binascii.Error, ValueError):
+        raise ValueError("not base64") from None
+
+
 def _packed(text: str) -> str:
     unpack(text)
     return text
 
 
+def _packed_bytes(text: str) -> str:
+    unpack_bytes(text)
+    return text
+
+
 Numbers = Annotated[str, AfterValidator(_packed)]
+Bytes = Annotated[str, AfterValidator(_packed_bytes)]
 
 
 class _Section(BaseModel):
@@ -172,11 +195,13 @@ class AttentionSection(_Section):
         layers: those that vote together.
         found: by these, on other facts than they were chosen by.
         alone: by layer, on those that they were chosen by.
+        nulls: by layer the queries [H, n, D] of the null questions' n tokens, turned to position 0, packed.
     """
 
     layers: Annotated[list[Layer], Field(min_length=1)]
     found: Shares
     alone: dict[str, Shares]
+    nulls: dict[str, Numbers] = {}
 
 
 class ActivitySection(_Section):
@@ -187,6 +212,7 @@ class ActivitySection(_Section):
         bits, seed: of a code, and of the numbers that make it.
         mean, deviation: of the FFN's neurons over the text, in their original order, packed.
         found, alone: as of attention.
+        nulls: codes of the null questions' tokens, base64.
     """
 
     layer: Layer
@@ -196,6 +222,7 @@ class ActivitySection(_Section):
     deviation: Numbers
     found: Shares
     alone: dict[str, Shares]
+    nulls: Bytes = ""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -212,12 +239,26 @@ class RetrievalSection(_Section):
         facts: of a prompt, each in a block of its own.
         lexical: by words alone.
         attention, activity: None where the model has no such layers.
+        nulls: tokens of each null question; none in files of before votes were compared with theirs.
     """
 
     facts: Annotated[int, Field(ge=1)]
     lexical: Shares
     attention: AttentionSection | None
     activity: ActivitySection | None
+    nulls: list[Annotated[int, Field(ge=1)]] = []
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        tokens, sections = sum(self.nulls), (self.attention, self.activity)
+        sizes = [len(unpack(one)) for one in (self.attention.nulls.values() if self.attention else ())]
+        if self.activity is not None:
+            sizes.append(8 * len(unpack_bytes(self.activity.nulls)))
+        if tokens and any(size % tokens or not size for size in sizes):
+            raise ValueError("nulls are not of so many tokens")
+        if not tokens and any(one.nulls for one in sections if one is not None):
+            raise ValueError("nulls without their lengths")
+        return self
 
 
 class ModelSection(_Section):

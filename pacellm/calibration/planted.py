@@ -23,6 +23,15 @@ LEAST = 8
 """Facts without which nothing is said about an index."""
 
 
+NULLS = (
+    "What is the capital of Portugal?", "How many legs has a spider?", "Who wrote the national anthem?",
+    "At what temperature does water boil?", "Which planet is the largest?", "When did the war end?",
+    "What does the word honest mean?", "Why is the sky blue?", "Where do penguins live?", "Which metal rusts?",
+    "How is glass made?", "What is the name of your sister?",
+)  # fmt: skip
+"""Questions that no planted fact answers."""
+
+
 @dataclass(frozen=True)
 class Fact:
     """Tokens of a statement, and of its questions: one of each of ``KINDS``."""

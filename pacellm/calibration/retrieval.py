@@ -6,6 +6,8 @@ an index votes over what lies before the window.
 
 from __future__ import annotations
 
+import itertools
+import math
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +25,9 @@ from pacellm.calibration.file import (
     RetrievalSection,
     Shares,
     pack,
+    pack_bytes,
     unpack,
+    unpack_bytes,
 )
 from pacellm.calibration.planted import PART, SINKS, WINDOW, Planted
 from pacellm.errors import ConfigError
@@ -32,10 +36,11 @@ from pacellm.model.attention.dispatch import slab
 from pacellm.model.context import Asked, Chunk, Run, StepContext, current_step, step_context
 from pacellm.model.load import LoadedModel
 from pacellm.model.neurons import ffns
-from pacellm.model.retrieval import CodeBook, Coder, Retrieval
+from pacellm.model.retrieval import CodeBook, Coder, Nulls, Retrieval
 from pacellm.model.rotation import KeyRotation, learn_rotations
 from pacellm.recall.activity import activity_votes
-from pacellm.recall.attention import attention_mass
+from pacellm.recall.attention import attention_mass, votes_by_mass
+from pacellm.recall.hubs import without_hubs
 from pacellm.recall.lexical import lexical_votes
 from pacellm.rows import missing_rows
 from pacellm.run.batch import padded
@@ -50,8 +55,25 @@ _FLOOR = 1e-2  # of the mean deviation: a neuron that the text leaves alone is n
 OnWork = Callable[[float], None]
 See = Callable[[int, Tensor], None]
 Found = TypeVar("Found", AttentionSection, ActivitySection)
-Votes = Mapping[int, np.ndarray]
-"""By layer [kinds, facts, blocks]."""
+
+
+class Voted(NamedTuple):
+    """Votes of one layer, or of several together.
+
+    Attributes:
+        asked: [kinds, facts, blocks]. nulls: [null questions, blocks].
+    """
+
+    asked: np.ndarray
+    nulls: np.ndarray
+
+    def compared(self) -> np.ndarray:
+        """[kinds, facts, blocks] as an index takes them: by how much they differ from those of null questions."""
+        return without_hubs(self.asked, self.nulls)
+
+
+Votes = Mapping[int, Voted]
+"""By layer."""
 
 
 # -- activity ----------------------------------------------------------------------------------------------
@@ -125,14 +147,26 @@ class Asking:
     Args:
         model: unpatched and without a layout.
         books: of the codes, by layer.
+        nulls: ids of null questions, which are asked of the first prompt.
         on_work: told of tokens, each once for each layer.
+
+    Attributes:
+        null_queries: by layer, of the null questions [H, n, D], turned to position 0. null_codes: by layer [n, bytes].
 
     Raises:
         ConfigError: the model's keys cannot be shown at other positions, so it has no working memory.
     """
 
-    def __init__(self, model: LoadedModel, books: Mapping[int, CodeBook], on_work: OnWork = lambda work: None) -> None:
-        self._model, self._on_work = model, on_work
+    def __init__(
+        self,
+        model: LoadedModel,
+        books: Mapping[int, CodeBook],
+        nulls: Sequence[Sequence[int]] = (),
+        on_work: OnWork = lambda work: None,
+    ) -> None:
+        self._model, self._on_work, self._nulls = model, on_work, [tuple(one) for one in nulls]
+        self.null_queries: dict[int, Tensor] = {}
+        self.null_codes: dict[int, np.ndarray] = {}
         self._rotations: list[KeyRotation | None] = learn_rotations(model)
         self._coders = {layer: Coder(book, model.device) for layer, book in books.items()}
         self._layers = tuple(layer for layer, window in enumerate(model.windows) if window is None)
@@ -140,8 +174,10 @@ class Asking:
     @torch.inference_mode()
     def votes(self, planted: Planted) -> tuple[Votes, Votes]:
         """Of attention, and of activity codes."""
+        is_first = not self.null_codes and not self.null_queries
         questions = _questions(planted)
-        self._begin(planted, questions)
+        asked = [*questions, *_rows(self._nulls, questions[-1].rows.stop)] if is_first else questions
+        self._begin(planted, asked)
         codes: dict[int, list[Tensor]] = {layer: [] for layer in self._coders}
 
         def encode(layer: int, inner: Tensor) -> None:
@@ -149,12 +185,26 @@ class Asking:
 
         with watching(self._model, encode, tuple(codes)):
             self._read(planted)
-            chunks = self._ask(planted, questions)
+            chunks = self._ask(planted, asked)
+        found = {layer: torch.cat(parts).numpy() for layer, parts in codes.items()}
+        if is_first:
+            self._learn_nulls(planted, chunks[len(questions) :], found)
         history = _history(self._keys, planted.end)
-        attention = {layer: self._attention(layer, chunks, history, planted) for layer in self._layers}
-        return attention, {
-            layer: _activity(torch.cat(parts).numpy(), questions, planted) for layer, parts in codes.items()
+        attention = {
+            layer: self._attention(layer, chunks[: len(questions)], history, planted) for layer in self._layers
         }
+        return attention, {layer: self._activity(layer, one, questions, planted) for layer, one in found.items()}
+
+    def _learn_nulls(self, planted: Planted, chunks: Sequence[Chunk], codes: Mapping[int, np.ndarray]) -> None:
+        count = sum(map(len, self._nulls))
+        if not count:
+            return
+        self.null_codes = {layer: one[-count:] for layer, one in codes.items()}
+        positions = torch.tensor(_positions(planted, chunks))
+        for layer in self._layers:
+            queries = torch.cat([_asked(chunk).queries[layer] for chunk in chunks], 1)
+            rotation = self._rotations[layer]
+            self.null_queries[layer] = queries if rotation is None else rotation.moved(queries, -positions)
 
     def _begin(self, planted: Planted, questions: Sequence[_Question]) -> None:
         model, last = self._model, questions[-1].rows.stop
@@ -190,26 +240,50 @@ class Asking:
             )
         self._on_work(self._model.num_layers * len(ids))
 
-    def _attention(self, layer: int, chunks: Sequence[Chunk], history: History, planted: Planted) -> np.ndarray:
-        asked = [chunk.asked for chunk in chunks if chunk.asked is not None]
-        queries = torch.cat([one.queries[layer] for one in asked], 1)
-        positions = [len(planted.ids) + place for chunk in chunks for place in range(chunk.stop - chunk.start)]
+    def _attention(self, layer: int, chunks: Sequence[Chunk], history: History, planted: Planted) -> Voted:
+        queries = [_asked(chunk).queries[layer] for chunk in chunks]
+        if self._nulls:
+            queries.append(self.null_queries[layer])
+        lengths = [chunk.stop - chunk.start for chunk in chunks] + [len(one) for one in self._nulls]
+        positions = [*_positions(planted, chunks), *([0] * sum(map(len, self._nulls)))]
         mass = attention_mass(
-            queries, asked[0].scales[layer], positions, history, layer, planted.end, self._rotations[layer],
-            distance=_DISTANCE, block=PART,
+            torch.cat(queries, 1), _asked(chunks[0]).scales[layer], positions, history, layer, planted.end,
+            self._rotations[layer], distance=_DISTANCE, block=PART,
         )  # fmt: skip
-        votes = [mass[:, :, chunk.start : chunk.stop].mean((1, 2)).amax(0) for chunk in chunks]
-        return torch.stack(votes).cpu().numpy().reshape(len(KINDS), len(planted.facts), -1)
+        return _voted(votes_by_mass(mass, lengths).cpu().numpy(), planted)
+
+    def _activity(self, layer: int, codes: np.ndarray, questions: Sequence[_Question], planted: Planted) -> Voted:
+        own, history = codes[len(planted.ids) :], codes[: planted.end]
+        asked = [own[question.rows] for question in questions]
+        if self._nulls:
+            asked += [self.null_codes[layer][null.rows] for null in _rows(self._nulls, 0)]
+        return _voted(np.stack([activity_votes(one, history, PART) for one in asked]), planted)
+
+
+def _asked(chunk: Chunk) -> Asked:
+    assert chunk.asked is not None
+    return chunk.asked
+
+
+def _positions(planted: Planted, chunks: Sequence[Chunk]) -> list[int]:
+    """Of questions' tokens, each question right behind the prompt."""
+    return [len(planted.ids) + place for chunk in chunks for place in range(chunk.stop - chunk.start)]
+
+
+def _voted(votes: np.ndarray, planted: Planted) -> Voted:
+    """Votes [questions and null questions, blocks] apart."""
+    count = len(KINDS) * len(planted.facts)
+    return Voted(votes[:count].reshape(len(KINDS), len(planted.facts), -1), votes[count:])
 
 
 def _questions(planted: Planted) -> list[_Question]:
     """All of one kind, then all of the other."""
-    found: list[_Question] = []
-    for kind in range(len(KINDS)):
-        for fact in planted.facts:
-            start = found[-1].rows.stop if found else 0
-            found.append(_Question(slice(start, start + len(fact.asked[kind])), fact.asked[kind]))
-    return found
+    return _rows([fact.asked[kind] for kind in range(len(KINDS)) for fact in planted.facts], 0)
+
+
+def _rows(questions: Sequence[tuple[int, ...]], first: int) -> list[_Question]:
+    ends = [first, *itertools.accumulate(map(len, questions), initial=first)][1:]
+    return [_Question(slice(start, start + len(ids)), ids) for start, ids in zip(ends, questions, strict=False)]
 
 
 def _history(keys: Sequence[Tensor], end: int) -> History:
@@ -219,12 +293,6 @@ def _history(keys: Sequence[Tensor], end: int) -> History:
         for target, source in zip(blocks[-1].parts, keys, strict=True):
             target.copy_(source[:, start : start + BLOCK])
     return History(blocks)
-
-
-def _activity(codes: np.ndarray, questions: Sequence[_Question], planted: Planted) -> np.ndarray:
-    asked, history = codes[len(planted.ids) :], codes[: planted.end]
-    votes = [activity_votes(asked[question.rows], history, PART) for question in questions]
-    return np.stack(votes).reshape(len(KINDS), len(planted.facts), -1)
 
 
 def lexical(planted: Planted) -> np.ndarray:
@@ -255,12 +323,8 @@ def shares(votes: np.ndarray) -> Shares:
 
 
 def merit(votes: np.ndarray) -> float:
-    """What is chosen by: the mean reciprocal rank, which is less noise than a share; half of it by votes without what
-    all questions of a prompt have in common. A block that attracts them all takes one place of what is called back,
-    and says little about a layer."""
-    logs = np.log(votes.astype(np.float64) + 1e-12)
-    placed = ranks(votes), ranks(logs - logs.mean((0, 1)))
-    return float(np.mean([(1 / one).mean() for one in placed]))
+    """What is chosen by: the mean reciprocal rank, which is less noise than a share."""
+    return float((1 / ranks(votes)).mean())
 
 
 def best_layers(votes: Votes) -> list[int]:
@@ -278,57 +342,70 @@ def best_layers(votes: Votes) -> list[int]:
 
 
 def together(votes: Votes, layers: Sequence[int]) -> np.ndarray:
-    """The largest vote of layers."""
-    return np.maximum.reduce([votes[layer] for layer in layers])
+    """[kinds, facts, blocks]: the largest vote of layers, compared."""
+    chosen = [votes[layer] for layer in layers]
+    return Voted(
+        np.maximum.reduce([one.asked for one in chosen]), np.maximum.reduce([one.nulls for one in chosen])
+    ).compared()
 
 
 def best_codes(votes: Votes) -> int:
     """The layer whose codes find most."""
-    return max(votes, key=lambda layer: (merit(votes[layer]), -layer))
+    return max(votes, key=lambda layer: (merit(votes[layer].compared()), -layer))
 
 
-def cost(model: LoadedModel, prompts: Sequence[Planted]) -> float:
+def cost(model: LoadedModel, prompts: Sequence[Planted], nulls: Sequence[Sequence[int]] = ()) -> float:
     """Work of :func:`measure`, one token in one layer being 1."""
-    return model.num_layers * sum(len(one.ids) + _questions(one)[-1].rows.stop for one in prompts)
+    tokens = sum(len(one.ids) + _questions(one)[-1].rows.stop for one in prompts)
+    return model.num_layers * (tokens + sum(map(len, nulls)))
 
 
 def measure(
     model: LoadedModel,
     books: Mapping[int, CodeBook],
     prompts: tuple[Planted, Planted],
+    nulls: Sequence[Sequence[int]] = (),
     on_work: OnWork = lambda work: None,
 ) -> RetrievalSection:
     """What finds the facts of the second prompt, chosen by those of the first.
 
+    Args:
+        nulls: ids of null questions, asked behind the first.
+
     Raises:
         ConfigError: as of :class:`Asking`.
     """
-    asking = Asking(model, books, on_work)
+    asking = Asking(model, books, nulls, on_work)
     (attention, activity), (attention_after, activity_after) = (asking.votes(one) for one in prompts)
     return RetrievalSection(
         facts=len(prompts[1].facts),
         lexical=shares(lexical(prompts[1])),
-        attention=_attention_section(attention, attention_after) if attention else None,
-        activity=_activity_section(activity, activity_after, books) if activity else None,
+        attention=_attention_section(attention, attention_after, asking) if attention else None,
+        activity=_activity_section(activity, activity_after, books, asking) if activity else None,
+        nulls=[len(one) for one in nulls],
     )
 
 
-def _attention_section(votes: Votes, after: Votes) -> AttentionSection:
+def _attention_section(votes: Votes, after: Votes, asking: Asking) -> AttentionSection:
     layers = best_layers(votes)
-    return AttentionSection(layers=layers, found=shares(together(after, layers)), alone=_alone(votes))
+    queries = {
+        str(layer): pack(asking.null_queries[layer].float().cpu().numpy()) for layer in layers if asking.null_queries
+    }
+    return AttentionSection(layers=layers, found=shares(together(after, layers)), alone=_alone(votes), nulls=queries)
 
 
-def _activity_section(votes: Votes, after: Votes, books: Mapping[int, CodeBook]) -> ActivitySection:
+def _activity_section(votes: Votes, after: Votes, books: Mapping[int, CodeBook], asking: Asking) -> ActivitySection:
     book = books[best_codes(votes)]
     return ActivitySection(
         layer=book.layer, bits=book.bits, seed=book.seed,
         mean=pack(book.mean.numpy()), deviation=pack(book.deviation.numpy()),
-        found=shares(after[book.layer]), alone=_alone(votes),
+        found=shares(after[book.layer].compared()), alone=_alone(votes),
+        nulls=pack_bytes(asking.null_codes[book.layer]) if asking.null_codes else "",
     )  # fmt: skip
 
 
 def _alone(votes: Votes) -> dict[str, Shares]:
-    return {str(layer): shares(one) for layer, one in votes.items()}
+    return {str(layer): shares(one.compared()) for layer, one in votes.items()}
 
 
 # -- what a server takes of it -----------------------------------------------------------------------------
@@ -348,10 +425,35 @@ def known(section: RetrievalSection | None, model: LoadedModel) -> Retrieval | N
             raise _unfit(f"attention.layers names layer {layer}, which this model has not, or only with a window")
     layers = () if attention is None else tuple(attention.layers)
     book = None if activity is None else _book(activity, model)
+    nulls = _nulls(section.nulls, attention, activity, model)
     if attention is None or activity is None:
-        return Retrieval(layers, book)
+        return Retrieval(layers, book, nulls=nulls)
     finds_more = activity.found.other > attention.found.other
-    return Retrieval(layers, book, "activity" if finds_more else "attention")
+    return Retrieval(layers, book, "activity" if finds_more else "attention", nulls)
+
+
+def _nulls(
+    lengths: Sequence[int], attention: AttentionSection | None, activity: ActivitySection | None, model: LoadedModel
+) -> Nulls:
+    """Null questions of the indexes that work.
+
+    Raises:
+        ConfigError: they are not of such a model.
+    """
+    tokens, queries, codes = sum(lengths), dict[int, Tensor](), None
+    if not tokens:
+        return Nulls()
+    for name, packed in attention.nulls.items() if attention is not None else ():
+        shape = model.query_heads[int(name)], tokens, model.kv_shapes[int(name)][0][1]
+        numbers = torch.from_numpy(unpack(packed))
+        if numbers.numel() != math.prod(shape):
+            raise _unfit(f"attention.nulls are not queries of layer {name} of this model")
+        queries[int(name)] = numbers.view(shape)
+    if activity is not None and activity.nulls:
+        codes = unpack_bytes(activity.nulls).reshape(tokens, -1)
+        if codes.shape[1] != activity.bits // 8:
+            raise _unfit("activity.nulls are not codes of so many bits")
+    return Nulls(tuple(lengths), queries, codes)
 
 
 def _working(section: Found | None) -> Found | None:

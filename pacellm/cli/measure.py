@@ -85,19 +85,20 @@ class _Subject:
 
     Attributes:
         ids: of the text, as many as are read.
-        facts: that are planted in it.
+        facts: that are planted in it. nulls: questions that none of them answers.
         about, text: how the file calls them.
     """
 
     model: LoadedModel
     ids: list[int]
     facts: list[Fact]
+    nulls: list[list[int]]
     about: ModelSection
     text: TextSection
 
 
 def _subject(options: argparse.Namespace, path: Any, layout: Layout | None) -> _Subject:
-    from pacellm.calibration.planted import facts_of
+    from pacellm.calibration.planted import NULLS, facts_of
     from pacellm.calibration.run import MAX_TOKENS, PART
     from pacellm.experts.forward import check_density
     from pacellm.model.fingerprint import model_sample
@@ -108,6 +109,7 @@ def _subject(options: argparse.Namespace, path: Any, layout: Layout | None) -> _
     tokenizer = ChatTokenizer(path)
     ids = tokenizer.encode(written, add_special_tokens=True)
     facts = facts_of(_facts(options), tokenizer.encode)
+    nulls = [tokenizer.encode(one) for one in NULLS]
     device, pickles = find_device(options.device), options.allow_pickle
     model = load(path, dtype=options.dtype, device=device, rope_scaling=options.rope_scaling, allow_pickle=pickles)
     ids = ids[: min(MAX_TOKENS, model.context_length)]
@@ -117,7 +119,12 @@ def _subject(options: argparse.Namespace, path: Any, layout: Layout | None) -> _
     about = ModelSection(name=name, fingerprint=model_sample(model.module), dtype=str(model.dtype).split(".")[1])
     digest = hashlib.sha256(written.encode()).hexdigest()
     return _Subject(
-        model, ids, facts, about, TextSection(name=source, digest=digest, tokens=len(ids), part=min(PART, len(ids)))
+        model,
+        ids,
+        facts,
+        nulls,
+        about,
+        TextSection(name=source, digest=digest, tokens=len(ids), part=min(PART, len(ids))),
     )
 
 
@@ -195,13 +202,13 @@ class _Indexes:
     def __init__(self, subject: _Subject, known: RetrievalSection | None, progress: Progress) -> None:
         from pacellm.calibration import planted, retrieval
 
-        self._model, self._progress, self._known = subject.model, progress, known
+        self._model, self._progress, self._known, self._nulls = subject.model, progress, known, subject.nulls
         self._moments = retrieval.Moments(subject.model)
         self._prompts = None
-        if known is None:
+        if known is None or not known.nulls:
             self._prompts = planted.two_prompts(subject.ids, subject.facts, subject.model.context_length)
         if self._prompts is not None:
-            progress.expect(retrieval.cost(subject.model, self._prompts))
+            progress.expect(retrieval.cost(subject.model, self._prompts, subject.nulls))
 
     def reading(self) -> AbstractContextManager[None]:
         """Inside, the text is read."""
@@ -215,7 +222,7 @@ class _Indexes:
             return self._known
         self._progress.begin("indexes of working memory")
         try:
-            return retrieval.measure(self._model, self._moments.books(), self._prompts, self._progress.add)
+            return retrieval.measure(self._model, self._moments.books(), self._prompts, self._nulls, self._progress.add)
         except ConfigError as error:
             self._progress.begin(f"indexes of working memory: none ({error})")
             return None

@@ -9,9 +9,12 @@ Two tokens' activations are alike where their codes are: the share of bits that 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -61,6 +64,27 @@ class CodeBook:
 
 
 @dataclass(frozen=True)
+class Nulls:
+    """Questions about nothing in particular, as the model's tokens ask them. What they vote for draws any question.
+
+    Attributes:
+        lengths: tokens of each.
+        queries: by layer that retrieves [H, n, D] float32, turned to position 0.
+        codes: [n, bytes] uint8, as of the book; None without one.
+    """
+
+    lengths: tuple[int, ...] = ()
+    queries: Mapping[int, Tensor] = field(default_factory=dict)
+    codes: np.ndarray | None = None
+
+    @property
+    def rows(self) -> list[slice]:
+        """Of each question its tokens among all."""
+        ends = np.cumsum((0, *self.lengths)).tolist()
+        return [slice(start, end) for start, end in itertools.pairwise(ends)]
+
+
+@dataclass(frozen=True)
 class Retrieval:
     """What is known of a model that indexes need.
 
@@ -68,11 +92,13 @@ class Retrieval:
         layers: those whose attention finds what a question is about.
         book: of activity codes.
         best: of the two indexes the one that finds more; None where nobody has compared.
+        nulls: what votes are compared with; none in a calibration of before they were.
     """
 
     layers: tuple[int, ...] = ()
     book: CodeBook | None = None
     best: Literal["attention", "activity"] | None = None
+    nulls: Nulls = Nulls()
 
 
 class Coder(nn.Module):

@@ -31,9 +31,9 @@ def attention_mass(
     question's tokens puts on each block, every key as if it stood ``distance`` tokens before it.
 
     Args:
-        queries: [H, n, D], turned to the question's positions.
+        queries: [H, n, D], turned to ``question``'s positions.
         scale: of the scores.
-        question: its positions.
+        question: positions of tokens.
         history, part: whose keys, and which of a block's parts they are.
         rotation: of the layer.
     """
@@ -54,6 +54,16 @@ def attention_mass(
         sums.append(weights.unflatten(-1, (-1, block)).sum(-1))
         peaks.append(peak)
     return _mass(sums, torch.stack(peaks)).unflatten(1, (-1, len(rows)))
+
+
+def votes_by_mass(mass: Tensor, lengths: Sequence[int]) -> Tensor:
+    """[len(lengths), blocks]: of each question, over KV heads, the largest mean of the mass that its tokens put on each
+    block.
+
+    Args:
+        mass: [Hkv, G, n, blocks] of :func:`attention_mass`. lengths: tokens of each question, n together.
+    """
+    return torch.stack([one.flatten(1, 2).mean(1).amax(0) for one in mass.split(list(lengths), 2)])
 
 
 def _mass(sums: Sequence[Tensor], peaks: Tensor) -> Tensor:

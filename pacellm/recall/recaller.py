@@ -14,11 +14,12 @@ from pacellm.config import IndexName
 from pacellm.engine.sequence import Sequence
 from pacellm.kv.history import History
 from pacellm.model.context import Asked
-from pacellm.model.retrieval import Retrieval
+from pacellm.model.retrieval import Nulls, Retrieval
 from pacellm.model.rotation import KeyRotation
-from pacellm.recall.activity import activity_votes
-from pacellm.recall.attention import attention_mass
+from pacellm.recall.activity import activity_votes, votes_by_bits
+from pacellm.recall.attention import attention_mass, votes_by_mass
 from pacellm.recall.hits import HitMeter
+from pacellm.recall.hubs import NullBits, without_hubs
 from pacellm.recall.lexical import lexical_votes
 from pacellm.types import Passage
 from pacellm.view import BLOCK, Recall, Span
@@ -54,6 +55,8 @@ class Recaller:
     ) -> None:
         self._indexes, self._retrieval, self._rotations = tuple(indexes), retrieval, rotations
         self._block, self._room, self._distance = block, room, distance
+        codes = retrieval.nulls.codes
+        self._null_bits = None if codes is None else NullBits(codes, block)
         self.hits = HitMeter(retrieval.layers, slabs, rotations)
 
     @property
@@ -95,21 +98,39 @@ class Recaller:
         if index == "lexical":
             return lexical_votes(sequence.prompt, question, end, self._block)
         assert asked is not None
-        if index == "activity":
-            assert asked.codes is not None
-            return activity_votes(asked.codes.cpu().numpy(), _codes(history, end), self._block)
-        return self._attention(asked, question, history, end)
+        return (
+            self._activity(asked, history, end)
+            if index == "activity"
+            else self._attention(asked, question, history, end)
+        )
+
+    def _activity(self, asked: Asked, history: History, end: int) -> np.ndarray:
+        assert asked.codes is not None
+        codes = asked.codes.cpu().numpy()
+        votes = activity_votes(codes, _codes(history, end), self._block)
+        if self._null_bits is None:
+            return votes
+        bits = self._null_bits.of(history, end)
+        return without_hubs(
+            votes, [votes_by_bits(bits[rows], 8 * codes.shape[1]) for rows in self._retrieval.nulls.rows]
+        )
 
     def _attention(self, asked: Asked, question: range, history: History, end: int) -> np.ndarray:
         """Over layers and KV heads, the largest mean of the mass that the question's tokens put on each block."""
-        best = [
-            attention_mass(
-                asked.queries[layer], asked.scales[layer], question, history, layer, end,
-                self._rotations[layer], distance=self._distance, block=self._block,
-            ).flatten(1, 2).mean(1).amax(0)
-            for layer in asked.layers
-        ]  # fmt: skip
-        return torch.stack(best).amax(0).cpu().numpy()
+        nulls = self._retrieval.nulls if set(asked.layers) <= self._retrieval.nulls.queries.keys() else Nulls()
+        positions = [*question, *([0] * sum(nulls.lengths))]
+        found: list[Tensor] = []
+        for layer in asked.layers:
+            queries = asked.queries[layer]
+            if nulls.lengths:
+                queries = torch.cat([queries, nulls.queries[layer].to(queries)], 1)
+            mass = attention_mass(
+                queries, asked.scales[layer], positions, history, layer, end, self._rotations[layer],
+                distance=self._distance, block=self._block,
+            )  # fmt: skip
+            found.append(votes_by_mass(mass, [len(question), *nulls.lengths]))
+        votes, *others = torch.stack(found).amax(0).cpu().numpy()
+        return without_hubs(votes, others)
 
 
 def chosen(votes: Items[np.ndarray], room: int, block: int) -> tuple[Span, ...]:

@@ -6,7 +6,7 @@ import logging
 import numpy as np
 import pytest
 
-from pacellm.calibration.file import NAME, Calibration, beside, pack, text
+from pacellm.calibration.file import NAME, Calibration, beside, pack, pack_bytes, text
 from pacellm.calibration.gate import FLAG, Gate, find
 from pacellm.config import PAConfig
 from pacellm.errors import ConfigError, RequestError
@@ -27,15 +27,22 @@ def effects(decoded, prompt=1.0):
     return {"prompt": None if prompt is None else one(prompt), "decoded": one(decoded)}
 
 
+NULL_CODES = pack_bytes(np.zeros(3 * 32, np.uint8))
+
+
 def retrieval(**activity):
     found = {"own": 1.0, "other": 0.5}
     codes = {"layer": 1, "bits": 256, "seed": 0, "mean": pack(np.zeros(48)), "deviation": pack(np.ones(48))}
     return {
         "facts": 24,
         "lexical": {"own": 0.9, "other": 0.1},
-        "attention": {"layers": [1, 2], "found": found, "alone": {"0": found, "1": found}},
-        "activity": {**codes, "found": found, "alone": {"1": found}, **activity},
-    }
+        "attention": {
+            "layers": [1, 2], "found": found, "alone": {"0": found, "1": found},
+            "nulls": {"1": pack(np.ones(24)), "2": pack(np.ones(12))},
+        },
+        "activity": {**codes, "found": found, "alone": {"1": found}, "nulls": NULL_CODES, **activity},
+        "nulls": [1, 2],
+    }  # fmt: skip
 
 
 def content(**changes):
@@ -98,6 +105,10 @@ def test_a_file_comes_back_with_what_others_wrote(tmp_path):
     old = {name: section for name, section in content().items() if name != "retrieval"}
     (tmp_path / "d.json").write_text(json.dumps(old))
     assert Calibration.load(tmp_path / "d.json").retrieval is None
+    older = retrieval(nulls="") | {"nulls": []}
+    older["attention"] = {**older["attention"], "nulls": {}}
+    found = Calibration.load(written(tmp_path / "e.json", retrieval=older)).retrieval
+    assert (found.nulls, found.activity.nulls, found.attention.nulls) == ([], "", {})
 
 
 @pytest.mark.parametrize(
@@ -127,6 +138,10 @@ def test_a_file_comes_back_with_what_others_wrote(tmp_path):
         (json.dumps(content(retrieval=retrieval(mean=pack(np.full(48, np.nan))))), "retrieval.activity.mean"),
         (json.dumps(content(retrieval=retrieval(mean=pack(np.zeros(47))))), "is damaged: retrieval.activity: "),
         (json.dumps(content(retrieval=retrieval(deviation=pack(np.zeros(48))))), "is damaged: retrieval.activity: "),
+        (json.dumps(content(retrieval=retrieval(nulls="A"))), "is damaged: retrieval.activity.nulls"),
+        (json.dumps(content(retrieval=retrieval(nulls=""))), "nulls are not of so many tokens"),
+        (json.dumps(content(retrieval={**retrieval(), "nulls": [2, 3]})), "is damaged: retrieval: "),
+        (json.dumps(content(retrieval={**retrieval(), "nulls": []})), "nulls without their lengths"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, broken, says):

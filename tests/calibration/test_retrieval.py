@@ -12,6 +12,7 @@ from pacellm.calibration.perplexity import Meter
 from pacellm.calibration.planted import LEAST, MOST, PART, SINKS, WINDOW, Fact, facts_of, text_of_facts, two_prompts
 from pacellm.calibration.retrieval import (
     Moments,
+    Voted,
     best_codes,
     best_layers,
     known,
@@ -32,6 +33,9 @@ from tests.experts.test_layout import random_layout
 from tests.models import FAMILIES, tiny
 
 IDS = prompt(300)
+
+
+NULLS = [prompt(4, 7), prompt(6, 8)]
 
 
 def some_facts(count=16):
@@ -76,18 +80,22 @@ def made_votes(right, hub=None):
     if hub is not None:
         votes[:, :, hub] = 3.0
     votes[:, :, 0] = 9.0  # always shown, so not in the running
-    return votes
+    nulls = np.full((2, 8 + 6), 1.0)
+    if hub is not None:
+        nulls[:, hub] = 3.0
+    return Voted(votes, nulls)
 
 
 def test_shares_and_ranks():
-    assert shares(made_votes((6, 3))) == Shares(own=1.0, other=0.5)
-    assert shares(made_votes((0, 0))) == Shares(own=0.1667, other=0.1667)  # of equals the first is taken
-    assert ranks(made_votes((6, 0)))[1].tolist() == [1, 2, 3, 4, 5, 6]
+    assert shares(made_votes((6, 3)).asked) == Shares(own=1.0, other=0.5)
+    assert shares(made_votes((0, 0)).asked) == Shares(own=0.1667, other=0.1667)  # of equals the first is taken
+    assert ranks(made_votes((6, 0)).asked)[1].tolist() == [1, 2, 3, 4, 5, 6]
 
 
 def test_what_finds_most_is_chosen_whatever_a_block_attracts():
     votes = {0: made_votes((2, 2)), 1: made_votes((6, 6), hub=10), 2: made_votes((3, 1))}
-    assert shares(votes[1]).both < shares(votes[2]).both
+    assert shares(votes[1].asked).both < shares(votes[2].asked).both
+    assert shares(votes[1].compared()).both > 0.8  # all but that of the hub's own fact
     assert best_codes(votes) == 1
     assert best_layers(votes) == [1]
     first, second = made_votes((6, 0)), made_votes((0, 6))
@@ -103,17 +111,21 @@ def test_a_model_is_measured_and_left_as_it_was(family):
     assert sorted(books) == [0, 1]
     prompts = two_prompts(IDS, some_facts(), 4096)
     work = []
-    section = measure(model, books, prompts, work.append)
-    assert sum(work) == 3 * sum(len(one.ids) + 8 * 10 for one in prompts)
+    section = measure(model, books, prompts, NULLS, work.append)
+    assert sum(work) == 3 * (sum(len(one.ids) + 8 * 10 for one in prompts) + 10)
     full = [str(layer) for layer, window in enumerate(model.windows) if window is None]
     assert (list(section.attention.alone) if section.attention else []) == full
-    assert section.activity.alone["0"].own > 2 / 8  # the first layer's activity is the token's
+    assert section.activity.alone["0"].own > 1 / 8  # the first layer's activity is the token's
     assert section.lexical == shares(lexical(prompts[1]))
     assert [len(module._forward_pre_hooks) for module in model.module.modules()] == hooks
     again = RetrievalSection.model_validate_json(section.model_dump_json())
     found = Shares(own=0.5, other=0.5)
     again = again.model_copy(update={"activity": again.activity.model_copy(update={"found": found})})
-    book = known(again, model).book
+    book, nulls = known(again, model).book, known(again, model).nulls
+    assert (nulls.lengths, nulls.codes.shape) == ((4, 6), (10, 32))
+    assert [one.stop for one in nulls.rows] == [4, 10]
+    for layer, queries in nulls.queries.items():
+        assert queries.shape == (model.query_heads[layer], 10, model.kv_shapes[layer][0][1])
     assert torch.equal(book.mean, books[book.layer].mean)
     assert torch.equal(book.deviation, books[book.layer].deviation)
     assert (book.bits, book.seed) == (256, 0)

@@ -5,7 +5,7 @@ import pytest
 from pacellm.calibration.file import text
 from pacellm.calibration.gate import LIMIT
 from pacellm.calibration.perplexity import Meter
-from pacellm.calibration.planted import LEAST, facts_of, plant, text_of_facts
+from pacellm.calibration.planted import LEAST, NULLS, facts_of, plant, text_of_facts
 from pacellm.calibration.retrieval import Asking, Moments, shares
 from pacellm.calibration.run import PART, STRIDE, effects, perplexity
 from pacellm.config import PAConfig
@@ -34,8 +34,9 @@ def test_layer_15_and_the_codes_of_23_find_facts(smollm2, seed):
     with moments.watching():
         meter.read_plain()
     facts = facts_of(text_of_facts(), tokenizer.encode)[seed * LEAST :][:LEAST]
-    attention, activity = Asking(model, {23: moments.books()[23]}).votes(plant(ids, facts, seed=seed))
+    nulls = [tokenizer.encode(one) for one in NULLS]
+    attention, activity = Asking(model, {23: moments.books()[23]}, nulls).votes(plant(ids, facts, seed=seed))
     for votes in (attention[15], activity[23]):
-        assert shares(votes).own >= 0.75
-        assert shares(votes).both > 3 / LEAST
-    assert shares(attention[0]).both < 2 / LEAST
+        assert shares(votes.compared()).own >= 0.75
+        assert shares(votes.compared()).both > 3 / LEAST
+    assert shares(attention[0].compared()).both < 2 / LEAST
