@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pacellm.config import EngineConfig, IndexName
+from pacellm.config import INDEXES, EngineConfig, IndexName
 from pacellm.errors import ConfigError
 from pacellm.model.load import LoadedModel, probe_step
 from pacellm.model.retrieval import Retrieval
@@ -71,6 +71,9 @@ def _indexes(model: LoadedModel, config: EngineConfig) -> tuple[IndexName, ...]:
                 "work; run `pacellm calibrate MODEL`, or use lexical",
                 param="working_memory_index",
             )
+    if config.working_memory is not None and any(can[name] for name in INDEXES[1:]) and not known.nulls.lengths:
+        logger.warning("this calibration has no null questions, and without them attention and activity find less; "
+                       "make it again with `pacellm calibrate MODEL`")  # fmt: skip
     if config.working_memory_index:
         return config.working_memory_index
     best: IndexName = known.best or ("attention" if known.layers else "activity")
