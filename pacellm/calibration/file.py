@@ -50,10 +50,28 @@ def unpack(text: str) -> np.ndarray:
     Raises:
         ValueError: it is not that, or not all of it is finite.
     """
+    return _unpacked(text, "<f4")
+
+
+def pack_halves(numbers: np.ndarray) -> str:
+    """Numbers as text: float16, little endian, base64."""
+    return base64.b64encode(numbers.astype("<f2").tobytes()).decode()
+
+
+def unpack_halves(text: str) -> np.ndarray:
+    """[n] float32 of :func:`pack_halves`.
+
+    Raises:
+        ValueError: as of :func:`unpack`.
+    """
+    return _unpacked(text, "<f2")
+
+
+def _unpacked(text: str, kind: str) -> np.ndarray:
     try:
-        found = np.frombuffer(base64.b64decode(text, validate=True), "<f4")
+        found = np.frombuffer(base64.b64decode(text, validate=True), kind)
     except (binascii.Error, ValueError):
-        raise ValueError("not float32 numbers in base64") from None
+        raise ValueError("not numbers in base64") from None
     if not len(found) or not np.isfinite(found).all():
         raise ValueError("no numbers, or some that are not finite")
     return found.astype(np.float32)
@@ -81,12 +99,18 @@ def _packed(text: str) -> str:
     return text
 
 
+def _packed_halves(text: str) -> str:
+    unpack_halves(text)
+    return text
+
+
 def _packed_bytes(text: str) -> str:
     unpack_bytes(text)
     return text
 
 
 Numbers = Annotated[str, AfterValidator(_packed)]
+Halves = Annotated[str, AfterValidator(_packed_halves)]
 Bytes = Annotated[str, AfterValidator(_packed_bytes)]
 
 
@@ -195,13 +219,14 @@ class AttentionSection(_Section):
         layers: those that vote together.
         found: by these, on other facts than they were chosen by.
         alone: by layer, on those that they were chosen by.
-        nulls: by layer the queries [H, n, D] of the null questions' n tokens, turned to position 0, packed.
+        nulls: by layer the queries [H, n, D] of the null questions' n tokens, turned to position 0, packed as halves;
+            none where votes are as good without them.
     """
 
     layers: Annotated[list[Layer], Field(min_length=1)]
     found: Shares
     alone: dict[str, Shares]
-    nulls: dict[str, Numbers] = {}
+    nulls: dict[str, Halves] = {}
 
 
 class ActivitySection(_Section):
@@ -212,7 +237,7 @@ class ActivitySection(_Section):
         bits, seed: of a code, and of the numbers that make it.
         mean, deviation: of the FFN's neurons over the text, in their original order, packed.
         found, alone: as of attention.
-        nulls: codes of the null questions' tokens, base64.
+        nulls: codes of the null questions' tokens, base64; empty where votes are as good without them.
     """
 
     layer: Layer
@@ -251,10 +276,10 @@ class RetrievalSection(_Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         tokens, sections = sum(self.nulls), (self.attention, self.activity)
-        sizes = [len(unpack(one)) for one in (self.attention.nulls.values() if self.attention else ())]
+        sizes = [len(unpack_halves(one)) for one in (self.attention.nulls.values() if self.attention else ())]
         if self.activity is not None:
             sizes.append(8 * len(unpack_bytes(self.activity.nulls)))
-        if tokens and any(size % tokens or not size for size in sizes):
+        if tokens and any(size % tokens for size in sizes):
             raise ValueError("nulls are not of so many tokens")
         if not tokens and any(one.nulls for one in sections if one is not None):
             raise ValueError("nulls without their lengths")

@@ -201,9 +201,10 @@ class _Indexes:
 
     def __init__(self, subject: _Subject, known: RetrievalSection | None, progress: Progress) -> None:
         from pacellm.calibration import planted, retrieval
+        from pacellm.calibration.asking import Moments
 
         self._model, self._progress, self._known, self._nulls = subject.model, progress, known, subject.nulls
-        self._moments = retrieval.Moments(subject.model)
+        self._moments = Moments(subject.model)
         self._prompts = None
         if known is None or not known.nulls:
             self._prompts = planted.two_prompts(subject.ids, subject.facts, subject.model.context_length)

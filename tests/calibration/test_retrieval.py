@@ -7,21 +7,19 @@ import numpy as np
 import pytest
 import torch
 
+from pacellm.calibration.asking import Moments, Voted, lexical, watching
 from pacellm.calibration.file import ActivitySection, AttentionSection, RetrievalSection, Shares
 from pacellm.calibration.perplexity import Meter
 from pacellm.calibration.planted import LEAST, MOST, PART, SINKS, WINDOW, Fact, facts_of, text_of_facts, two_prompts
 from pacellm.calibration.retrieval import (
-    Moments,
-    Voted,
     best_codes,
     best_layers,
+    compared_where_it_helps,
     known,
-    lexical,
     measure,
     ranks,
     shares,
     together,
-    watching,
 )
 from pacellm.engine.device import coder_of
 from pacellm.errors import ConfigError
@@ -103,6 +101,13 @@ def test_what_finds_most_is_chosen_whatever_a_block_attracts():
     assert shares(together({3: first, 5: second}, [3, 5])) == Shares(own=1.0, other=1.0)
 
 
+def test_null_questions_are_left_out_where_they_do_not_help():
+    drawn, even = {0: made_votes((6, 6), hub=10)}, {0: made_votes((6, 3))}
+    for votes, helps in ((drawn, True), (even, False)):
+        first, second, compares = compared_where_it_helps(votes, votes, best_layers)
+        assert (compares, len(first[0].nulls), len(second[0].nulls)) == (helps, 2 * helps, 2 * helps)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_is_measured_and_left_as_it_was(family):
     model = prepare(tiny(family))
@@ -122,7 +127,10 @@ def test_a_model_is_measured_and_left_as_it_was(family):
     found = Shares(own=0.5, other=0.5)
     again = again.model_copy(update={"activity": again.activity.model_copy(update={"found": found})})
     book, nulls = known(again, model).book, known(again, model).nulls
-    assert (nulls.lengths, nulls.codes.shape) == ((4, 6), (10, 32))
+    assert nulls.lengths == (4, 6)
+    assert (nulls.codes is not None) == bool(again.activity.nulls)
+    if nulls.codes is not None:
+        assert nulls.codes.shape == (10, 32)
     assert [one.stop for one in nulls.rows] == [4, 10]
     for layer, queries in nulls.queries.items():
         assert queries.shape == (model.query_heads[layer], 10, model.kv_shapes[layer][0][1])

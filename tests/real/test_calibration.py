@@ -2,11 +2,12 @@
 
 import pytest
 
+from pacellm.calibration.asking import Asking, Moments
 from pacellm.calibration.file import text
 from pacellm.calibration.gate import LIMIT
 from pacellm.calibration.perplexity import Meter
 from pacellm.calibration.planted import LEAST, NULLS, facts_of, plant, text_of_facts
-from pacellm.calibration.retrieval import Asking, Moments, shares
+from pacellm.calibration.retrieval import shares
 from pacellm.calibration.run import PART, STRIDE, effects, perplexity
 from pacellm.config import PAConfig
 from pacellm.model.load import load
