@@ -32,6 +32,7 @@ from pacellm.model.retrieval import CodeBook, Nulls, Retrieval
 
 _MOST_LAYERS = 3
 _GAIN = 0.02  # of merit, for which a layer more votes
+_HELPS = 0.05  # of merit, for which votes are compared with those for null questions; less is noise of 24 facts
 Found = TypeVar("Found", AttentionSection, ActivitySection)
 
 # -- what they find ----------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ def compared_where_it_helps(
     """Votes for both prompts, without those of null questions where the first one's facts are found as well by votes
     as they are; and whether they are left in."""
     bare = _bare(votes)
-    helps = merit(together(votes, best(votes))) >= merit(together(bare, best(bare))) + _GAIN
+    helps = merit(together(votes, best(votes))) >= merit(together(bare, best(bare))) + _HELPS
     return (votes, after, True) if helps else (bare, _bare(after), False)
 
 
