@@ -41,3 +41,4 @@ def test_layer_15_and_the_codes_of_23_find_facts(smollm2, seed):
         assert shares(votes.compared()).own >= 0.75
         assert shares(votes.compared()).both > 3 / LEAST
     assert shares(attention[0].compared()).both < 2 / LEAST
+    assert shares(attention[15].compared()).other >= 0.5
