@@ -327,8 +327,8 @@ class Answer:
         """The end of a generation's only or last choice, with what is told of the request."""
         self._finished.append(event)
         last = self._last_ends.get(number) or ChoiceEnded(0, event.reason, event.stop_reason)
-        request, decode = self._generations[number].request, self._service.tokenizer.decode
-        told = report(request, event, self._session(event.session), decode, self._texts)
+        request = self._generations[number].request
+        told = report(request, event, self._session(event.session), self._service.tokenizer, self._texts)
         choice = self._choices[number * self._n + last.index]
         return self._wire.ended(choice.end(last.reason, last.stop_reason, told))
 

@@ -57,7 +57,7 @@ UNSAID = {
         ("invalid_value", r"tool_choice(\.function)?\.name"),
         ("invalid_value", r"tools\.\d+(\.function)?\.name"),  # two of one name
         ("(previous_response|conversation|session|item)_not_found", ".*"),
-        ("not_found", "(response_id|request_id)"), ("model_not_found", "model"),
+        ("not_found", "(response_id|request_id|layer)"), ("model_not_found", "model"),
         ("invalid_value", "after"),
     ],
     "beside a header": [("None", "session_id"), ("None", "prompt"), ("None", "truncate_prompt_tokens"),
