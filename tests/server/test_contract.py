@@ -96,7 +96,7 @@ def known(server):
     """What paths may name: a session, the model, a stored response."""
     server.http.post("/v1/sessions", json={"session_id": "known"}, headers=KEY)
     made = server.http.post("/v1/responses", json={"input": "hi", "max_output_tokens": 1}, headers=KEY).json()
-    return {"name": "known", "model": NAME, "response_id": made["id"], "request_id": made["id"]}
+    return {"name": "known", "layer": 1, "model": NAME, "response_id": made["id"], "request_id": made["id"]}
 
 
 def kept(operation, mode, api, strict, examples):
