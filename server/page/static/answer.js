@@ -12,7 +12,7 @@ export function drawAnswer(message, { answerCall }) {
   parts.push(body(message));
   message.calls.forEach((call) => parts.push(drawCall(call, message, answerCall)));
   if (message.error) parts.push(el("div", { class: "failed" }, message.error));
-  if (message.report) parts.push(report(message), passagesOf(message.report.memory, (rank) => tell("show-passage", rank)));
+  if (message.report) parts.push(report(message), passagesOf(message.report.memory, (rank) => tell("show-passage", message, rank)));
   return el("div", { class: `message assistant${message.running ? " running" : ""}` }, parts);
 }
 
@@ -30,7 +30,7 @@ function tokens(trace) {
   const layer = layerOf(trace);
   const spans = trace.tokens.map((text, place) => {
     const told = Object.entries(trace.layers).map(([name, letters]) => `layer ${name}: ${OUTCOMES[letters[place]] ?? "not fed"}`);
-    return el("span", { class: `token ${trace.layers[layer][place] ?? ""}`, title: `token ${place + 1} · ${told.join(" · ")}` }, text);
+    return el("span", { class: `token ${trace.layers[layer][place] ?? "quiet"}`, title: `token ${place + 1} · ${told.join(" · ")}` }, text);
   });
   if (trace.left_out) spans.push(el("span", { class: "quiet" }, ` … ${count(trace.left_out)} more tokens`));
   return el("div", { class: "said tokens" }, spans);

@@ -11,8 +11,11 @@ import * as strip from "./strip.js";
 
 const SESSIONS_MS = 5000;
 
+let passing = false; // what is shown goes with the next answer of the server
+
 function problem(error) {
   by("problem").textContent = error ? error.message : "";
+  passing = false;
   if (error?.status === 401) by("key-form").hidden = false;
 }
 
@@ -20,9 +23,10 @@ function problem(error) {
 async function attempt(run) {
   try {
     await run();
-    if (by("problem").dataset.kept !== "yes") problem(null);
+    if (passing) problem(null);
   } catch (error) {
     problem(error instanceof TypeError ? new Error("the server does not answer") : error);
+    passing = true;
   }
 }
 
@@ -66,12 +70,18 @@ function connect() {
     });
   });
   on("redraw", chat.draw);
-  on("show-passage", (rank) => {
-    for (const one of document.querySelectorAll("mark.shown")) one.classList.remove("shown");
+  on("asked", () => {
+    problem(null);
+    attempt(strip.soon);
+  });
+  on("show-passage", (answer, rank) => {
+    mark(conversation(state.chosen), answer.asked, answer.report.memory.passages);
+    chat.draw();
     const found = document.querySelector(`mark[data-rank="${rank}"]`);
-    found?.closest("details")?.setAttribute("open", "");
-    found?.classList.add("shown");
-    found?.scrollIntoView({ block: "center" });
+    if (!found) return problem(new Error("this passage is in no text that the page has"));
+    found.closest("details")?.setAttribute("open", "");
+    found.classList.add("shown");
+    found.scrollIntoView({ block: "center" });
   });
   by("key-form").addEventListener("submit", (event) => {
     event.preventDefault();

@@ -1,12 +1,13 @@
 // Right: the banks of the chosen session, a layer at a time.
 
 import { Refused, call, session as at } from "./api.js";
-import { by, color, count, el } from "./dom.js";
+import { by, color, count, el, many } from "./dom.js";
 import { OUTCOMES } from "./answer.js";
 import { known, state, tell } from "./state.js";
 
 const WIDTH = 324;
-const STRIP = 22;
+const MAP = 270;
+const STRIP = 20;
 const ALIKE = 90; // hundredths of cosine above which keys say the same
 let bank = null;
 let order = [];
@@ -64,7 +65,7 @@ function draw(why) {
   const age = el("canvas", { id: "age" });
   by("banks").replaceChildren(
     facts(), finding(),
-    el("h3", {}, "cosines of keys"), map, scale(),
+    el("h3", {}, "cosines of keys"), el("div", { class: "beside" }, map, scale()),
     el("h3", {}, `uses of each slot, up to ${count(Math.max(...bank.usage))}`), use,
     el("h3", {}, `age in writes, up to ${count(Math.max(...bank.age))}`), age,
     el("div", { id: "slot" }),
@@ -82,7 +83,7 @@ function draw(why) {
 
 function facts() {
   const { filled, slots, writes, effective_rank: rank, segment } = bank;
-  const rows = [["slots in use", `${filled} of ${slots}`], ["effective rank", `${rank.toFixed(1)} of ${filled}`], ["writes", `${count(writes)} (segments of ${count(segment)}, or decoded tokens)`]];
+  const rows = [["slots in use", `${filled} of ${slots}`], ["effective rank", `${rank.toFixed(1)} of ${filled}`], ["writes", `${count(writes)} of ${count(segment)} tokens or one decoded`]];
   if (bank.usage.length < filled) rows.push(["shown", `${bank.usage.length} slots from ${bank.start}`]);
   return el("dl", { class: "facts-grid" }, rows.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]));
 }
@@ -120,10 +121,11 @@ function rgb(name) {
 }
 
 function sized(canvas, height) {
+  // all of one width, so that a slot stands above itself
   const dense = window.devicePixelRatio || 1;
-  canvas.width = WIDTH * dense;
+  canvas.width = MAP * dense;
   canvas.height = height * dense;
-  canvas.style.width = `${WIDTH}px`;
+  canvas.style.width = `${MAP}px`;
   canvas.style.height = `${height}px`;
   const paint = canvas.getContext("2d");
   paint.imageSmoothingEnabled = false;
@@ -131,7 +133,7 @@ function sized(canvas, height) {
 }
 
 function paintMap(canvas) {
-  const paint = sized(canvas, WIDTH);
+  const paint = sized(canvas, MAP);
   const [low, high, under] = [rgb("--field"), rgb("--accent"), rgb("--warm")];
   const size = order.length;
   const image = new ImageData(size, size);
@@ -171,16 +173,16 @@ function paintBars(canvas, values, name) {
 }
 
 function listen(canvas) {
-  const at = (event) => order[Math.min(order.length - 1, Math.max(0, Math.floor((event.offsetX / WIDTH) * order.length)))];
+  const at = (event) => order[Math.min(order.length - 1, Math.max(0, Math.floor((event.offsetX / MAP) * order.length)))];
   canvas.addEventListener("click", (event) => {
     slot = at(event);
     draw();
   });
   canvas.addEventListener("mousemove", (event) => {
     const column = at(event);
-    if (canvas.id !== "cosines") canvas.title = `slot ${bank.start + column}: ${count(bank.usage[column])} uses, age ${count(bank.age[column])}`;
+    if (canvas.id !== "cosines") canvas.title = `slot ${bank.start + column}: ${many(bank.usage[column], "use")}, age ${count(bank.age[column])}`;
     else {
-      const row = order[Math.min(order.length - 1, Math.floor((event.offsetY / WIDTH) * order.length))];
+      const row = order[Math.min(order.length - 1, Math.floor((event.offsetY / MAP) * order.length))];
       canvas.title = `slots ${bank.start + row} and ${bank.start + column}: ${(bank.cosines[row][column] / 100).toFixed(2)}`;
     }
   });
@@ -200,7 +202,7 @@ function drawSlot() {
   const box = by("slot");
   if (slot === null) return box.replaceChildren(el("p", { class: "quiet" }, "Click a slot to see the tokens that last wrote it."));
   const writer = bank.writers.find((one) => one.stamp === bank.stamp[slot]);
-  const facts = `slot ${bank.start + slot}: ${count(bank.usage[slot])} uses, last written ${count(bank.age[slot])} writes ago`;
+  const facts = `slot ${bank.start + slot}: ${many(bank.usage[slot], "use")}, last written ${many(bank.age[slot], "write")} ago`;
   const parts = [el("div", {}, facts)];
   if (writer) {
     const where = writer.decoded ? `by token ${count(writer.start)}, of an answer` : `by tokens ${count(writer.start)} to ${count(writer.end - 1)}, a segment of a prompt`;
@@ -231,5 +233,5 @@ export function drawRanks() {
   const palette = ["--accent", "--warm", "--fuse", "--hit", "--empty"].map(color);
   const axis = { stroke: color("--quiet"), grid: { stroke: color("--line"), width: 1 }, ticks: { show: false }, font: "10px system-ui" };
   const series = numbers.map((layer, number) => ({ label: `layer ${layer}`, stroke: palette[number % palette.length], width: String(state.layer) === layer ? 2.5 : 1.2, points: { show: turns < 40, size: 4 }, value: (_, rank) => rank?.toFixed(1) ?? "" }));
-  chart = new uPlot({ width: WIDTH, height: 130, cursor: { y: false }, scales: { x: { time: false }, y: { range: (_, __, top) => [0, Math.max(1, 1.1 * top)] } }, axes: [{ ...axis, size: 24, incrs: [1, 2, 5, 10, 20, 50, 100] }, { ...axis, size: 32 }], series: [{ label: "turn" }, ...series] }, data, box);
+  chart = new uPlot({ width: WIDTH, height: 104, cursor: { y: false }, scales: { x: { time: false }, y: { range: (_, __, top) => [0, Math.max(1, 1.1 * top)] } }, axes: [{ ...axis, size: 24, incrs: [1, 2, 5, 10, 20, 50, 100] }, { ...axis, size: 32 }], series: [{ label: "turn" }, ...series] }, data, box);
 }

@@ -1,7 +1,7 @@
 // Middle: what is asked and answered in the chosen session.
 
 import { chat } from "./api.js";
-import { by, bytes, count, el, seconds } from "./dom.js";
+import { by, bytes, count, el, many, seconds } from "./dom.js";
 import { drawAnswer } from "./answer.js";
 import { drawUser } from "./document.js";
 import { conversation, known, state, tell } from "./state.js";
@@ -44,7 +44,7 @@ export function drawState() {
   const session = known(state.chosen);
   by("session-name").textContent = state.chosen;
   by("session-facts").textContent = session
-    ? `${count(session.tokens)} tokens, ${session.commits} turns${session.forked_from ? `, a fork of ${session.forked_from}` : ""}`
+    ? `${many(session.tokens, "token")}, ${many(session.commits, "turn")}${session.forked_from ? `, a fork of ${session.forked_from}` : ""}`
     : "begins with the first question";
   const busy = running.has(state.chosen);
   by("send").disabled = busy;
@@ -123,6 +123,7 @@ async function ask(name, message, messages, chosen) {
   conversation(name).push(message, answer);
   running.set(name, canceller);
   draw();
+  tell("asked");
   const body = {
     model: state.config.model.id, messages, session_id: name, stream: true, return_progress: true,
     stream_options: { include_usage: true },

@@ -103,11 +103,12 @@ function searched(messages, text) {
 export function passagesOf(memory, show) {
   if (!memory?.view) return null;
   const { passages, called_back: spans, resident_tokens: seen, budget_tokens: budget } = memory;
-  const best = Math.max(...passages.map((one) => one.vote), Number.MIN_VALUE);
+  const best = {}; // by index: their votes are of different scales
+  for (const one of passages) best[one.index] = Math.max(best[one.index] ?? Number.MIN_VALUE, one.vote);
   const called = spans.reduce((sum, [start, end]) => sum + end - start, 0);
   const rows = passages.map((one, rank) => {
     const bar = el("i", {});
-    bar.style.width = `${Math.max(2, (100 * one.vote) / best)}%`;
+    bar.style.width = `${Math.max(2, (100 * one.vote) / best[one.index])}%`;
     return el(
       "div",
       { class: "passage", tabIndex: 0, title: "show it in the text", onclick: () => show(rank), onkeydown: (event) => event.key === "Enter" && show(rank) },

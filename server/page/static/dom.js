@@ -17,6 +17,8 @@ export const by = (id) => document.getElementById(id);
 
 export const count = (number) => Math.round(number).toLocaleString("en-US");
 
+export const many = (number, name) => `${count(number)} ${name}${number === 1 ? "" : "s"}`;
+
 export function bytes(number) {
   const names = ["B", "KB", "MB", "GB", "TB"];
   let place = 0;

@@ -2,14 +2,17 @@
 
 import { call, session as at } from "./api.js";
 import { ago, by, bytes, count, el } from "./dom.js";
-import { choose, copyConversation, forget, known, newName, state, tell } from "./state.js";
+import { choose, copyConversation, forget, forkName, known, newName, state, tell } from "./state.js";
 
 const MAX = 500; // that are shown
+let hasMore = false;
+let doomed = ""; // asked once whether it is to go
 
 export async function refresh() {
   const listed = await call("GET", `v1/sessions?limit=${MAX}`);
   state.sessions = listed.data;
-  draw(listed.has_more);
+  hasMore = listed.has_more;
+  draw();
   tell("sessions");
 }
 
@@ -37,7 +40,7 @@ function tree() {
 
 export const bytesOf = (one) => one.bytes.kv + one.bytes.bank + one.bytes.host + one.bytes.history + one.bytes.disk;
 
-function draw(hasMore) {
+function draw() {
   const rows = tree().map(([one, depth]) => row(one, depth));
   if (state.chosen && !known(state.chosen)) rows.unshift(draft(state.chosen));
   if (hasMore) rows.push(el("p", { class: "hint" }, `The ${MAX} used last; there are more.`));
@@ -52,7 +55,10 @@ function opened(name) {
   return {
     role: "treeitem",
     tabIndex: 0,
-    onclick: () => choose(name),
+    onclick: () => {
+      doomed = "";
+      choose(name);
+    },
     onkeydown: (event) => event.key === "Enter" && choose(name),
   };
 }
@@ -72,9 +78,9 @@ function row(one, depth) {
     el(
       "div",
       { class: "top" },
-      el("span", { class: "name" }, depth || orphan ? `⑂ ${one.id}` : one.id),
+      el("span", { class: "name" }, depth || orphan ? `↳ ${one.id}` : one.id),
       action("fork", () => fork(one.id)),
-      action("delete", () => drop(one.id)),
+      action(one.id === doomed ? "really delete" : "delete", () => drop(one.id)),
     ),
     el(
       "div",
@@ -96,14 +102,18 @@ function action(name, run) {
 }
 
 async function fork(name) {
-  const made = await call("POST", at(name, "/fork"), {});
+  const made = await call("POST", at(name, "/fork"), { session_id: forkName(name) });
   copyConversation(name, made.id);
   await refresh();
   choose(made.id);
 }
 
 async function drop(name) {
-  if (!confirm(`Delete session ${name} and all that it has read?`)) return;
+  if (doomed !== name) {
+    doomed = name;
+    draw();
+    return;
+  }
   await call("DELETE", at(name));
   forget(name);
   await refresh();

@@ -41,10 +41,15 @@ export function choose(name) {
   tell("chosen");
 }
 
-export function newName() {
-  const taken = new Set(state.sessions.map((one) => one.id));
-  for (let number = 1; ; number += 1) {
-    const name = `chat-${number}`;
-    if (!taken.has(name) && !conversations.has(name)) return name;
-  }
+const isTaken = (name) => known(name) !== undefined || conversations.has(name);
+
+// The first name with a number that nothing has.
+function numbered(prefix, first) {
+  let number = first;
+  while (isTaken(prefix + number)) number += 1;
+  return prefix + number;
 }
+
+export const newName = () => numbered("chat-", 1);
+
+export const forkName = (name) => numbered(`${name.slice(0, 240)}.`, 2);

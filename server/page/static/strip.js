@@ -9,6 +9,12 @@ let going = 0;
 
 export const pause = () => (going ? 1000 : 3000);
 
+// A request has just been sent.
+export async function soon() {
+  await new Promise((resolve) => setTimeout(resolve, 300));
+  await refresh();
+}
+
 export async function refresh() {
   const { data, server } = await call("GET", "v1/requests");
   going = data.length;
@@ -35,7 +41,7 @@ function meter(part) {
 }
 
 function table(data) {
-  const head = el("tr", {}, ["session", "status", "prompt", "", "out", "since", ""].map((name) => el("th", {}, name)));
+  const head = el("tr", {}, ["session", "status", "prompt", "", "out", "since", ""].map((name, place) => el("th", { class: [2, 4, 5].includes(place) ? "number" : "" }, name)));
   return el("table", {}, el("thead", {}, head), el("tbody", {}, data.map(row)));
 }
 
