@@ -117,7 +117,8 @@ class Chromium:
         """Until it is true; its value."""
         end = time.monotonic() + seconds
         while (found := self.run(expression)) in (None, False, 0, ""):
-            assert time.monotonic() < end, f"never: {expression}; {self.problems}"
+            if time.monotonic() > end:
+                raise AssertionError(f"never: {expression}; {self.problems}; {self.run('document.body.innerText')}")
             time.sleep(0.05)
         return found
 
@@ -139,7 +140,10 @@ class Chromium:
 
     def type(self, selector, text):
         """Write into a field."""
-        self.click(selector)
+        for _ in range(5):  # what is above it may have grown while the mouse was on its way
+            self.click(selector)
+            if self.run(f"document.activeElement === document.querySelector({json.dumps(selector)})"):
+                break
         self.send("Input.insertText", text=text)
 
     def press(self, key, code):

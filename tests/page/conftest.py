@@ -35,12 +35,13 @@ def browser(tmp_path_factory):
 @pytest.fixture
 def page(browser, server):
     """The server's page, with nothing on the server."""
+    browser.open("about:blank")  # no earlier page asks any more
     server.http.delete("/v1/sessions")
     browser.size(1440, 900)
     browser.problems.clear()
     browser.requested.clear()
     browser.open(server.url)
-    browser.wait("document.querySelector('#model').innerText")
+    browser.wait("document.querySelector('#session-name').innerText")
     yield browser
     assert browser.problems == []
     assert all(url.startswith((server.url, "data:")) for url in browser.requested), browser.requested

@@ -160,6 +160,8 @@ def test_the_document_is_that_of_the_routes(strict):
     described = strict.http.get("/openapi.json", headers=KEY).json()
     found = {(method.upper(), path) for path, methods in described["paths"].items() for method in methods}
     assert found == set(OPERATIONS)
+    tags = [one["tags"] for methods in described["paths"].values() for one in methods.values()]
+    assert {name for (name,) in tags} == {one["name"] for one in described["tags"]}
     assert strict.http.get("/openapi.json").status_code == 401
 
 

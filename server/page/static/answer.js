@@ -20,10 +20,18 @@ const layerOf = (trace) => (trace.layers[state.layer] === undefined ? Object.key
 
 function body(message) {
   const trace = message.report?.trace;
-  if (trace && !message.plain) return tokens(trace);
+  if (trace && !isPlain(message)) return tokens(trace);
   const found = message.form && !message.running ? json(message.text) : null;
   if (found) return found;
   return el("div", { class: "said" }, message.text || (message.running ? "…" : ""));
+}
+
+// Whether the text is shown rather than the tokens: until somebody chooses, where what was generated is more than text, as
+// calls of tools are, or is to be read as JSON.
+function isPlain(message) {
+  if (message.plain !== undefined) return message.plain;
+  const said = message.report.trace.tokens.slice(0, -1).join("").trim();
+  return Boolean(message.form) || !(said === message.text.trim() || message.text.startsWith(said));
 }
 
 function tokens(trace) {
@@ -95,8 +103,8 @@ function shares(trace) {
 
 function toggle(message) {
   const click = () => {
-    message.plain = !message.plain;
+    message.plain = !isPlain(message);
     tell("redraw", message);
   };
-  return el("button", { type: "button", onclick: click }, message.plain ? "tokens" : "plain text");
+  return el("button", { type: "button", onclick: click }, isPlain(message) ? "tokens" : "plain text");
 }

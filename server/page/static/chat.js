@@ -89,15 +89,18 @@ function options() {
   return found;
 }
 
+// The server has the session, whether or not it was listed since.
+const isThere = (name) => known(name) !== undefined || conversation(name).some((message) => message.sent);
+
 async function submit() {
   const text = by("question").value.trim();
   const name = state.chosen;
-  if ((!text && !file) || running.has(name)) return;
+  if (!name || (!text && !file) || running.has(name)) return; // no name: the server has not answered yet
   const message = { role: "user", text, file };
   const content = file ? (text ? `${file.text}\n\n${text}` : file.text) : text;
   const sent = [{ role: "user", content }];
   const system = by("system").value.trim();
-  if (system && !known(name)) sent.unshift({ role: "system", content: system });
+  if (system && !isThere(name)) sent.unshift({ role: "system", content: system });
   let chosen;
   try {
     chosen = options();
@@ -127,7 +130,7 @@ async function ask(name, message, messages, chosen) {
   const body = {
     model: state.config.model.id, messages, session_id: name, stream: true, return_progress: true,
     stream_options: { include_usage: true },
-    pacellm: { append: Boolean(known(name)), trace: by("trace").checked, ...(by("pa").value ? { pa: by("pa").value } : {}) },
+    pacellm: { append: isThere(name), trace: by("trace").checked, ...(by("pa").value ? { pa: by("pa").value } : {}) },
     ...chosen,
   };
   try {
