@@ -183,6 +183,21 @@ def test_a_key_is_asked_for_and_stays_in_the_tab(browser):
     browser.open("about:blank")
 
 
+def test_another_machine_without_a_key_sees_what_it_has_said(page, server):
+    page.open("about:blank")
+    page.send("Network.setExtraHTTPHeaders", headers={"X-Forwarded-For": "192.0.2.7"})
+    page.open(server.url)
+    page.wait("document.querySelector('#session-name').innerText")
+    ask(page, "hello")
+    page.wait("document.querySelector(\"[data-session='chat-1']\")")
+    page.wait("document.querySelector('#cosines')")
+    assert "own machine" in page.text("#load")
+    page.send("Network.setExtraHTTPHeaders", headers={})
+    refused = [one for one in page.problems if "400" in one]
+    assert len(refused) == len(page.problems) == 2  # asked once each: sessions, requests
+    page.problems.clear()
+
+
 def test_the_api_can_be_read_and_tried(browser, server):
     browser.problems.clear()
     browser.requested.clear()

@@ -58,6 +58,14 @@ def test_a_trace_is_of_the_text(small):
     assert traced(small, pa="off")["pacellm"]["trace"] is None
 
 
+def test_of_several_choices_the_first_is_traced(small):
+    body = {"n": 2, "temperature": 1.5, "seed": 3, "pacellm": {"trace": True}}
+    answer = ask(small, None, **body)
+    trace = answer["pacellm"]["trace"]
+    assert "".join(trace["tokens"]).strip() == answer["choices"][0]["message"]["content"].strip()
+    assert trace == ask(small, None, **{**body, "n": 1})["pacellm"]["trace"]
+
+
 def test_a_trace_changes_nothing(small):
     plain, watched = (
         ask(small, None, temperature=1, seed=5),

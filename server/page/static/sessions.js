@@ -2,18 +2,32 @@
 
 import { call, session as at } from "./api.js";
 import { ago, by, bytes, count, el } from "./dom.js";
-import { choose, copyConversation, forget, forkName, known, newName, state, tell } from "./state.js";
+import { choose, copyConversation, forget, forkName, known, newName, state, talkedIn, tell } from "./state.js";
 
 const MAX = 500; // that are shown
 let hasMore = false;
 let doomed = ""; // asked once whether it is to go
 
 export async function refresh() {
-  const listed = await call("GET", `v1/sessions?limit=${MAX}`);
+  const listed = await list();
   state.sessions = listed.data;
   hasMore = listed.has_more;
   draw();
   tell("sessions");
+}
+
+let isListed = true;
+
+// All sessions; on a server without keys on another machine, which lists none, those that this page has talked in.
+async function list() {
+  try {
+    if (isListed) return await call("GET", `v1/sessions?limit=${MAX}`);
+  } catch (error) {
+    if (error.code !== "api_keys_needed") throw error;
+    isListed = false;
+  }
+  const found = await Promise.all(talkedIn().map((name) => call("GET", at(name)).catch(() => null)));
+  return { data: found.filter(Boolean), has_more: false };
 }
 
 // Children behind their parents, roots and siblings as the server lists them: used last first.

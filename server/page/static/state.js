@@ -23,6 +23,9 @@ export function copyConversation(name, target) {
   conversations.set(target, kept.map((message) => ({ ...message })));
 }
 
+// Sessions that the server has had a message of.
+export const talkedIn = () => [...conversations].filter(([, messages]) => messages.some((one) => one.sent)).map(([name]) => name);
+
 export const forget = (name) => conversations.delete(name);
 
 export const known = (name) => state.sessions.find((one) => one.id === name);

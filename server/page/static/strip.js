@@ -6,6 +6,7 @@ import { choose, tell } from "./state.js";
 
 const TIERS = { device: "KV on the device", banks: "banks", host: "host memory", disk: "disk" };
 let going = 0;
+let isTold = true; // without keys a server tells requests and load to its own machine alone
 
 export const pause = () => (going ? 1000 : 3000);
 
@@ -15,10 +16,20 @@ export async function soon() {
   await refresh();
 }
 
+async function list() {
+  try {
+    if (isTold) return await call("GET", "v1/requests");
+  } catch (error) {
+    if (error.code !== "api_keys_needed") throw error;
+    isTold = false;
+  }
+  return { data: [], server: null };
+}
+
 export async function refresh() {
-  const { data, server } = await call("GET", "v1/requests");
+  const { data, server } = await list();
   going = data.length;
-  by("load").replaceChildren(...(server ? load(server) : [el("span", { class: "line" }, "What the server holds is told to the keys that may read /metrics.")]));
+  by("load").replaceChildren(...(server ? load(server) : [el("span", { class: "line" }, isTold ? "What the server holds is told to the keys that may read /metrics." : "Without API keys the server tells what it does to its own machine alone.")]));
   by("requests").replaceChildren(data.length ? table(data) : el("p", { class: "quiet" }, "No request of yours runs or waits."));
 }
 
