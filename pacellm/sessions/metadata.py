@@ -24,8 +24,8 @@ class SessionMetadata:
     def __init__(self, pool: BankPool | None, usage: DiskUsage | None = None, *, block_bytes: int, slots: int) -> None:
         self._pool, self._usage, self.block_bytes, self._slots = pool, usage, block_bytes, slots
 
-    def of(self, session: Session) -> dict[str, Any]:
-        """One session, as the API shows it."""
+    def of(self, session: Session, *, ranks: bool = True) -> dict[str, Any]:
+        """One session, as the API shows it; with effective ranks turn by turn, or the last ones alone."""
         return {
             "id": session.key[1],
             "object": "session",
@@ -47,7 +47,7 @@ class SessionMetadata:
                 "log": session.log_bytes,
                 "disk": 0 if self._usage is None else self._usage.of_session(session.key),
             },
-            "bank": {"slots": self._slots, "layers": _by_layer(session)} if self._pool is not None else None,
+            "bank": {"slots": self._slots, "layers": _by_layer(session, ranks)} if self._pool is not None else None,
         }
 
     def bank_bytes(self, session: Session) -> int:
@@ -55,13 +55,15 @@ class SessionMetadata:
         return self._pool.bytes_per_row if self._pool is not None and session.row is not None else 0
 
 
-def _by_layer(session: Session) -> dict[str, dict[str, Any]]:
+def _by_layer(session: Session, with_ranks: bool) -> dict[str, dict[str, Any]]:
     """Fill and lifetime reads per layer, with the share of reads that were hits, fuses and misses, and the keys'
-    effective rank after each of the last turns."""
+    effective rank."""
     shown: dict[str, dict[str, Any]] = {}
     for layer, facts in session.banks.items():
         reads = sum(facts.get(name, 0) for name in _READS)
         rates = {rate: round(facts.get(name, 0) / reads, 4) if reads else None for name, rate in _READS.items()}
         ranks = session.ranks.get(layer, [])
-        shown[str(layer)] = {**facts, **rates, "effective_rank": ranks[-1] if ranks else None, "ranks": ranks}
+        shown[str(layer)] = {**facts, **rates, "effective_rank": ranks[-1] if ranks else None}
+        if with_ranks:
+            shown[str(layer)]["ranks"] = ranks
     return shown

@@ -117,7 +117,7 @@ class SessionOperations:
                 raise SessionNotFound(f"no session {after!r} to list from", param="after")
             start = 0 if after is None else ids.index(after) + 1
             shown = (session for session in found[start:] if session.commits or session.kept)
-            return [self._metadata.of(session) for session in itertools.islice(shown, limit)]
+            return [self._metadata.of(session, ranks=False) for session in itertools.islice(shown, limit)]
 
         return operation
 

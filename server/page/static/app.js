@@ -55,7 +55,7 @@ function connect() {
   });
   on("sessions", () => {
     chat.drawState();
-    banks.drawRanks();
+    if (banks.isBehind()) attempt(banks.refresh);
   });
   on("answered", (name) => {
     const messages = conversation(name);

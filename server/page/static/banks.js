@@ -13,7 +13,8 @@ let bank = null;
 let order = [];
 let slot = null;
 let asked = 0; // the latest question; answers to earlier ones are dropped
-let chart = null;
+let ranks = {}; // by layer, turn by turn
+let drawn = null; // the session's generation
 
 export function layers(numbers) {
   if (!numbers.includes(state.layer)) state.layer = numbers[0] ?? null;
@@ -37,11 +38,13 @@ export async function refresh() {
   const number = (asked += 1);
   const session = known(state.chosen);
   let found = null;
+  let told = null;
+  drawn = session?.generation ?? null;
   let why = "This session has no banks yet.";
   if (state.layer === null) why = "This server runs without banks.";
   else if (session?.commits) {
     try {
-      found = await call("GET", at(session.id, `/banks/${state.layer}`));
+      [told, found] = await Promise.all([call("GET", at(session.id)), call("GET", at(session.id, `/banks/${state.layer}`))]);
     } catch (error) {
       if (!(error instanceof Refused) || ![404, 409].includes(error.status)) throw error;
       why = error.message;
@@ -50,13 +53,16 @@ export async function refresh() {
   if (number !== asked) return;
   if (found?.id !== bank?.id || found?.layer !== bank?.layer) slot = null;
   bank = found;
+  ranks = Object.fromEntries(Object.entries(told?.bank?.layers ?? {}).map(([layer, { ranks: turns }]) => [layer, turns]));
   draw(why);
 }
+
+// The session was written to since, by whomever.
+export const isBehind = () => (known(state.chosen)?.generation ?? null) !== drawn;
 
 function draw(why) {
   if (!bank?.usage.length) {
     by("banks").replaceChildren(el("p", { class: "hint" }, typeof why === "string" ? why : "This session has no banks yet."));
-    chart = null;
     return;
   }
   order = by("by-likeness").checked ? byLikeness() : bank.usage.map((_, number) => number);
@@ -77,7 +83,6 @@ function draw(why) {
   paintBars(age, bank.age, "--empty");
   for (const canvas of [map, use, age]) listen(canvas);
   drawSlot();
-  chart = null;
   drawRanks();
 }
 
@@ -221,17 +226,14 @@ function reads() {
 }
 
 // Lines of all layers over the session's turns.
-export function drawRanks() {
+function drawRanks() {
   const box = by("ranks");
-  const told = known(state.chosen)?.bank?.layers;
-  if (!box || !told) return;
-  const numbers = Object.keys(told);
-  const turns = Math.max(...numbers.map((layer) => told[layer].ranks.length));
+  const numbers = Object.keys(ranks);
+  const turns = Math.max(0, ...numbers.map((layer) => ranks[layer].length));
   if (!turns) return box.replaceChildren(el("p", { class: "quiet" }, "Not known of this session."));
-  const data = [Array.from({ length: turns }, (_, number) => number + 1), ...numbers.map((layer) => told[layer].ranks)];
-  if (chart) return chart.setData(data);
+  const data = [Array.from({ length: turns }, (_, number) => number + 1), ...numbers.map((layer) => ranks[layer])];
   const palette = ["--accent", "--warm", "--fuse", "--hit", "--empty"].map(color);
   const axis = { stroke: color("--quiet"), grid: { stroke: color("--line"), width: 1 }, ticks: { show: false }, font: "10px system-ui" };
   const series = numbers.map((layer, number) => ({ label: `layer ${layer}`, stroke: palette[number % palette.length], width: String(state.layer) === layer ? 2.5 : 1.2, points: { show: turns < 40, size: 4 }, value: (_, rank) => rank?.toFixed(1) ?? "" }));
-  chart = new uPlot({ width: WIDTH, height: 104, cursor: { y: false }, scales: { x: { time: false }, y: { range: (_, __, top) => [0, Math.max(1, 1.1 * top)] } }, axes: [{ ...axis, size: 24, incrs: [1, 2, 5, 10, 20, 50, 100] }, { ...axis, size: 32 }], series: [{ label: "turn" }, ...series] }, data, box);
+  new uPlot({ width: WIDTH, height: 104, cursor: { y: false }, scales: { x: { time: false }, y: { range: (_, __, top) => [0, Math.max(1, 1.1 * top)] } }, axes: [{ ...axis, size: 24, incrs: [1, 2, 5, 10, 20, 50, 100] }, { ...axis, size: 32 }], series: [{ label: "turn" }, ...series] }, data, box);
 }
