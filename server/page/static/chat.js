@@ -134,7 +134,7 @@ async function ask(name, message, messages, chosen) {
     ...chosen,
   };
   try {
-    for await (const chunk of chat(body, canceller.signal)) take_in(name, answer, chunk);
+    for await (const chunk of chat(body, canceller.signal)) takeIn(name, answer, chunk);
     message.sent = true;
   } catch (error) {
     message.undone = true;
@@ -156,7 +156,7 @@ async function ask(name, message, messages, chosen) {
   }
 }
 
-function take_in(name, answer, chunk) {
+function takeIn(name, answer, chunk) {
   if (chunk.prompt_progress) {
     progress.set(name, chunk.prompt_progress);
     if (name === state.chosen) drawProgress();
