@@ -4,7 +4,7 @@ TOKENS ?= 200000
 PORT ?= 8000
 BIN := .venv/bin
 
-.PHONY: venv models real demo serve test fuzz test-slow test-gpu ray load lint
+.PHONY: venv models real demo serve test fuzz test-slow test-page test-gpu ray load lint
 
 venv: .venv/installed
 
@@ -34,6 +34,9 @@ fuzz: venv  ## the property tests, on examples that nobody has tried
 
 test-slow: venv  ## recall at length and other checks of minutes
 	$(BIN)/python -m pytest -m slow
+
+test-page: venv  ## the page in a headless Chromium, which has to be installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m page
 
 test-gpu: venv  ## what needs a CUDA device
 	$(BIN)/python -m pytest -m gpu

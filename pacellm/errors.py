@@ -20,6 +20,7 @@
     │   ├── SessionExists        a session of that id is already there
     │   ├── SessionDeleted       the session was deleted while the request worked on it
     │   ├── SessionConflict      another server owns the session's latest state
+    │   ├── BanksAway            a session's banks that are not in memory now
     │   └── SnapshotRefused      a snapshot that is damaged, foreign or not signed here
     ├── InvalidApiKey            no key, or a wrong one
     ├── Forbidden                a key that is not for this
@@ -184,6 +185,13 @@ class SessionConflict(RequestError):
 
     status = 409
     code = "session_conflict"
+
+
+class BanksAway(RequestError):
+    """A session's banks are below the tiers in which they can be looked at."""
+
+    status = 409
+    code = "banks_away"
 
 
 class SnapshotRefused(RequestError):

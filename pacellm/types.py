@@ -177,6 +177,7 @@ class GenerationRequest:
         n: choices; each goes on from a copy of the state after the prompt, and the first is what a session keeps.
         ce_density: part of the experts that decoded tokens use; None is the engine's.
         experts: report expert activity.
+        trace: report what each token of the answer found in the banks.
         memory: whether its history may outgrow what is seen at once; None is as the engine is.
         outline: of the prompt. append: makes the prompt out of the session's history.
         continues: the answer goes on from the prompt's text, so that a space in front of it belongs to it.
@@ -197,6 +198,7 @@ class GenerationRequest:
     constraint: Constraint | None = None
     ce_density: float | None = None
     experts: bool = False
+    trace: bool = False
     memory: Literal["on", "off"] | None = None
     outline: Outline = Outline()
     append: Append | None = None
@@ -222,7 +224,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class LayerReads:
-    """What a request did to the bank of one layer, and the bank's fill afterwards."""
+    """What a request did to the bank of one layer, and the bank's fill and its keys' effective rank afterwards."""
 
     hits: int = 0
     fuses: int = 0
@@ -231,6 +233,7 @@ class LayerReads:
     merges: int = 0
     replacements: int = 0
     filled: int = 0
+    effective_rank: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -246,6 +249,21 @@ class BankReads:
     filled: int = 0
     effective_rank: float = 0.0
     layers: dict[int, LayerReads] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BankTrace:
+    """What the tokens of an answer found in the banks.
+
+    Attributes:
+        token_ids: of the answer's beginning.
+        layers: by layer a letter for each of them that was fed: h(it), f(use), m(iss), e(mpty).
+        left_out: tokens behind them.
+    """
+
+    token_ids: tuple[int, ...]
+    layers: dict[int, str]
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -355,8 +373,8 @@ class ChoiceEnded:
 @dataclass(frozen=True)
 class Finished:
     """The last event of a request that went well. ``pa`` is how its banks took part; ``note`` names what was refused on
-    the way to its session; ``experts`` are prompt tokens by layer and expert, where asked for; ``memory`` is there with
-    working memory."""
+    the way to its session; ``experts`` are prompt tokens by layer and expert, and ``trace`` is there, where asked for;
+    ``memory`` is there with working memory."""
 
     reason: FinishReason
     usage: Usage
@@ -371,6 +389,7 @@ class Finished:
     experts: dict[int, list[float]] | None = None
     kinship: Kinship = Kinship()
     memory: MemoryUse | None = None
+    trace: BankTrace | None = None
 
 
 @dataclass(frozen=True)

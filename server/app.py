@@ -15,6 +15,7 @@ from . import errors
 from .api import routers
 from .auth import Keys
 from .edge import Edge
+from .page import route as page
 from .service import Service
 
 _EXPOSED = ("X-Request-ID", "X-PaceLLM-Session", "X-PaceLLM-Dropped-Tokens", "Retry-After", "x-should-retry")
@@ -37,6 +38,8 @@ def create_app(service: Service, keys: Keys | None = None) -> ASGIApp:
     app = _new_app(service, keys, lifespan)
     app.include_router(routers.public)
     app.include_router(routers.private)
+    if settings.page:
+        app.include_router(page.router)
     if settings.admin_port is None:
         app.include_router(routers.admin)
     if settings.cors_origins:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastapi import Request
 
-from pacellm.errors import ConfigError, InvalidApiKey
+from pacellm.errors import ConfigError, InvalidApiKey, RequestError
 
 DEFAULT_TENANT = "default"
 _MIN_KEY = 8
+_FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")  # what a proxy on this machine says of others
 
 
 class Keys:
@@ -102,6 +104,32 @@ async def require_key(request: Request) -> None:
 def tenant_of(request: Request) -> str:
     """The caller's tenant, once :func:`require_key` has let it in."""
     return request.state.tenant
+
+
+def lister_of(request: Request) -> str:
+    """The tenant whose sessions and requests may be listed. Without keys a session's name is all that guards it, so
+    only this machine is told names.
+
+    Raises:
+        RequestError: there are no keys, and the caller is on another machine.
+    """
+    if not request.app.state.keys and not _is_near(request):
+        raise RequestError(
+            "this server has no API keys, so everybody's sessions and requests are in one namespace and are listed to "
+            "this machine alone; start it with --api-key",
+            code="api_keys_needed",
+        )
+    return tenant_of(request)
+
+
+def _is_near(request: Request) -> bool:
+    """It came from this machine, as far as can be told."""
+    if request.client is None or any(name in request.headers for name in _FORWARDED):
+        return False
+    try:
+        return ipaddress.ip_address(request.client.host).is_loopback
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)

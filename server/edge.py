@@ -21,6 +21,7 @@ logger = logging.getLogger("pacellm.access")
 REQUEST_ID = r"^[A-Za-z0-9._:-]{1,128}$"
 MAX_HEADERS = 128
 _PROBES = frozenset(("/health", "/ready", "/metrics", "/version"))
+_PAGES = ("/", "/docs")  # links from elsewhere may lead here; what they do is asked for by their own origin
 _FOR_ALL = frozenset(("/health", "/ready", "/metrics"))  # probes and scrapes come by a pod's address or any name
 
 
@@ -86,7 +87,7 @@ class Edge:
                 f"this server has no name {_host(host)[:80]!r}; start it with --allowed-host NAME", param="Host",
                 code="invalid_host",
             )  # fmt: skip
-        if self._is_foreign(headers, host):
+        if path not in _PAGES and self._is_foreign(headers, host):
             return ForeignOrigin(
                 "pages of other origins may not use this server; start it with --cors-origin ORIGIN", param="Origin"
             )

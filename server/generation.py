@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Protocol
 
-from pacellm.types import Event, GenerationRequest
+from pacellm.types import Admitted, Delta, Event, GenerationRequest, Progress
 
 from .auth import Caller
 from .event_queue import EventQueue
@@ -36,6 +36,7 @@ class Generation:
     Attributes:
         push: takes an event; called on the event loop.
         has_ended: its last event has come.
+        progress: what of the prompt was read; None while it is queued. num_generated: tokens since then.
         deadline: goes off when its answer is to be complete.
     """
 
@@ -44,8 +45,19 @@ class Generation:
     ) -> None:
         self.request, self.caller, self.has_ended = request, caller, False
         self.deadline: asyncio.TimerHandle | None = None
+        self.progress: Progress | None = None
+        self.num_generated = 0
         self._router, self._events = router, events
         self.push: Callable[[Event], None] = functools.partial(events.push, number)
+
+    def follow(self, event: Event) -> None:
+        """Note how far it has come."""
+        if type(event) is Delta:
+            self.num_generated += len(event.token_ids)
+        elif type(event) is Progress:
+            self.progress = event
+        elif type(event) is Admitted:
+            self.progress = Progress(0, 0)
 
     def cancel(self) -> None:
         """Cancel the request where it has not ended; its last event is still to come."""

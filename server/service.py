@@ -235,6 +235,10 @@ class Service:
             self._end(generation, Aborted("the request was cancelled"))
         return len(found)
 
+    def going(self, tenant: str) -> list[Generation]:
+        """A tenant's requests that have not ended, in the order in which they came."""
+        return [one for one in self._generations.values() if one.caller.tenant == tenant and not one.has_ended]
+
     def place(self, generation: Generation) -> dict[str, int | None] | None:
         """Where a queued request stands: requests and prompt tokens before it, and the milliseconds until its turn as
         far as the rate of earlier prefills tells; None where it is not queued."""
@@ -325,6 +329,7 @@ class Service:
         generation = self._generations.get(request_id)
         if generation is not None:
             generation.push(event)
+            generation.follow(event)
         if isinstance(event, Finished) or isinstance(event, Failed):  # noqa: SIM101, for each token: a union costs more
             if generation is not None:
                 generation.has_ended = True

@@ -32,6 +32,7 @@ class Settings:
         admin_port: /metrics is served on this port instead of the main one.
         metrics_tenant: whose keys alone may read /metrics; None lets every key.
         share_snapshots: take session snapshots that were made of another tenant's sessions.
+        page: serve / and /docs.
     """
 
     model_name: str
@@ -52,6 +53,7 @@ class Settings:
     admin_port: int | None = None
     metrics_tenant: str | None = None
     share_snapshots: bool = False
+    page: bool = True
     max_snapshot_bytes: int = 2**30
     allow_unsigned_snapshots: bool = False
     response_memory: int = 256 * 2**20

@@ -197,6 +197,7 @@ def server_settings(options: argparse.Namespace, model_name: str, keys: Keys) ->
         share_snapshots=options.share_snapshots,
         max_connections=options.max_connections,
         max_sessions_per_key=options.max_sessions_per_key or None,
+        page=options.page,
     )
 
 
@@ -330,6 +331,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     add("--cors-origin", action="append", default=[], help="origin whose pages may use the server; repeatable")
     add("--metrics-tenant", metavar="TENANT", help="the tenant whose keys alone may read /metrics (default: all)")
     add("--admin-port", type=int, help="serve /metrics on this port and not on the main one")
+    add("--page", action=argparse.BooleanOptionalAction, default=True, help="serve a page at / and the API's at /docs")
     add("--otlp-endpoint", metavar="URL", help="send a trace of every request to this OTLP collector, as "
         "http://127.0.0.1:4318; needs the extra otel")  # fmt: skip
     add("--ssl-certfile", type=Path, help="TLS certificate chain, PEM")

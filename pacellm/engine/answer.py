@@ -232,7 +232,7 @@ class Answers:
         assert last is not None
         session = sequence.session
         if session is not None and last.bank is not None and sequence.request.commit:
-            self._note_banks(session, sequence)
+            self._note_banks(session, sequence, last.bank)
         self._scheduler.finish(sequence)
         del self._requests[sequence.id]
         self._stats.finished[last.reason.value] += 1
@@ -244,7 +244,8 @@ class Answers:
             self._stats.recalled_tokens += sum(end - start for start, end in last.memory.called_back)
         return dataclasses.replace(last, session=sequence.session_status)
 
-    def _note_banks(self, session: Session, sequence: Sequence) -> None:
+    def _note_banks(self, session: Session, sequence: Sequence, reads: BankReads) -> None:
+        session.note_ranks({layer: found.effective_rank for layer, found in reads.layers.items()})
         if self._pool is not None and sequence.row is not None:
             filled = self._pool.filled(sequence.row)
             session.banks = {
@@ -268,6 +269,7 @@ class Answers:
             note=sequence.note,
             kinship=sequence.kinship,
             memory=_memory_use(sequence),
+            trace=None if sequence.trace is None else sequence.trace.told(sequence.generated),
         )
 
 

@@ -13,6 +13,7 @@ from pacellm.engine.stats import EngineStats
 from pacellm.engine.step import Work
 from pacellm.errors import EngineError, reason
 from pacellm.faults import Faults
+from pacellm.memory.pool import BankPool
 from pacellm.recall.recaller import Recaller
 from pacellm.run.ahead import Flight
 from pacellm.run.runner import Output
@@ -29,6 +30,7 @@ class Committer:
         stats: where steps and tokens are counted.
         integrity: asked after each step; None where it is not to be.
         recaller: chooses what is called back; None where nothing is.
+        pool: of banks; None without PA.
     """
 
     def __init__(
@@ -42,10 +44,11 @@ class Committer:
         faults: Faults,
         integrity: IntegrityCheck | None,
         recaller: Recaller | None = None,
+        pool: BankPool | None = None,
     ) -> None:
         self._answers, self._scheduler, self._cache, self._recovery = answers, scheduler, cache, recovery
         self._outbox, self._stats, self._faults, self._integrity = outbox, stats, faults, integrity
-        self._recaller = recaller
+        self._recaller, self._pool = recaller, pool
 
     def commit(self, flight: Flight) -> None:
         """Take over what a step has given.
@@ -98,6 +101,13 @@ class Committer:
         is_choice = sequence.is_branch and not sequence.generated and not sequence.pending
         if is_choice or (is_replaying and len(sequence.work) == 1):
             self._cache.mark(sequence)
+        self._trace(sequence)
         if not decoding:
             self._scheduler.keep(sequence)
             self._outbox.put((sequence.id, Progress(sequence.total_work, sequence.done_work)))
+
+    def _trace(self, sequence: Sequence) -> None:
+        """What its token found in the banks, where that is asked for."""
+        if sequence.trace is None or self._pool is None or sequence.row is None or sequence.turn.pa == "off":
+            return
+        sequence.trace.fed(sequence.num_fed, self._pool.counters(sequence.row))

@@ -211,7 +211,7 @@ def build(model: LoadedModel, config: EngineConfig, tokenizer: Tokenizer | None)
         ),
         committer=Committer(
             answers, scheduler, scheduling.cache, recovery, outbox, stats, faults,
-            integrity if device.config.check_integrity else None, scheduling.recaller,
+            integrity if device.config.check_integrity else None, scheduling.recaller, device.pool,
         ),
         stats=stats,
         faults=faults,

@@ -8,6 +8,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from pacellm.engine.sequence import Sequence
+from pacellm.memory.trace import TokenTrace
 from pacellm.text.detokenizer import Vocabulary
 from pacellm.text.stream import TextStream
 from pacellm.types import Event, Finished, GenerationRequest
@@ -85,6 +86,7 @@ def new_request(request: GenerationRequest, max_tokens: int, vocabulary: Vocabul
         seed=int.from_bytes(os.urandom(8), "little") if seed is None else seed,
         tools=request.outline.tools,
         num_branches=request.n - 1,
+        trace=TokenTrace() if request.trace else None,
     )
     state = RequestState(sequence, _new_text(request, vocabulary))
     if request.n > 1:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pacellm.kv.blocks import KVTable
+from pacellm.memory.trace import TokenTrace
 from pacellm.sessions.ending import Ending
 from pacellm.sessions.session import Session
 from pacellm.sessions.turn import Turn
@@ -73,6 +74,7 @@ class Sequence:
         history_end: position that its history may reach; 0 where none was promised.
         recall: what was called back; it outlives a preemption. passages: of it what was voted for most.
         is_watched: what its decoded tokens attend to is measured.
+        trace: what its decoded tokens find in the banks, where that is asked for.
         working_sets: by layer the experts that its decoded tokens use, as long as they are known.
         cached, replayed: prompt tokens not computed again; tokens of the log that are.
     """
@@ -103,6 +105,7 @@ class Sequence:
     history_end: int = 0
     passages: tuple[Passage, ...] = ()
     is_watched: bool = False
+    trace: TokenTrace | None = None
     working_sets: dict[int, Any] = field(default_factory=dict)
     admitted_at: float | None = None
     first_token_at: float | None = None
@@ -179,6 +182,11 @@ class Sequence:
     def recalls(self, recall: Recall) -> None:
         """What is called back for its question, or for the rest of its answer, was chosen."""
         self.recall = self.turn.recall = recall
+
+    @property
+    def num_fed(self) -> int:
+        """Tokens of its answer that were fed."""
+        return max(0, self.position - self.turn.prompt_end) if len(self.work) == 1 else 0
 
     @property
     def is_running(self) -> bool:

@@ -93,16 +93,15 @@ def bank_reads(pool: BankPool | None, sequence: Sequence, stats: EngineStats) ->
         return None
     totals: Counter[str] = Counter()
     layers: dict[int, LayerReads] = {}
-    filled = pool.filled(sequence.row)
+    filled, ranks = pool.filled(sequence.row), pool.effective_ranks(sequence.row)
     for layer, counters in pool.counters(sequence.row).items():
         before = sequence.before.counters[layer]
         done = {name: now - then for name, now, then in zip(COUNTERS, counters, before, strict=True)}
         stats.bank.setdefault((layer, preset), Counter()).update(done)
         totals.update(done)
-        layers[layer] = LayerReads(**done, filled=filled[layer])
-    stats.effective_rank = pool.effective_ranks(sequence.row)
+        layers[layer] = LayerReads(**done, filled=filled[layer], effective_rank=ranks[layer])
+    stats.effective_rank = ranks
     stats.slot_age = pool.slot_ages(sequence.row)
     stats.filled = filled
-    ranks = list(stats.effective_rank.values())
-    rank = sum(ranks) / len(ranks)
+    rank = sum(ranks.values()) / len(ranks)
     return BankReads(**totals, filled=sum(filled.values()), effective_rank=rank, layers=layers)

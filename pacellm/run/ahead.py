@@ -134,7 +134,8 @@ def _goes_on(sequence: Sequence) -> bool:
 
 
 def _depends_on_tokens(sequence: Sequence) -> bool:
-    """Its next token, or its end, cannot be told without knowing the ones before."""
+    """Its next token, its end, or what is told of it cannot be known without the ones before."""
     params = sequence.request.sampling
     is_shaped = sequence.request.constraint is not None or params.shapes_logits
-    return is_shaped or params.logprobs is not None or bool(params.stop)
+    is_watched = params.logprobs is not None or sequence.trace is not None
+    return is_shaped or is_watched or bool(params.stop)

@@ -256,4 +256,5 @@ def stub_of(owner: Owner) -> Session:
     session.last_used = owner.changed if about.last_used is None else about.last_used
     session.ttl, session.commits, session.kept = about.ttl, about.commits, about.kept
     session.banks, session.stored, session.saved = about.banks, about.stored, about.saved
+    session.ranks, session.parent = about.ranks, about.parent
     return session

@@ -10,7 +10,7 @@ from torch import Tensor
 from pacellm.engine.step import Copy
 from pacellm.kv.blocks import BlockAllocator, KVTable, OutOfBlocks, blocks_for
 from pacellm.memory.pool import BankPool
-from pacellm.memory.state import Banks, copy_banks
+from pacellm.memory.state import Banks, BankState, copy_banks
 from pacellm.sessions.host_state import HostState, Span, download, spans_of
 from pacellm.sessions.mover import Mover
 from pacellm.sessions.session import Session
@@ -88,6 +88,11 @@ class DeviceState:
 
     def _has_block_and_row(self) -> bool:
         return self._has_room(1) and (self._pool is None or self._pool.num_free > 0)
+
+    def bank(self, session: Session, layer: int) -> BankState | None:
+        """One layer's bank, in device or host memory; None where it is in neither."""
+        banks = session.host.banks if session.host is not None else self._banks(session.row)
+        return banks.get(layer)
 
     def copy_out(self, session: Session, *, kv: bool) -> HostState | None:
         """A copy of a resident session's banks, and KV where asked; None where only the log is left."""

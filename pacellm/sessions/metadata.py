@@ -24,11 +24,12 @@ class SessionMetadata:
     def __init__(self, pool: BankPool | None, usage: DiskUsage | None = None, *, block_bytes: int, slots: int) -> None:
         self._pool, self._usage, self.block_bytes, self._slots = pool, usage, block_bytes, slots
 
-    def of(self, session: Session) -> dict[str, Any]:
-        """One session, as the API shows it."""
+    def of(self, session: Session, *, ranks: bool = True) -> dict[str, Any]:
+        """One session, as the API shows it; with effective ranks turn by turn, or the last ones alone."""
         return {
             "id": session.key[1],
             "object": "session",
+            "forked_from": session.parent,
             "created": int(session.created),
             "last_used": int(session.last_used),
             "expires": None if session.expires is None else int(session.expires),
@@ -46,7 +47,7 @@ class SessionMetadata:
                 "log": session.log_bytes,
                 "disk": 0 if self._usage is None else self._usage.of_session(session.key),
             },
-            "bank": {"slots": self._slots, "layers": _rates(session.banks)} if self._pool is not None else None,
+            "bank": {"slots": self._slots, "layers": _by_layer(session, ranks)} if self._pool is not None else None,
         }
 
     def bank_bytes(self, session: Session) -> int:
@@ -54,11 +55,15 @@ class SessionMetadata:
         return self._pool.bytes_per_row if self._pool is not None and session.row is not None else 0
 
 
-def _rates(banks: dict[int, dict[str, int]]) -> dict[str, dict[str, Any]]:
-    """Fill and lifetime reads per layer, with the share of reads that were hits, fuses and misses."""
+def _by_layer(session: Session, with_ranks: bool) -> dict[str, dict[str, Any]]:
+    """Fill and lifetime reads per layer, with the share of reads that were hits, fuses and misses, and the keys'
+    effective rank."""
     shown: dict[str, dict[str, Any]] = {}
-    for layer, facts in banks.items():
+    for layer, facts in session.banks.items():
         reads = sum(facts.get(name, 0) for name in _READS)
         rates = {rate: round(facts.get(name, 0) / reads, 4) if reads else None for name, rate in _READS.items()}
-        shown[str(layer)] = {**facts, **rates}
+        ranks = session.ranks.get(layer, [])
+        shown[str(layer)] = {**facts, **rates, "effective_rank": ranks[-1] if ranks else None}
+        if with_ranks:
+            shown[str(layer)]["ranks"] = ranks
     return shown

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from pacellm.errors import SessionNotFound
+from pacellm.errors import BanksAway, SessionNotFound
 from pacellm.kv.prefix_cache import PrefixCache
+from pacellm.memory.bank_map import copy_bank
 from pacellm.sessions.device_state import DeviceState
 from pacellm.sessions.eviction import Eviction
 from pacellm.sessions.lookup import SessionLookup
@@ -71,6 +72,33 @@ class SessionOperations:
 
         return operation
 
+    def bank(self, key: Key, layer: int) -> Operation:
+        """(copy of a layer's bank for :func:`map_bank`, the log's turns, writes before the first of them); None where
+        nothing was committed yet.
+
+        Raises (when run):
+            SessionNotFound: no such session. BanksAway: they are not in memory.
+        """
+        find = self._lookup.finder(key)
+
+        def operation() -> Any:
+            session = find()
+            if session is None or session.moving:
+                return WAIT
+            bank = self._states.bank(session, layer)
+            if bank is None and not session.commits:
+                return None
+            if bank is None:
+                raise BanksAway(
+                    f"the banks of session {key[1]!r} are not in memory (it is on tier {session.tier!r}, with "
+                    f"{session.commits} commits); they are again after its next request",
+                    param="session_id",
+                )
+            clock = 0 if session.origin is None else int(session.origin[layer].clock)
+            return copy_bank(bank), tuple(session.log), clock
+
+        return operation
+
     def list(self, tenant: str, *, limit: int | None = None, after: str | None = None) -> Operation:
         """Metadata of a tenant's sessions, most recently used first.
 
@@ -89,7 +117,7 @@ class SessionOperations:
                 raise SessionNotFound(f"no session {after!r} to list from", param="after")
             start = 0 if after is None else ids.index(after) + 1
             shown = (session for session in found[start:] if session.commits or session.kept)
-            return [self._metadata.of(session) for session in itertools.islice(shown, limit)]
+            return [self._metadata.of(session, ranks=False) for session in itertools.islice(shown, limit)]
 
         return operation
 
@@ -220,8 +248,8 @@ class SessionOperations:
             self._store.add(fork)
             self._store.touch(fork)
             added = (before - self._states.num_free_blocks) * self._metadata.block_bytes
-            made = {"forked_from": key[1], "bytes_added": {"kv": added, "bank": self._metadata.bank_bytes(fork)}}
-            made = self.written(fork, {**self._metadata.of(fork), **made})
+            bytes_added = {"kv": added, "bank": self._metadata.bank_bytes(fork)}
+            made = self.written(fork, {**self._metadata.of(fork), "bytes_added": bytes_added})
             self._eviction.trim()
             return made
 
@@ -233,6 +261,7 @@ def _copy_log(source: Session, fork: Session) -> None:
     fork.origin, fork.folds, fork.commits = source.origin, source.folds, source.commits
     fork.ending = source.ending
     fork.banks, fork.kept, fork.status = dict(source.banks), True, "new"
+    fork.ranks, fork.parent = dict(source.ranks), source.key[1]
     fork.num_tokens = len(fork.context)
     fork.generation += 1
 

@@ -13,9 +13,11 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 MAX_BYTES = 2**20
+MAX_RANKS = 128  # turns
 _STRICT = ConfigDict(strict=True, extra="forbid")
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Seconds = Annotated[float, Field(allow_inf_nan=False)]
+Rank = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seen = tuple[str, int, int]
 """(server, epoch, generation): tells one ``owner.json`` of a session from every other."""
 
@@ -35,6 +37,8 @@ class About:
         stored: tokens of this generation's KV on disk, of its window alone where it is beyond its budget.
            ``saved``: generation whose log is there.
         banks: per layer, fill and reads so far.
+        ranks: effective rank of the keys by layer after each of the last commits.
+        parent: id of the session that it was forked from.
     """
 
     tokens: Count = 0
@@ -46,6 +50,8 @@ class About:
     stored: Count | None = None
     saved: Count | None = None
     banks: dict[int, dict[str, Count]] = field(default_factory=dict)
+    ranks: dict[int, Annotated[list[Rank], Field(max_length=MAX_RANKS)]] = field(default_factory=dict)
+    parent: Annotated[str, Field(max_length=256)] | None = None
 
 
 @dataclass(config=_STRICT)

@@ -304,6 +304,8 @@ class Records:
             stored=session.stored,
             saved=session.saved,
             banks=session.banks,
+            ranks=session.ranks,
+            parent=session.parent,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -12,7 +13,7 @@ from pacellm.kv.history import History
 from pacellm.memory.state import BankState
 from pacellm.sessions.ending import Ending
 from pacellm.sessions.host_state import HostState
-from pacellm.sessions.owner import Seen
+from pacellm.sessions.owner import MAX_RANKS, Seen
 from pacellm.sessions.turn import Turn
 from pacellm.types import SessionStatus
 
@@ -54,6 +55,8 @@ class Session:
         note: what was refused on the way, until a request has said so.
         kept: created by itself, so it stays without a commit.
         banks: per layer, fill and reads so far, as of the last commit.
+        ranks: effective rank of the keys by layer after each of the last commits with banks, ``MAX_RANKS`` at most.
+        parent: id of the session that it was forked from, if it was.
         observer: the store that it is in.
     """
 
@@ -88,6 +91,8 @@ class Session:
     created: float = field(default_factory=time.time)
     last_used: float = field(default_factory=time.time)
     banks: dict[int, dict[str, int]] = field(default_factory=dict)
+    ranks: dict[int, list[float]] = field(default_factory=dict)
+    parent: str | None = None
     observer: Observer | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -119,6 +124,11 @@ class Session:
     def kv_tokens(self) -> int:
         """Tokens in its KV blocks: those of its window, all of them where it is within its budget."""
         return len(self.context) - (self.table.view.start if self.table is not None else 0)
+
+    def note_ranks(self, ranks: Mapping[int, float]) -> None:
+        """Effective ranks by layer, after a commit."""
+        noted = {layer: [*self.ranks.get(layer, ()), round(rank, 3)] for layer, rank in ranks.items()}
+        self.ranks = {layer: found[-MAX_RANKS:] for layer, found in noted.items()}
 
     @property
     def in_use(self) -> bool:

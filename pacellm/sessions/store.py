@@ -214,6 +214,7 @@ class SessionStore:
         self._log_bytes -= session.log_bytes
         session.log, session.context, session.origin, session.ending = [], array("i"), None, None
         session.stub, session.num_tokens, session.commits, session.banks = False, 0, 0, {}
+        session.ranks, session.parent = {}, None
         session.status, session.kept = "new", True
         session.generation += 1
 

@@ -27,19 +27,21 @@ class StreamOptions(Strict):
 
 
 class PaceOptions(Strict):
-    """How this request uses its session, banks and experts, and whether it reports on the latter."""
+    """How this request uses its session, banks and experts, and what it reports on them."""
 
     pa: PAChoice | None = None
     commit: bool = True
     append: bool = False
     ce_density: Annotated[float, Field(ge=1e-6, le=1)] | None = None
     experts: bool = False
+    trace: bool = False
     memory: Literal["on", "off"] | None = None
 
     def engine_options(self) -> dict[str, Any]:
         """What the engine takes of it beside ``commit`` and ``append``."""
         return {
-            "pa": self.pa or "on", "ce_density": self.ce_density, "experts": self.experts, "memory": self.memory
+            "pa": self.pa or "on", "ce_density": self.ce_density, "experts": self.experts, "trace": self.trace,
+            "memory": self.memory,
         }  # fmt: skip
 
 

@@ -328,9 +328,9 @@ class Answer:
         """The end of a generation's only or last choice, with what is told of the request."""
         self._finished.append(event)
         last = self._last_ends.get(number) or ChoiceEnded(0, event.reason, event.stop_reason)
-        request, decode = self._generations[number].request, self._service.tokenizer.decode
+        request = self._generations[number].request
         sent = self._sent[number] if self._sent else NOTHING
-        told = report(request, event, self._session(event.session), decode, sent)
+        told = report(request, event, self._session(event.session), self._service.tokenizer, sent)
         choice = self._choices[number * self._n + last.index]
         return self._wire.ended(choice.end(last.reason, last.stop_reason, told))
 

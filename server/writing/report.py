@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from pacellm.types import Finished, GenerationRequest, Kinship, MemoryUse, Passage
+from pacellm.text.detokenizer import Detokenizer, Vocabulary
+from pacellm.text.tokenizer import ChatTokenizer
+from pacellm.types import BankTrace, Finished, GenerationRequest, Kinship, MemoryUse, Passage
 
 from .places import NOTHING, Sent, place_of
 
@@ -15,14 +17,14 @@ def report(
     request: GenerationRequest,
     event: Finished,
     session: str,
-    decode: Callable[[list[int]], str],
+    tokenizer: ChatTokenizer,
     sent: Sent = NOTHING,
 ) -> dict[str, Any]:
     """The object of a request that has ended well.
 
     Args:
         session: what became of it.
-        decode: ids to text.
+        tokenizer: of the model.
         sent: what its prompt was made of.
     """
     return {
@@ -35,11 +37,12 @@ def report(
         "replayed_tokens": event.usage.replayed_tokens,
         "pa": event.pa,
         **(
-            {"memory": _memory(event.memory, event.usage.prompt_tokens, decode, sent)}
+            {"memory": _memory(event.memory, event.usage.prompt_tokens, tokenizer.decode, sent)}
             if event.memory is not None
             else {}
         ),
         "bank": dataclasses.asdict(event.bank) if event.bank is not None else None,
+        **({"trace": _trace(event.trace, tokenizer.vocabulary)} if request.trace else {}),
         **({"experts": _rounded(event.experts)} if event.experts is not None else {}),
         "timings": {
             "queue_ms": round(1000 * event.queue_seconds, 1),
@@ -71,6 +74,15 @@ def _passage(one: Passage, position: float, decode: Callable[[list[int]], str], 
         "text": text,
         **({} if place is None else {"in": place}),
     }
+
+
+def _trace(found: BankTrace | None, vocabulary: Vocabulary) -> dict[str, Any] | None:
+    """The answer's tokens, special ones included, and what each found in the banks; None where these are left alone."""
+    if found is None or not found.layers:
+        return None
+    text, last = Detokenizer(vocabulary, skip_special=False), len(found.token_ids) - 1
+    tokens = [text.push(token, is_last=place == last).text for place, token in enumerate(found.token_ids)]
+    return {"tokens": tokens, "layers": found.layers, "left_out": found.left_out}
 
 
 def _left_out(kinship: Kinship) -> str | None:

@@ -57,7 +57,7 @@ UNSAID = {
         ("invalid_value", r"tool_choice(\.function)?\.name"),
         ("invalid_value", r"tools\.\d+(\.function)?\.name"),  # two of one name
         ("(previous_response|conversation|session|item)_not_found", ".*"),
-        ("not_found", "(response_id|request_id)"), ("model_not_found", "model"),
+        ("not_found", "(response_id|request_id|layer)"), ("model_not_found", "model"),
         ("invalid_value", "after"),
     ],
     "beside a header": [("None", "session_id"), ("None", "prompt"), ("None", "truncate_prompt_tokens"),
@@ -96,7 +96,7 @@ def known(server):
     """What paths may name: a session, the model, a stored response."""
     server.http.post("/v1/sessions", json={"session_id": "known"}, headers=KEY)
     made = server.http.post("/v1/responses", json={"input": "hi", "max_output_tokens": 1}, headers=KEY).json()
-    return {"name": "known", "model": NAME, "response_id": made["id"], "request_id": made["id"]}
+    return {"name": "known", "layer": 1, "model": NAME, "response_id": made["id"], "request_id": made["id"]}
 
 
 def kept(operation, mode, api, strict, examples):
@@ -160,6 +160,8 @@ def test_the_document_is_that_of_the_routes(strict):
     described = strict.http.get("/openapi.json", headers=KEY).json()
     found = {(method.upper(), path) for path, methods in described["paths"].items() for method in methods}
     assert found == set(OPERATIONS)
+    tags = [one["tags"] for methods in described["paths"].values() for one in methods.values()]
+    assert {name for (name,) in tags} == {one["name"] for one in described["tags"]}
     assert strict.http.get("/openapi.json").status_code == 401
 
 

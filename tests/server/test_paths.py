@@ -48,8 +48,8 @@ def test_head_is_get_without_the_body(live, path):
 
 @pytest.mark.parametrize(
     "path",
-    ["/", "/v1", "/v1/nothing", "/v1/models_", "/v1/responses/x/y", "/v1/responses/x/input_items/y", "/v1/sessions/x/y",
-     "/v1/sessions/x/fork/y", "/v1/requests/x", "/v1/completions/x", "/tokenize/x", "/health/x"],
+    ["/v1", "/docs/x", "/v1/nothing", "/v1/models_", "/v1/responses/x/y", "/v1/responses/x/input_items/y",
+     "/v1/sessions/x/y", "/v1/sessions/x/fork/y", "/v1/requests/x", "/v1/completions/x", "/tokenize/x", "/health/x"],
 )  # fmt: skip
 def test_what_is_below_a_route_is_not_there(live, path):
     for method in ("GET", "POST", "DELETE", "PUT", "PATCH"):

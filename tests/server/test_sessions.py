@@ -30,14 +30,6 @@ def http(live):
     return live.http
 
 
-def test_without_keys_nothing_is_listed(http):
-    assert ask(http, "hidden-17").status_code == 200
-    answer = http.get("/v1/sessions")
-    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "api_keys_needed")
-    assert "--api-key" in answer.json()["error"]["message"]
-    assert "hidden-17" not in answer.text
-
-
 def test_list_show_delete(http, live):
     assert live.sessions() == []
     assert ask(http, "one").json()["pacellm"]["session"] == "new"

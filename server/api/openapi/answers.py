@@ -41,6 +41,7 @@ def fields(optional: dict[str, Schema] | None = None, **required: Schema) -> Sch
 
 
 _SESSION = one_of("none", "new", "resident", "restored", "replayed", "folded", "lost")
+_SPACE = fields(used=COUNT, size=maybe(COUNT))
 _DURABLE = {"durable": one_of(False)}
 _REASON = one_of("stop", "length", "tool_calls", None)
 _PART = fields(type=one_of("output_text"), text=TEXT, annotations=many(OBJECT), logprobs=many(OBJECT))
@@ -67,7 +68,11 @@ SCHEMAS: dict[str, Schema] = {
         pa=one_of(*MODES),
         bank=maybe(OBJECT),
         timings=fields(queue_ms=NUMBER, prefill_ms=NUMBER, decode_ms=NUMBER),
-        optional={"memory": OBJECT, "experts": OBJECT},
+        optional={
+            "memory": OBJECT,
+            "experts": OBJECT,
+            "trace": maybe(fields(tokens=many(TEXT), layers=OBJECT, left_out=COUNT)),
+        },
     ),
     "ChatCompletion": fields(
         id=TEXT,
@@ -147,9 +152,10 @@ SCHEMAS: dict[str, Schema] = {
     ),
     "Models": fields(object=one_of("list"), data=many(ref("Model"))),
     "Session": fields(
-        {"forked_from": TEXT, "bytes_added": OBJECT, "expires": maybe(COUNT), "ttl": maybe(NUMBER), **_DURABLE},
+        {"bytes_added": OBJECT, "expires": maybe(COUNT), "ttl": maybe(NUMBER), **_DURABLE},
         id=TEXT,
         object=one_of("session"),
+        forked_from=maybe(TEXT),
         created=COUNT,
         last_used=COUNT,
         tokens=COUNT,
@@ -163,8 +169,54 @@ SCHEMAS: dict[str, Schema] = {
     "Sessions": fields(
         object=one_of("list"), data=many(ref("Session")), first_id=maybe(TEXT), last_id=maybe(TEXT), has_more=FLAG
     ),
+    "Bank": fields(
+        id=TEXT,
+        object=one_of("session.bank"),
+        layer=COUNT,
+        slots=COUNT,
+        segment=COUNT,
+        start=COUNT,
+        filled=COUNT,
+        writes=COUNT,
+        effective_rank=NUMBER,
+        cosines=many(many({"type": "integer", "minimum": -100, "maximum": 100})),
+        usage=many(COUNT),
+        age=many(COUNT),
+        stamp=many(COUNT),
+        writers=many(fields(stamp=COUNT, turn=COUNT, start=COUNT, end=COUNT, decoded=FLAG, text=TEXT, left_out=COUNT)),
+    ),
     "SessionDeleted": fields(_DURABLE, id=TEXT, object=one_of("session.deleted"), deleted=one_of(True)),
     "SessionsDeleted": fields(_DURABLE, object=one_of("list.deleted"), deleted=COUNT),
+    "Requests": fields(
+        object=one_of("list"),
+        data=many(
+            fields(
+                id=TEXT,
+                object=one_of("request"),
+                request_id=TEXT,
+                session_id=maybe(TEXT),
+                status=one_of("queued", "reading", "generating"),
+                age_ms=COUNT,
+                priority={"type": "integer"},
+                prompt_tokens=COUNT,
+                to_read=COUNT,
+                read=COUNT,
+                generated=COUNT,
+                queue=maybe(fields(position=COUNT, prompt_tokens_ahead=COUNT, estimated_ms=maybe(COUNT))),
+            )
+        ),
+        server=maybe(
+            fields(
+                running=COUNT,
+                queued=COUNT,
+                max_running=COUNT,
+                max_queued=COUNT,
+                sessions=OBJECT,
+                memory=fields(device=_SPACE, banks=_SPACE, host=_SPACE, disk=_SPACE),
+            )
+        ),
+    ),
+    "Config": fields(object=one_of("config"), version=TEXT, model=OBJECT, engine=OBJECT, server=OBJECT),
     "Cancelled": fields(id=TEXT, object=one_of("request.cancelled"), cancelled=COUNT),
     "Health": fields(status=one_of("ok", "dead"), heartbeat_age_seconds=NUMBER),
     "Ready": fields(status=one_of("ready", "not ready")),

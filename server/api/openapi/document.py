@@ -33,6 +33,18 @@ _SESSION_HEADERS = {
     "X-PaceLLM-Session": "What became of the session; `queued` in a stream that waited for more than a second",
     "X-PaceLLM-Dropped-Tokens": "Tokens of the session's history that the prompt does not begin with",
 }
+# name, what it is about, beginnings of paths; the last one takes what is left
+_TAGS = (
+    (
+        "Answers",
+        "Chat, text completions and responses, streamed or not",
+        ("/v1/chat", "/v1/completions", "/v1/responses"),
+    ),
+    ("Sessions", "Histories and banks that are kept between requests", ("/v1/sessions",)),
+    ("Requests", "What runs and waits", ("/v1/requests",)),
+    ("Tokens", "Text to ids and back", ("/tokenize", "/detokenize")),
+    ("Server", "The model, the config, health and metrics", ("/",)),
+)
 _KEY = {"bearer": {"type": "http", "scheme": "bearer", "description": "Where the server was started with keys"}}
 
 
@@ -47,11 +59,17 @@ def document(app: FastAPI) -> dict[str, Any]:
     for path, methods in made["paths"].items():
         for method, described in methods.items():
             _complete(described, OPERATIONS[method.upper(), path], bodies)
+            described["tags"] = [_tag(path)]
     narrow(bodies, Limits.of(app.state.service))
+    made["tags"] = [{"name": name, "description": about} for name, about, _ in _TAGS]
     schemas = {**SCHEMAS, "Document": {"type": "object"}, **bodies}
     answers = {f"Error{status}": _error(status) for status in _ERRORS}
     made["components"] = {"schemas": schemas, "responses": answers, "securitySchemes": _KEY}
     return made
+
+
+def _tag(path: str) -> str:
+    return next(name for name, _, beginnings in _TAGS if path.startswith(beginnings))
 
 
 def _complete(described: dict[str, Any], operation: Operation, bodies: dict[str, Any]) -> None:

@@ -83,6 +83,8 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/detokenize"): Operation("Text", DetokenizeRequest, {"tokens": [65, 66]}, (404, *_BODY)),
     ("GET", "/v1/models"): Operation("Models"),
     ("GET", "/v1/models/{model}"): Operation("Model", errors=(404,)),
+    ("GET", "/v1/config"): Operation("Config"),
+    ("GET", "/v1/requests"): Operation("Requests"),
     ("POST", "/v1/requests/{request_id}/cancel"): Operation("Cancelled", errors=(404,)),
     ("GET", "/v1/sessions"): Operation("Sessions", errors=(404, *_ENGINE)),
     ("POST", "/v1/sessions"): Operation(
@@ -95,6 +97,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("DELETE", "/v1/sessions"): Operation("SessionsDeleted", errors=_ENGINE, also=(202,)),
     ("GET", "/v1/sessions/{name}"): Operation("Session", errors=(404, *_ENGINE)),
+    ("GET", "/v1/sessions/{name}/banks/{layer}"): Operation("Bank", errors=(404, 409, *_ENGINE)),
     ("DELETE", "/v1/sessions/{name}"): Operation("SessionDeleted", errors=(404, *_ENGINE), also=(202,)),
     ("POST", "/v1/sessions/{name}/reset"): Operation("Session", errors=(404, 409, *_ENGINE), also=(202,), writes=True),
     ("POST", "/v1/sessions/{name}/fork"): Operation(

@@ -8,12 +8,13 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
-from pacellm.errors import RequestError
+from pacellm.errors import NotFound, RequestError, UnsupportedParameter
 
-from ...auth import tenant_of
+from ...auth import lister_of, tenant_of
 from ...body import check_writable, timed_body
 from ...schema import SESSION_ID
 from ...service import Service
+from .banks import bank_of
 from .schema import parse_named
 
 router = APIRouter(prefix="/v1/sessions")
@@ -29,15 +30,9 @@ async def list_sessions(
     after: Annotated[str | None, Query(pattern=SESSION_ID)] = None,
 ) -> dict[str, Any]:
     """The caller's sessions: metadata only, most recently used first, in pages. Without API keys there is no caller to
-    tell from another, and a session's name is all that guards it: none are listed."""
+    tell from another, and a session's name is all that guards it: they are listed to this machine alone."""
     service: Service = request.app.state.service
-    if not request.app.state.keys:
-        raise RequestError(
-            "this server has no API keys, so all its sessions are in one namespace and are not listed; start it with "
-            "--api-key",
-            code="api_keys_needed",
-        )
-    found = await service.operate(service.engine.ops.list(tenant_of(request), limit=limit + 1, after=after))
+    found = await service.operate(service.engine.ops.list(lister_of(request), limit=limit + 1, after=after))
     page = found[:limit]
     ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
     return {"object": "list", "data": page, **ends, "has_more": len(found) > limit}
@@ -68,6 +63,23 @@ async def show_session(request: Request, name: str) -> dict[str, Any]:
     """One session's metadata."""
     service: Service = request.app.state.service
     return await service.operate(service.engine.ops.show(_key(request, name)))
+
+
+@router.get("/{name}/banks/{layer}")
+async def show_bank(
+    request: Request, name: str, layer: int, start: Annotated[int, Query(ge=0, lt=2**31)] = 0
+) -> dict[str, Any]:
+    """One layer's bank: how alike its keys are, use and age of its slots, and the tokens that last wrote them."""
+    service: Service = request.app.state.service
+    engine = service.engine
+    if not engine.config.pa or layer not in (engine.config.pa_layers or ()):
+        raise NotFound(f"there are no banks in layer {layer}; /v1/config names those with some", param="layer")
+    if engine.model.ranks is not None:
+        raise UnsupportedParameter("each process of a split model holds a part of the keys", param="layer")
+    found = await service.operate(engine.ops.bank(_key(request, name), layer))
+    return await service.off_loop(
+        bank_of, name, layer, found, start, engine.config.bank, service.tokenizer.decode, key=tenant_of(request)
+    )
 
 
 @router.delete("/{name}")
