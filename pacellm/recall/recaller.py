@@ -25,6 +25,9 @@ from pacellm.types import Passage
 from pacellm.view import BLOCK, Recall, Span
 
 _SHOWN = 8  # passages
+_LIKE_THE_BEST: dict[IndexName, float] = {"lexical": 0.9, "activity": 0.5, "attention": 0.5}
+"""Part of an index's most votes from which on a block comes back by itself. A text about like things states them in like
+words, and a small model takes one for the other, so by words only what is as good as the best does."""
 
 
 class Recaller:
@@ -75,7 +78,9 @@ class Recaller:
         if question:
             end = budget.reading(question.start).start
             votes = [self.votes(index, sequence, question, end, asked) for index in self._indexes]
-            recall = Recall(question.start, chosen(votes, min(budget.room, self._room), self._block), budget)
+            least = [_LIKE_THE_BEST[index] for index in self._indexes]
+            spans = chosen(votes, least, min(budget.room, self._room), self._block)
+            recall = Recall(question.start, spans, budget)
             sequence.passages = self._passages(votes, sequence)
             self.hits.begin(sequence)
         sequence.recalls(recall)
@@ -133,19 +138,20 @@ class Recaller:
         return without_hubs(votes, others)
 
 
-def chosen(votes: Items[np.ndarray], room: int, block: int) -> tuple[Span, ...]:
+def chosen(votes: Items[np.ndarray], least: Items[float], room: int, block: int) -> tuple[Span, ...]:
     """The first block of the history, and of the others those with most votes, with what stands around them, in order.
 
-    A block with at least half of the most votes is a seed. Seeds grow evenly until the room is full, so a question that
+    A block with votes near an index's most is a seed. Seeds grow evenly until the room is full, so a question that
     one block answers gets that one's surroundings, not those that merely look alike: a small model mistakes them.
 
     Args:
         votes: by index [n] of blocks of ``block`` tokens; their seeds take turns.
+        least: by index the part of its most votes that makes a seed.
         room: tokens that may be called back.
     """
     taken = set(range(BLOCK // block))
     count, total = len(taken) + room // block, len(votes[0])
-    seeds = _seeds(votes, len(taken), max(1, room // block // 2))
+    seeds = _seeds(votes, least, len(taken), max(1, room // block // 2))
     for step in _steps(total):
         for seed in seeds:
             if 0 <= seed + step < total and len(taken) < count:
@@ -153,12 +159,12 @@ def chosen(votes: Items[np.ndarray], room: int, block: int) -> tuple[Span, ...]:
     return tuple(_joined(sorted(taken), block))
 
 
-def _seeds(votes: Items[np.ndarray], first: int, most: int) -> list[int]:
+def _seeds(votes: Items[np.ndarray], least: Items[float], first: int, most: int) -> list[int]:
     """Of the blocks from ``first`` on: those before are seen in any case."""
     orders = []
-    for one in votes:
+    for one, part in zip(votes, least, strict=True):
         order = first + np.argsort(-one[first:], kind="stable")[:most]
-        orders.append([int(number) for number in order if 2 * one[number] >= one[order[0]]])
+        orders.append([int(number) for number in order if one[number] >= part * one[order[0]]])
     turns = itertools.zip_longest(*orders)
     return list(dict.fromkeys(number for turn in turns for number in turn if number is not None))[:most]
 
