@@ -26,8 +26,8 @@ from pacellm.view import BLOCK, Recall, Span
 
 _SHOWN = 8  # passages
 _LIKE_THE_BEST: dict[IndexName, float] = {"lexical": 0.9, "activity": 0.5, "attention": 0.5}
-"""Part of an index's most votes from which on a block comes back by itself. A text about like things states them in like
-words, and a small model takes one for the other, so by words only what is as good as the best does."""
+"""Part of an index's most votes from which on a block comes back by itself. A text about like things states them in
+like words, and a small model takes one for the other, so by words only what is as good as the best does."""
 
 
 class Recaller:
