@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
 
-from pacellm.errors import ConfigError
-
 from . import connection
 from .app import create_admin_app, create_app
 from .auth import Keys
 from .service import Service
 
+logger = logging.getLogger("pacellm")
 _LAST_EVENTS = 5  # seconds in which streams that are cut say so
 _ADMIN_CONNECTIONS = 64
 _HELD_BACK = 1024  # connections, by the kernel
@@ -42,6 +42,9 @@ class Server(uvicorn.Server):
         for listener in (one for server in self.servers for one in server.sockets):
             with socket.fromfd(listener.fileno(), listener.family, listener.type) as same:
                 same.listen(_HELD_BACK)
+            host, port = listener.getsockname()[:2]
+            scheme, host = "https" if self.config.is_ssl else "http", f"[{host}]" if ":" in host else host
+            logger.info("running on %s://%s:%d (Ctrl-C ends it)", scheme, host, port)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let running requests end; those that do not end with an error that says why."""
@@ -57,8 +60,8 @@ def config_of(
     app: ASGIApp,
     limits: connection.ConnectionLimits,
     *,
-    host: str,
-    port: int,
+    host: str = "127.0.0.1",
+    port: int = 0,
     log_level: str = "warning",
     tls: tuple[Path | None, Path | None] = (None, None),
 ) -> uvicorn.Config:
@@ -91,8 +94,8 @@ def run(
     service: Service,
     keys: Keys,
     *,
-    host: str,
-    port: int,
+    sockets: list[socket.socket],
+    admin_sockets: list[socket.socket],
     log_level: str,
     shutdown_timeout: int,
     tls: tuple[Path | None, Path | None] = (None, None),
@@ -100,38 +103,32 @@ def run(
     """Serve until told to stop.
 
     Args:
+        sockets: bound. admin_sockets: for the admin app; empty where it has no port of its own.
         shutdown_timeout: seconds that running requests get to end.
         tls: certificate chain and key, both or none.
-
-    Raises:
-        ConfigError: TLS files that are not there.
     """
-    certificate, key = tls
-    if (certificate is None) != (key is None):
-        raise ConfigError("--ssl-certfile and --ssl-keyfile go together", param="ssl_certfile")
-    for path in (certificate, key):
-        if path is not None and not path.is_file():
-            raise ConfigError(f"there is no file {path}", param="ssl_certfile")
 
-    def config(app: ASGIApp, port: int, most: int) -> uvicorn.Config:
+    def config(app: ASGIApp, most: int) -> uvicorn.Config:
         limits = connection.ConnectionLimits(most, service.settings.head_seconds, service.settings.stall_seconds)
-        return config_of(app, limits, host=host, port=port, log_level=log_level, tls=tls)
+        return config_of(app, limits, log_level=log_level, tls=tls)
 
     settings = service.settings
     app = create_app(service, keys)
-    main = Server(config(app, port, settings.max_connections), service, shutdown_timeout)
-    if settings.admin_port is None:
-        main.run()
+    main = Server(config(app, settings.max_connections), service, shutdown_timeout)
+    if not admin_sockets:
+        main.run(sockets)
         return
-    admin = uvicorn.Server(config(create_admin_app(service, keys), settings.admin_port, _ADMIN_CONNECTIONS))
-    asyncio.run(_both(main, admin))
+    admin = uvicorn.Server(config(create_admin_app(service, keys), _ADMIN_CONNECTIONS))
+    asyncio.run(_both((main, sockets), (admin, admin_sockets)))
 
 
-async def _both(main: uvicorn.Server, admin: uvicorn.Server) -> None:
+async def _both(
+    main: tuple[uvicorn.Server, list[socket.socket]], admin: tuple[uvicorn.Server, list[socket.socket]]
+) -> None:
     """The admin server lives as long as the main one, which alone answers signals."""
-    beside = asyncio.create_task(admin._serve())
+    beside = asyncio.create_task(admin[0]._serve(admin[1]))
     try:
-        await main.serve()
+        await main[0].serve(main[1])
     finally:
-        admin.should_exit = True
+        admin[0].should_exit = True
         await beside

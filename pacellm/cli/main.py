@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pacellm import __version__
 from pacellm.cli import values
 from pacellm.cli.calibrate import add_calibrate
 from pacellm.cli.cluster import add_cluster, add_experts
@@ -35,6 +36,7 @@ def serve_options(flags: Sequence[str]) -> argparse.Namespace:
 def new_parser() -> argparse.ArgumentParser:
     """Of all commands and their flags."""
     parser = argparse.ArgumentParser(prog="pacellm", description="Long-context inference with working memory.")
+    parser.add_argument("--version", action="version", version=f"pacellm {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_serve(commands.add_parser("serve", help="serve a model over OpenAI's API"))
     _add_chat(commands.add_parser("chat", help="talk to a server in the terminal"))
@@ -113,7 +115,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", help="another model that chats, as smollm2: ten questions about 4,000 tokens, or --tokens"
     )
-    parser.add_argument("--tokens", type=values.size, help="length of the document (default: 200,000)")
+    parser.add_argument("--tokens", type=values.document_size, help="length of the document (default: 200,000)")
     parser.add_argument("--seed", type=int, help="of the bundled model's document (default: 0)")
     parser.add_argument("serve_arguments", nargs="*", help="flags for the server, after --")
     parser.set_defaults(run=demo)

@@ -29,10 +29,21 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Load a model and answer HTTP until told to stop."""
-    from pacellm.server import logs
+    """Load a model and answer HTTP until told to stop. What needs no model is looked at first."""
+    from pacellm.server import listening, logs
 
     logs.configure(options.log_level, options.log_format)
+    tls = options.ssl_certfile, options.ssl_keyfile
+    listening.check_tls(*tls)
+    sockets = listening.bind(options.host, options.port)
+    admin_sockets = [] if options.admin_port is None else listening.bind(options.host, options.admin_port)
+    try:
+        return _serve(options, sockets, admin_sockets)
+    finally:
+        listening.close([*sockets, *admin_sockets])
+
+
+def _serve(options: argparse.Namespace, sockets: list[socket.socket], admin_sockets: list[socket.socket]) -> int:
     service, keys, team = build(options)
 
     from pacellm.server.launcher import run  # after the options and the model's files were looked at: it loads torch
@@ -45,8 +56,8 @@ def serve(options: argparse.Namespace) -> int:
     run(
         service,
         keys,
-        host=options.host,
-        port=options.port,
+        sockets=sockets,
+        admin_sockets=admin_sockets,
         log_level=options.log_level,
         shutdown_timeout=options.shutdown_timeout,
         tls=(options.ssl_certfile, options.ssl_keyfile),
@@ -243,7 +254,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     add("model", nargs="?", help="checkpoint directory, hub name, GGUF file, or smollm2 or gemma3-270m, which are "
         "fetched once (default: the bundled model)")  # fmt: skip
     add("--host", default="127.0.0.1")
-    add("--port", type=int, default=8000)
+    add("--port", type=values.port, default=8000, help="to listen on; 0 is any that is free (default: 8000)")
     add("--served-model-name", help="the name clients ask for (default: as MODEL is written, or pacellm-demo)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     add("--device", default="auto", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
@@ -330,7 +341,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         "beside this machine's), *.domain, or * for all; repeatable")  # fmt: skip
     add("--cors-origin", action="append", default=[], help="origin whose pages may use the server; repeatable")
     add("--metrics-tenant", metavar="TENANT", help="the tenant whose keys alone may read /metrics (default: all)")
-    add("--admin-port", type=int, help="serve /metrics on this port and not on the main one")
+    add("--admin-port", type=values.port, help="serve /metrics on this port and not on the main one")
     add("--page", action=argparse.BooleanOptionalAction, default=True, help="serve a page at / and the API's at /docs")
     add("--otlp-endpoint", metavar="URL", help="send a trace of every request to this OTLP collector, as "
         "http://127.0.0.1:4318; needs the extra otel")  # fmt: skip
