@@ -13,8 +13,8 @@ from pacellm.server import listening
 def test_a_port_is_bound_once():
     (one,) = listening.bind("127.0.0.1", 0)
     port = one.getsockname()[1]
+    one.listen()
     with one, pytest.raises(ConfigError, match=rf"cannot listen on 127.0.0.1, port {port} \(Address already in use\)"):
-        one.listen()
         listening.bind("127.0.0.1", port)
 
 
