@@ -17,6 +17,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from pacellm.cli.main import new_parser
+from tests.deploy.tools import tool
 
 ROOT = Path(__file__).parent.parent
 COMPOSE = ROOT / "deploy" / "compose"
@@ -24,15 +25,6 @@ KUBERNETES = ROOT / "deploy" / "kubernetes"
 OVERLAYS = sorted(path.parent.name for path in KUBERNETES.glob("overlays/*/kustomization.yaml"))
 DOCKERFILES = [*sorted((ROOT / "docker").glob("*.Dockerfile")), ROOT / "Dockerfile"]
 CUSTOM = ("PodMonitor", "PrometheusRule", "RayService", "ScaledObject", "ServiceMonitor")  # not Kubernetes' own
-
-
-def tool(name):
-    beside = Path(sys.executable).with_name(name)
-    found = str(beside) if beside.exists() else shutil.which(name)
-    if found is None:
-        reason = f"{name} is not installed; see docs/deploy.md"
-        (pytest.fail if os.environ.get("PACELLM_CHECK_DEPLOY") else pytest.skip)(reason)
-    return found
 
 
 def there(path):

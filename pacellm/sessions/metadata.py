@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from pacellm.memory.pool import BankPool
+from pacellm.memory.reads import rates
 from pacellm.sessions.disk_usage import DiskUsage
 from pacellm.sessions.session import Session
-
-_READS = {"hits": "hit_rate", "fuses": "fuse_rate", "misses": "miss_rate"}
 
 
 class SessionMetadata:
@@ -55,10 +54,8 @@ class SessionMetadata:
 
 
 def _rates(banks: dict[int, dict[str, int]]) -> dict[str, dict[str, Any]]:
-    """Fill and lifetime reads per layer, with the share of reads that were hits, fuses and misses."""
+    """Fill and lifetime reads per layer, with the rates of their outcomes."""
     shown: dict[str, dict[str, Any]] = {}
     for layer, facts in banks.items():
-        reads = sum(facts.get(name, 0) for name in _READS)
-        rates = {rate: round(facts.get(name, 0) / reads, 4) if reads else None for name, rate in _READS.items()}
-        shown[str(layer)] = {**facts, **rates}
+        shown[str(layer)] = {**facts, **rates(facts)}
     return shown

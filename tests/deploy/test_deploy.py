@@ -2,17 +2,14 @@
 
 import json
 import re
-import runpy
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
+from deploy.grafana.build import DASHBOARDS, text
+
 ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "deploy/prometheus"
-BUILD = runpy.run_path(str(ROOT / "deploy/grafana/build.py"))
-needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="needs the Debian package prometheus")
 
 
 @pytest.fixture(scope="module")
@@ -23,32 +20,35 @@ def scrape(live):
     return live.http.get("/metrics").text
 
 
-def families(text):
+def families(scraped):
     """Names as the page and queries use them: counters with _total, histograms without a suffix."""
-    kinds = re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE)
+    kinds = re.findall(r"^# TYPE (\S+) (\S+)$", scraped, re.MULTILINE)
     return {name for name, _ in kinds if not name.endswith("_created")}
 
 
-def named(text):
-    return {re.sub(r"_(bucket|sum|count)$", "", name) for name in re.findall(r"pacellm_[a-z0-9_]+", text)}
+def named(expression):
+    return {
+        re.sub(r"_(bucket|sum|count)$", "", name) for name in re.findall(r"(?:pacellm|process)_[a-z0-9_]+", expression)
+    }
 
 
-@pytest.mark.parametrize("name", sorted(BUILD["DASHBOARDS"]))
+@pytest.mark.parametrize("name", sorted(DASHBOARDS))
 def test_dashboards_are_current(name):
-    assert (ROOT / f"deploy/grafana/dashboards/{name}.json").read_text() == BUILD["text"](name)
+    assert (ROOT / f"deploy/grafana/dashboards/{name}.json").read_text() == text(name)
 
 
 def test_queries_name_metrics_that_exist(scrape):
     used = set()
-    for name in BUILD["DASHBOARDS"]:
-        for panel in json.loads(BUILD["text"](name))["panels"]:
+    for name in DASHBOARDS:
+        for panel in json.loads(text(name))["panels"]:
             used |= {metric for target in panel["targets"] for metric in named(target["expr"])}
     expressions = re.sub(r"annotations:.*?(?=- alert|\Z)", "", (PROMETHEUS / "alerts.yml").read_text(), flags=re.DOTALL)
     assert used | named(expressions) <= families(scrape)
 
 
 def test_page_lists_the_metrics(scrape):
-    assert set(re.findall(r"^\| `(pacellm_\w+)", (ROOT / "docs/metrics.md").read_text(), re.M)) == families(scrape)
+    rows = re.findall(r"^\| (`(?:pacellm|process)_.*?) \|", (ROOT / "docs/metrics.md").read_text(), re.M)
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == families(scrape)
 
 
 def test_no_session_is_a_label(scrape):
@@ -65,12 +65,7 @@ def test_every_alert_has_a_section_and_a_test():
     assert all(tested.count(f"alertname: {alert}\n") == 2 for alert in alerts)
 
 
-@needs_promtool
-def test_promtool(scrape):
-    def run(*command, text=None):
-        done = subprocess.run(["promtool", *command], cwd=PROMETHEUS, input=text, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    run("check", "config", "prometheus.yml")
-    run("test", "rules", "alerts_test.yml")
-    run("check", "metrics", text=scrape)
+def test_rules_and_metrics(promtool, scrape):
+    promtool(PROMETHEUS, "check", "config", "prometheus.yml")
+    promtool(PROMETHEUS, "test", "rules", "alerts_test.yml")
+    promtool(PROMETHEUS, "check", "metrics", text=scrape)
