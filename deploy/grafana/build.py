@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from deploy.grafana.panels import Panel, laid_out
-from deploy.grafana.queries import buckets, gauge, hit_rate, outcomes, part, process, quantile, quantiles, rate, seen
+from deploy.grafana.queries import (
+    buckets,
+    gauge,
+    outcome_rate,
+    outcomes,
+    part,
+    process,
+    quantile,
+    quantiles,
+    rate,
+    seen,
+)
 
 OUT = Path(__file__).parent / "dashboards"
 _DECEIVES = (
@@ -30,7 +41,7 @@ BANKS = (
     Panel("Attention called back", "percentunit", ((_CALLED_BACK, "called back"),), _USED, "stat"),
     Panel("As much by lot", "percentunit", ((_BY_LOT, "by lot"),), _USED, "stat"),
     Panel("Requests that called back", "cps", ((rate("recalls"), "requests"),), kind="stat"),
-    Panel("Hit rate", "percentunit", ((hit_rate(), "hits"),), _DECEIVES, "stat"),
+    Panel("Hit rate", "percentunit", ((outcome_rate("hits"), "hits"),), _DECEIVES, "stat"),
     Panel("Effective rank, median", "short", ((quantile(0.5, "bank_effective_rank"), "rank"),), _RANK, "stat"),
     Panel("Sessions", "short", ((gauge("sessions"), "sessions"),), kind="stat"),
     Panel(
@@ -47,7 +58,7 @@ BANKS = (
         "observe: banks are fed and counted, answers are the plain model's. reference and paper change answers. Reads "
         "and writes below are of all of them; the label preset tells them apart.",
     ),
-    Panel("Hit rate by layer", "percentunit", ((hit_rate("layer"), "layer {{layer}}"),), _DECEIVES),
+    Panel("Hit rate by layer", "percentunit", ((outcome_rate("hits", "layer"), "layer {{layer}}"),), _DECEIVES),
     Panel(
         "Effective rank of the keys, median",
         "short",
@@ -58,7 +69,7 @@ BANKS = (
     Panel(
         "What reads came to, layer $layer",
         "percentunit",
-        ((outcomes(', layer=~"$layer"'), "{{outcome}}"),),
+        outcomes(', layer=~"$layer"'),
         "Of all reads, a token at this layer each. empty: the bank had nothing in it yet.",
         "stacked",
         repeat="layer",

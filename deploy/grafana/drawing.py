@@ -42,7 +42,7 @@ def _series(client: httpx.Client, panel: Panel, start: float, end: float, variab
             values = {round((when - start) / _STEP): float(value) for when, value in one["values"]}
             steps = range(math.ceil((end - start) / _STEP))
             found.append((name, [step * _STEP / 60 for step in steps], [values.get(s, math.nan) for s in steps]))
-    return sorted(found, key=lambda series: ([float(number) for number in re.findall(r"[\d.]+", series[0])], series[0]))
+    return sorted(found, key=lambda series: [int(number) for number in re.findall(r"\d+", series[0])])
 
 
 def draw(title: str, panels: list[tuple[Panel, Series]], path: Path) -> None:

@@ -30,15 +30,15 @@ def gauge(name: str, by: str = "", how: str = "sum") -> str:
     return f"{how}{_by(by)} (pacellm_{name}{{{SELECT}}})"
 
 
-def hit_rate(by: str = "") -> str:
-    """Of bank reads, as :func:`pacellm.memory.reads.rates` defines it."""
-    return part(rate("bank_reads", by, f', outcome="{OUTCOMES["hits"]}"'), rate("bank_reads", by))
+def outcome_rate(counter: str, by: str = "", where: str = "") -> str:
+    """Of bank reads, as :func:`pacellm.memory.reads.rates` defines it; ``counter`` is one of ``OUTCOMES``."""
+    one = f'{where}, outcome="{OUTCOMES[counter]}"'
+    return part(rate("bank_reads", by, one), rate("bank_reads", by, where))
 
 
-def outcomes(where: str) -> str:
-    """The rate of each outcome of bank reads; they add up to 1."""
-    reads = f"({rate('bank_reads', '', where)} > 0)"
-    return f"{rate('bank_reads', 'outcome', where)} / ignoring (outcome) group_left () {reads}"
+def outcomes(where: str) -> tuple[Query, ...]:
+    """The rate of each outcome of bank reads; they add up to 1. Hits come first: stacked, they are the hit rate."""
+    return tuple((outcome_rate(counter, where=where), word) for counter, word in OUTCOMES.items())
 
 
 def quantile(share: float, name: str, by: str = "") -> str:

@@ -9,7 +9,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from deploy.grafana.build import BANKS, DASHBOARDS, dashboard, text
 from deploy.grafana.live import VARIABLES
-from deploy.grafana.queries import hit_rate, outcomes
+from deploy.grafana.queries import outcome_rate, outcomes
 from pacellm.memory.reads import OUTCOMES, rates
 
 COUNTS = {
@@ -90,11 +90,13 @@ def test_the_hit_rate_of_dashboards_is_the_one_of_the_api(promtool, tmp_path):
     ]  # fmt: skip
     both = {name: sum(counts[name] for counts in COUNTS.values()) for name in OUTCOMES}
     expected = [
-        (hit_rate("layer"), {f'{{layer="{layer}"}}': rates(counts)["hit_rate"] for layer, counts in COUNTS.items()})
+        (
+            outcome_rate("hits", "layer"),
+            {f'{{layer="{layer}"}}': rates(counts)["hit_rate"] for layer, counts in COUNTS.items()},
+        )
     ]
-    expected.append((hit_rate(), {"{}": rates(both)["hit_rate"]}))
-    shares = {f'{{outcome="{outcome}"}}': rates(COUNTS["0"])[f"{outcome}_rate"] for outcome in OUTCOMES.values()}
-    expected.append((outcomes(', layer="0"'), shares))
+    expected.append((outcome_rate("hits"), {"{}": rates(both)["hit_rate"]}))
+    expected += [(query, {"{}": rates(COUNTS["0"])[f"{name}_rate"]}) for query, name in outcomes(', layer="0"')]
     tests = [
         {
             "expr": f"round({written_out(query)}, 0.0001)",
