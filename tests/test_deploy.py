@@ -279,9 +279,9 @@ def test_only_replicas_with_a_shared_directory_are_scaled():
 
 
 def test_either_autoscaler_fits(tmp_path):
-    copy = tmp_path / "kubernetes"
-    shutil.copytree(KUBERNETES, copy)
-    overlay = copy / "overlays" / "gpu-fleet" / "kustomization.yaml"
+    copy = tmp_path / "deploy"
+    shutil.copytree(ROOT / "deploy", copy)
+    overlay = copy / "kubernetes" / "overlays" / "gpu-fleet" / "kustomization.yaml"
     overlay.write_text(overlay.read_text().replace("components/hpa #", "components/keda #"))
     resources = list(yaml.safe_load_all(output(tool("kubectl"), "kustomize", overlay.parent)))
     (scaled,) = of_kind(resources, "ScaledObject")
@@ -316,7 +316,18 @@ def test_a_ray_service_is_what_deploy_ray_takes():
     assert f"ray=={service['spec']['rayClusterConfig']['rayVersion']}" in pins
 
 
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_who_is_scraped_has_alerts_and_dashboards(overlay):
+    resources = rendered(overlay)
+    scraped = of_kind(resources, "ServiceMonitor") + of_kind(resources, "PodMonitor")
+    assert len(of_kind(resources, "PrometheusRule")) == len(scraped)
+    maps = [one for one in of_kind(resources, "ConfigMap") if "grafana_dashboard" in one["metadata"].get("labels", {})]
+    assert len(maps) == len(scraped) == (overlay != "cpu")
+    files = {path.name: path.read_text() for path in (ROOT / "deploy/grafana/dashboards").glob("*.json")}
+    assert all(one["data"] == files for one in maps)
+
+
 def test_the_operators_rules_are_prometheus_own():
     script = KUBERNETES / "prometheusrule.py"
     made = output(sys.executable, script, there("deploy/prometheus/alerts.yml"))
-    assert made == (KUBERNETES / "components" / "monitoring" / "prometheusrule.yaml").read_text()
+    assert made == (KUBERNETES / "components" / "alerts" / "prometheusrule.yaml").read_text()

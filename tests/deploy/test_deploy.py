@@ -2,14 +2,17 @@
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from deploy.grafana.build import DASHBOARDS, text
 
 ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "deploy/prometheus"
+RUNBOOK = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Runbook"]
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +61,25 @@ def test_no_session_is_a_label(scrape):
 def test_every_alert_has_a_section_and_a_test():
     rules = (PROMETHEUS / "alerts.yml").read_text()
     alerts = re.findall(r"alert: (\w+)", rules)
-    anchors = re.findall(r"runbook_url: docs/runbook\.md#(\w+)", rules)
-    assert anchors == [alert.lower() for alert in alerts]
+    links = re.findall(r"runbook_url: (\S+)#(\w+)", rules)
+    assert [anchor for _, anchor in links] == [alert.lower() for alert in alerts]
+    (page,) = {page for page, _ in links}
+    assert page == RUNBOOK
     assert sorted(re.findall(r"^## (\w+)", (ROOT / "docs/runbook.md").read_text(), re.M)) == sorted(alerts)
-    tested = (PROMETHEUS / "alerts_test.yml").read_text()
-    assert all(tested.count(f"alertname: {alert}\n") == 2 for alert in alerts)
+    tests = yaml.safe_load((PROMETHEUS / "alerts_test.yml").read_text())["tests"]
+    found = [(rule["alertname"], bool(rule["exp_alerts"])) for test in tests for rule in test["alert_rule_test"]]
+    assert {(alert, fires) for alert in alerts for fires in (True, False)} == set(found)
+
+
+def test_an_alert_fires_when_the_server_is_down():
+    """``up`` is the one series that is there when a server is not, under the name that each scraper gives its job."""
+    for path in ("prometheus/prometheus.yml",):
+        (job,) = yaml.safe_load((ROOT / "deploy" / path).read_text())["scrape_configs"]
+        assert job["job_name"] == "pacellm"
+    for path in ("components/monitoring/servicemonitor.yaml", "overlays/rayservice/podmonitor.yaml"):
+        spec = yaml.safe_load((ROOT / "deploy/kubernetes" / path).read_text())["spec"]
+        for endpoint in spec.get("endpoints") or spec["podMetricsEndpoints"]:
+            assert {"targetLabel": "job", "replacement": "pacellm"} in endpoint["relabelings"]
 
 
 def test_rules_and_metrics(promtool, scrape):
