@@ -7,12 +7,13 @@ import dataclasses
 import gc
 import logging
 import socket
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pacellm.cli import values
 from pacellm.config import ATTENTION_KERNELS, INDEXES, PRESETS, EngineConfig, PAConfig
-from pacellm.errors import ConfigError
+from pacellm.errors import ConfigError, PaceError
 
 if TYPE_CHECKING:
     from pacellm.calibration.file import Calibration
@@ -33,6 +34,16 @@ def serve(options: argparse.Namespace) -> int:
     from pacellm.server import logs
 
     logs.configure(options.log_level, options.log_format)
+    try:
+        return _serve(options)
+    except PaceError as error:
+        if options.log_format == "text":
+            raise
+        logger.critical("%s", error)
+        return 2
+
+
+def _serve(options: argparse.Namespace) -> int:
     service, keys, team = build(options)
 
     from pacellm.server.launcher import run  # after the options and the model's files were looked at: it loads torch
@@ -152,7 +163,9 @@ def _traces(endpoint: str | None, model_name: str) -> Traces | None:
 
 def _load(path: str, options: argparse.Namespace) -> tuple[LoadedModel, Team | None]:
     from pacellm.model.load import find_device, load
+    from pacellm.server import logs
 
+    logs.adopt()
     device = find_device(options.device)
     if options.tensor_parallel_size == 1:
         scaling, pickles = options.rope_scaling, options.allow_pickle
@@ -163,7 +176,8 @@ def _load(path: str, options: argparse.Namespace) -> tuple[LoadedModel, Team | N
         if getattr(options, name):
             raise ConfigError(f"{name} is not for a model split over processes; leave it out", param=name)
     size = options.tensor_parallel_size
-    team = launch.start(path, size, dtype=options.dtype, device=device, on_lost=launch.end_service)
+    prepare = partial(logs.configure, options.log_level, options.log_format)
+    team = launch.start(path, size, dtype=options.dtype, device=device, on_lost=launch.end_service, prepare=prepare)
     return team.model, team
 
 
