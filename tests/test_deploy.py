@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 COMPOSE = ROOT / "deploy" / "compose"
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 OVERLAYS = sorted(path.parent.name for path in KUBERNETES.glob("overlays/*/kustomization.yaml"))
+STACK = "cpu with components/stack"
 DOCKERFILES = [*sorted((ROOT / "docker").glob("*.Dockerfile")), ROOT / "Dockerfile"]
 CUSTOM = ("PodMonitor", "PrometheusRule", "RayService", "ScaledObject", "ServiceMonitor")  # not Kubernetes' own
 
@@ -42,11 +44,25 @@ def output(*command, **options):
 
 @functools.cache
 def rendered(overlay):
+    if overlay == STACK:
+        return _with_a_stack()
     return list(yaml.safe_load_all(output(tool("kubectl"), "kustomize", KUBERNETES / "overlays" / overlay)))
 
 
+def _with_a_stack():
+    """As docs/deploy.md says it: an overlay of one's own with components/stack."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "deploy", Path(folder, "deploy"))
+        own = Path(folder, "own")
+        own.mkdir()
+        parts = {"resources": ["overlays/cpu"], "components": ["components/stack"]}
+        whole = {kind: [f"../deploy/kubernetes/{path}" for path in paths] for kind, paths in parts.items()}
+        (own / "kustomization.yaml").write_text(yaml.safe_dump({"namespace": "pacellm", **whole}))
+        return list(yaml.safe_load_all(output(tool("kubectl"), "kustomize", own)))
+
+
 def templates(resources):
-    for one in of_kind(resources, "StatefulSet"):
+    for one in of_kind(resources, "StatefulSet") + of_kind(resources, "Deployment"):
         yield one["spec"]["template"]
     for one in of_kind(resources, "RayService"):
         cluster = one["spec"]["rayClusterConfig"]
@@ -192,7 +208,7 @@ def test_the_override_for_hosts_without_a_gpu_takes_the_device_away():
 STATEFUL = [name for name in OVERLAYS if name != "rayservice"]
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("overlay", [*OVERLAYS, STACK])
 def test_manifests_are_valid(overlay, tmp_path):
     validate = tool("kubernetes-validate")
     resources = rendered(overlay)
@@ -208,7 +224,7 @@ def test_manifests_are_valid(overlay, tmp_path):
     output(validate, "--strict", *sorted(tmp_path.iterdir()))
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("overlay", [*OVERLAYS, STACK])
 def test_pods_have_few_rights(overlay):
     found = 0
     for template in templates(rendered(overlay)):
@@ -314,6 +330,45 @@ def test_a_ray_service_is_what_deploy_ray_takes():
     assert {port["name"]: port["containerPort"] for port in container["ports"]} == {"serve": 8000, "metrics": 9100}
     pins = (ROOT / "docker" / "constraints.txt").read_text().splitlines()
     assert f"ray=={service['spec']['rayClusterConfig']['rayVersion']}" in pins
+
+
+def test_the_stack_is_what_compose_has():
+    """Images, flags, variables and ports of compose.yml; the folders that it mounts are ConfigMaps here."""
+    resources, services = rendered(STACK), compose("compose.yml")["services"]
+    maps = {one["metadata"]["name"]: one["data"] for one in of_kind(resources, "ConfigMap")}
+    names = {one["metadata"]["name"] for one in resources}
+    targets = yaml.safe_load(next(data["prometheus.yml"] for data in maps.values() if "prometheus.yml" in data))
+    (job,) = targets["scrape_configs"]
+    assert job["job_name"] == "pacellm"
+    assert set(job["dns_sd_configs"][0]["names"]) <= names
+    assert {"alertmanager", "grafana", "prometheus"} == {
+        one["metadata"]["name"] for one in of_kind(resources, "Deployment")
+    }
+    for deployment in of_kind(resources, "Deployment"):
+        name, template = deployment["metadata"]["name"], deployment["spec"]["template"]
+        (service,) = [one for one in of_kind(resources, "Service") if one["metadata"]["name"] == name]
+        assert (
+            service["spec"]["selector"]
+            == deployment["spec"]["selector"]["matchLabels"]
+            == template["metadata"]["labels"]
+        )
+        (container,) = template["spec"]["containers"]
+        assert container["image"] == services[name]["image"]
+        assert container.get("args", []) == services[name].get("command", [])
+        env = {one["name"]: one["value"] for one in container.get("env", [])}
+        assert env == services[name].get("environment", {})
+        assert service["spec"]["ports"][0]["port"] == int(services[name]["ports"][0].split(":")[-1])
+        volumes = {one["name"]: one for one in template["spec"]["volumes"]}
+        assert {mount["name"] for mount in container["volumeMounts"]} == volumes.keys()
+        for volume in volumes.values():
+            if "configMap" in volume:
+                keys = {item["key"] for item in volume["configMap"].get("items", [])}
+                assert keys <= maps[volume["configMap"]["name"]].keys()
+
+
+def test_prometheus_takes_the_stacks_configuration():
+    path = KUBERNETES / "components" / "stack" / "prometheus.yml"
+    output(tool("promtool", "prometheus"), "check", "config", "--syntax-only", path)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
