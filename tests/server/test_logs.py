@@ -76,7 +76,8 @@ def test_a_server_from_start_to_ctrl_c():
         out, err = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert (process.returncode, out) == (130, "")
+    assert process.returncode in (0, 130)  # 0 where whoever runs the tests has told its children to ignore the signal
+    assert out == ""
     lines = lines_of(err)
     assert all(line["logger"].partition(".")[0] == "pacellm" for line in lines)
     assert [line["route"] for line in lines if line["logger"] == "pacellm.access"] == ["/v1/models", "/nothing"]
