@@ -63,6 +63,6 @@ lint: venv
 	$(BIN)/mypy
 
 .PHONY: check-deploy
-check-deploy: venv  ## Dockerfiles, compose and manifests, with the tools of the extra "deploy" and kubectl
+check-deploy: venv  ## Dockerfiles, compose, manifests, alerts and dashboards; with the extra "deploy", kubectl, promtool
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,deploy]'
-	PACELLM_CHECK_DEPLOY=1 $(BIN)/python -m pytest tests/test_deploy.py
+	PACELLM_CHECK_DEPLOY=1 $(BIN)/python -m pytest tests/test_deploy.py tests/deploy/test_deploy.py tests/deploy/test_dashboards.py

@@ -7,9 +7,12 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pacellm.errors import ForeignOrigin, PaceError, RequestError
@@ -20,6 +23,7 @@ from .errors import response_of
 logger = logging.getLogger("pacellm.access")
 REQUEST_ID = r"^[A-Za-z0-9._:-]{1,128}$"
 MAX_HEADERS = 128
+_LONGEST_PATH = 100  # characters of one that nobody answers to, in the log
 _PROBES = frozenset(("/health", "/ready", "/metrics", "/version"))
 _PAGES = ("/", "/docs")  # links from elsewhere may lead here; what they do is asked for by their own origin
 _FOR_ALL = frozenset(("/health", "/ready", "/metrics"))  # probes and scrapes come by a pod's address or any name
@@ -45,6 +49,7 @@ class Edge:
     ) -> None:
         self._app, self._hosts = app, tuple(host.lower() for host in allowed_hosts)
         self._origins, self._count = frozenset(origins), count
+        self._routes = tuple(_flat(getattr(app, "routes", ())))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -74,7 +79,7 @@ class Edge:
         finally:
             if status and self._count is not None and scope["path"] not in _PROBES:
                 self._count(status)
-            _log(scope["method"], inner, status, time.monotonic() - started)
+            self._log(scope["method"], inner, status, time.monotonic() - started)
             logs.request_id.reset(token)
 
     def _stranger(self, path: str, headers: Headers) -> PaceError | None:
@@ -107,6 +112,33 @@ class Edge:
             return site not in ("same-origin", "none")
         return origin is not None and origin.partition("://")[2].lower() != host.lower()
 
+    def _log(self, method: str, scope: Scope, status: int, seconds: float) -> None:
+        """Method, route and outcome; neither the query nor anything from a body. Probes and scrapes that go well are
+        said at the level debug."""
+        fields = {
+            "method": method if method.isalpha() else "?",
+            "route": self._route(scope),
+            "status": status,
+            "duration_ms": round(1000 * seconds, 1),
+            "tenant": scope.get("state", {}).get("tenant"),
+        }
+        level = logging.DEBUG if scope["path"] in _PROBES and status < 400 else logging.INFO
+        logger.log(level, "%(method)s %(route)s %(status)s %(duration_ms)s ms", fields, extra={"fields": fields})
+
+    def _route(self, scope: Scope) -> str:
+        """The route's path, without what callers put into it; a path that has no route as it came, up to a length."""
+        route = scope.get("route")
+        if route is None:  # there is none, or the request was refused before it was looked for
+            route = next((one for one in self._routes if one.matches(scope)[0] is not Match.NONE), None)
+        return getattr(route, "path", None) or quote(scope["path"])[:_LONGEST_PATH]
+
+
+def _flat(routes: Iterable[Any]) -> Iterator[Any]:
+    """Routes with those of the routers among them."""
+    for route in routes:
+        router = getattr(route, "original_router", None)
+        yield from [route] if router is None else _flat(router.routes)
+
 
 def _request_id(headers: Headers) -> str:
     """The one that the client gave, or a new one where it gave none that can go into logs and headers as it is."""
@@ -133,16 +165,3 @@ def _host(header: str) -> str:
     if header.startswith("["):
         return header[1:].partition("]")[0].lower()
     return header.partition(":")[0].lower().removesuffix(".")
-
-
-def _log(method: str, scope: Scope, status: int, seconds: float) -> None:
-    """Method, route and outcome; neither the query nor anything from a body."""
-    route = scope.get("route")
-    fields = {
-        "method": method if method.isalpha() else "?",
-        "route": getattr(route, "path", None) or "unknown",
-        "status": status,
-        "duration_ms": round(1000 * seconds, 1),
-        "tenant": scope.get("state", {}).get("tenant"),
-    }
-    logger.info("%(method)s %(route)s %(status)s %(duration_ms)s ms", fields, extra={"fields": fields})

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from time import monotonic, time
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client import Counter as Total
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -17,17 +16,22 @@ from prometheus_client.utils import floatToGoString
 
 from pacellm import errors
 from pacellm.config import PRESETS
+from pacellm.engine.histogram import Histogram
 from pacellm.engine.stats import per_layer
 from pacellm.engine.thread import EngineThread
 from pacellm.faults import PLACES
+from pacellm.memory.reads import OUTCOMES
 from pacellm.modes import MODES
 from pacellm.recall.hits import Attention
 from pacellm.types import Delta, Event, Failed, Finished
 
 _STATUSES = (200, *sorted({error.status for error in vars(errors).values() if hasattr(error, "status")}))
-_SHORT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
-_LONG = (*_SHORT[6:], 160.0, 320.0, 640.0, 1280.0, 2560.0)
-_END_TO_END = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 480.0, 960.0, 1920.0, 7680.0)
+_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
+_REQUEST = (
+    *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5),
+    *(10.0, 15.0, 20.0, 30.0, 45.0, 60.0, 90.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 3840.0, 7680.0),
+)
+_TOKENS = tuple(float(step * 10**power) for power in range(7) for step in (1, 2, 5))
 
 
 class Metrics:
@@ -36,6 +40,7 @@ class Metrics:
     def __init__(self, thread: EngineThread, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(thread, model_name))
+        ProcessCollector(registry=self.registry)
         self._last_token: dict[str, float] = {}
         self._model = model_name
         self._responses = Total(
@@ -44,17 +49,21 @@ class Metrics:
         for status in _STATUSES:  # there from the start, so that the first of a kind is seen as a step
             self._responses.labels(model_name, str(status))
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            metric = Histogram(f"pacellm_{name}", text, ["model_name"], buckets=buckets, registry=self.registry)
-            return metric.labels(model_name)
+        def histogram(name: str, text: str, buckets: tuple[float, ...] = _REQUEST) -> Histogram:
+            made = Histogram(buckets)
+            self.registry.register(_Told(name, text, model_name, made))
+            return made
 
-        self._first = histogram("time_to_first_token_seconds", "Arrival to first token.", (*_SHORT[:6], *_LONG))
-        self._between = _TokenLatency(model_name)
-        self.registry.register(self._between)
-        self._queue = histogram("request_queue_time_seconds", "Time before admission.", _END_TO_END)
-        self._prefill = histogram("request_prefill_time_seconds", "Admission to first token.", _END_TO_END)
-        self._decode = histogram("request_decode_time_seconds", "First to last token.", _END_TO_END)
-        self._whole = histogram("e2e_request_latency_seconds", "Arrival to end.", _END_TO_END)
+        self._first = histogram("time_to_first_token_seconds", "Arrival to first token.")
+        self._between = histogram("inter_token_latency_seconds", "Time between tokens of a request.", _TOKEN)
+        self._queue = histogram("request_queue_time_seconds", "Time before admission.")
+        self._prefill = histogram("request_prefill_time_seconds", "Admission to first token.")
+        self._decode = histogram("request_decode_time_seconds", "First to last token.")
+        self._whole = histogram("e2e_request_latency_seconds", "Arrival to end.")
+        self._prompt = histogram(
+            "request_prompt_tokens", "Prompt tokens of a request, with those not computed again.", _TOKENS
+        )
+        self._answer = histogram("request_generation_tokens", "Tokens generated for a request.", _TOKENS)
 
     def count_response(self, status: int) -> None:
         """Called when an answer has ended. Statuses come from this server alone, so they are few."""
@@ -78,6 +87,8 @@ class Metrics:
             self._prefill.observe(prefill)
             self._decode.observe(decode)
             self._whole.observe(queue + prefill + decode)
+            self._prompt.observe(event.usage.prompt_tokens)
+            self._answer.observe(event.usage.completion_tokens)
             if event.usage.completion_tokens:
                 self._first.observe(queue + prefill)
 
@@ -86,28 +97,30 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-class _TokenLatency(Collector):
-    """A histogram that costs little to add to: it is added to with every token."""
+class _Told(Collector):
+    """A histogram of all requests, told as prometheus_client's own: which takes a lock and a walk for every value, and
+    one of these is added to with every token."""
 
-    _NAME, _BUCKETS = "pacellm_inter_token_latency_seconds", (*_SHORT, math.inf)
-
-    def __init__(self, model_name: str) -> None:
-        self._model, self._created = model_name, time()
-        self._counts, self._sum = [0] * len(self._BUCKETS), 0.0
-
-    def observe(self, seconds: float) -> None:
-        """Add a time."""
-        self._counts[bisect_left(self._BUCKETS, seconds)] += 1
-        self._sum += seconds
+    def __init__(self, name: str, text: str, model_name: str, values: Histogram) -> None:
+        self._name, self._text, self._model = name, text, model_name
+        self._values, self._created = values, time()
 
     def collect(self) -> Iterator[Metric]:
-        """As prometheus_client's own."""
-        metric = HistogramMetricFamily(self._NAME, "Time between tokens of a request.", labels=["model_name"])
-        names = map(floatToGoString, self._BUCKETS)
-        counts = [float(count) for count in itertools.accumulate(self._counts)]
-        metric.add_metric([self._model], list(zip(names, counts, strict=True)), self._sum)
-        metric.add_sample(f"{self._NAME}_created", {"model_name": self._model}, self._created)
+        """The one family."""
+        metric = _family(self._name, self._text, ["model_name"], {(self._model,): self._values})
+        metric.add_sample(f"{metric.name}_created", {"model_name": self._model}, self._created)
         yield metric
+
+
+def _family(
+    name: str, text: str, labels: Sequence[str], values: Mapping[tuple[str, ...], Histogram]
+) -> HistogramMetricFamily:
+    """Histograms by the values of their labels."""
+    metric = HistogramMetricFamily(f"pacellm_{name}", text, labels=labels)
+    for given, one in values.items():
+        buckets = [(floatToGoString(end), float(count)) for end, count in zip(one.bounds, one.up_to(), strict=True)]
+        metric.add_metric(given, buckets, one.sum)
+    return metric
 
 
 class _EngineCollector(Collector):
@@ -252,21 +265,25 @@ class _EngineCollector(Collector):
         )
         for layer, preset in itertools.product((config.pa_layers or ()) if config.pa else (), PRESETS):
             counts = stats.bank.get((layer, preset), Counter())
-            for name, outcome in (("hits", "hit"), ("fuses", "fuse"), ("misses", "miss"), ("empty", "empty")):
+            for name, outcome in OUTCOMES.items():
                 reads.add_metric([self._model, str(layer), preset, outcome], counts[name])
             for name, kind in (("merges", "merge"), ("replacements", "replace")):
                 writes.add_metric([self._model, str(layer), preset, kind], counts[name])
         yield reads
         yield writes
         for name, text, values in (
-            ("bank_effective_rank", "Effective rank of the keys of the bank that finished last.", stats.effective_rank),
-            ("bank_slot_age", "Mean writes since a slot was changed, same bank.", stats.slot_age),
-            ("bank_slots_filled", "Slots in use, same bank.", stats.filled),
+            (
+                "bank_effective_rank",
+                "Effective rank of the keys of a bank as a request has left it.",
+                stats.effective_rank,
+            ),
+            ("bank_slot_age", "Mean writes since a slot of it was changed.", stats.slot_age),
+            ("bank_slots_filled", "Slots of it in use.", stats.filled),
         ):
-            gauge = GaugeMetricFamily(f"pacellm_{name}", text, labels=["model_name", "layer"])
-            for layer, value in dict(values).items():
-                gauge.add_metric([self._model, str(layer)], value)
-            yield gauge
+            told: dict[tuple[str, ...], Histogram] = {
+                (self._model, str(layer)): one for layer, one in dict(values).items()
+            }
+            yield _family(name, text, ["model_name", "layer"], told)
 
     def _experts(self) -> Metric:
         activity = CounterMetricFamily(

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,22 +18,15 @@ import yaml
 from packaging.requirements import Requirement
 
 from pacellm.cli.main import new_parser
+from tests.deploy.tools import tool
 
 ROOT = Path(__file__).parent.parent
 COMPOSE = ROOT / "deploy" / "compose"
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 OVERLAYS = sorted(path.parent.name for path in KUBERNETES.glob("overlays/*/kustomization.yaml"))
+STACK = "cpu with components/stack"
 DOCKERFILES = [*sorted((ROOT / "docker").glob("*.Dockerfile")), ROOT / "Dockerfile"]
 CUSTOM = ("PodMonitor", "PrometheusRule", "RayService", "ScaledObject", "ServiceMonitor")  # not Kubernetes' own
-
-
-def tool(name):
-    beside = Path(sys.executable).with_name(name)
-    found = str(beside) if beside.exists() else shutil.which(name)
-    if found is None:
-        reason = f"{name} is not installed; see docs/deploy.md"
-        (pytest.fail if os.environ.get("PACELLM_CHECK_DEPLOY") else pytest.skip)(reason)
-    return found
 
 
 def there(path):
@@ -50,11 +44,25 @@ def output(*command, **options):
 
 @functools.cache
 def rendered(overlay):
+    if overlay == STACK:
+        return _with_a_stack()
     return list(yaml.safe_load_all(output(tool("kubectl"), "kustomize", KUBERNETES / "overlays" / overlay)))
 
 
+def _with_a_stack():
+    """As docs/deploy.md says it: an overlay of one's own with components/stack."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "deploy", Path(folder, "deploy"))
+        own = Path(folder, "own")
+        own.mkdir()
+        parts = {"resources": ["overlays/cpu"], "components": ["components/stack"]}
+        whole = {kind: [f"../deploy/kubernetes/{path}" for path in paths] for kind, paths in parts.items()}
+        (own / "kustomization.yaml").write_text(yaml.safe_dump({"namespace": "pacellm", **whole}))
+        return list(yaml.safe_load_all(output(tool("kubectl"), "kustomize", own)))
+
+
 def templates(resources):
-    for one in of_kind(resources, "StatefulSet"):
+    for one in of_kind(resources, "StatefulSet") + of_kind(resources, "Deployment"):
         yield one["spec"]["template"]
     for one in of_kind(resources, "RayService"):
         cluster = one["spec"]["rayClusterConfig"]
@@ -200,7 +208,7 @@ def test_the_override_for_hosts_without_a_gpu_takes_the_device_away():
 STATEFUL = [name for name in OVERLAYS if name != "rayservice"]
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("overlay", [*OVERLAYS, STACK])
 def test_manifests_are_valid(overlay, tmp_path):
     validate = tool("kubernetes-validate")
     resources = rendered(overlay)
@@ -216,7 +224,7 @@ def test_manifests_are_valid(overlay, tmp_path):
     output(validate, "--strict", *sorted(tmp_path.iterdir()))
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("overlay", [*OVERLAYS, STACK])
 def test_pods_have_few_rights(overlay):
     found = 0
     for template in templates(rendered(overlay)):
@@ -287,9 +295,9 @@ def test_only_replicas_with_a_shared_directory_are_scaled():
 
 
 def test_either_autoscaler_fits(tmp_path):
-    copy = tmp_path / "kubernetes"
-    shutil.copytree(KUBERNETES, copy)
-    overlay = copy / "overlays" / "gpu-fleet" / "kustomization.yaml"
+    copy = tmp_path / "deploy"
+    shutil.copytree(ROOT / "deploy", copy)
+    overlay = copy / "kubernetes" / "overlays" / "gpu-fleet" / "kustomization.yaml"
     overlay.write_text(overlay.read_text().replace("components/hpa #", "components/keda #"))
     resources = list(yaml.safe_load_all(output(tool("kubectl"), "kustomize", overlay.parent)))
     (scaled,) = of_kind(resources, "ScaledObject")
@@ -324,7 +332,57 @@ def test_a_ray_service_is_what_deploy_ray_takes():
     assert f"ray=={service['spec']['rayClusterConfig']['rayVersion']}" in pins
 
 
+def test_the_stack_is_what_compose_has():
+    """Images, flags, variables and ports of compose.yml; the folders that it mounts are ConfigMaps here."""
+    resources, services = rendered(STACK), compose("compose.yml")["services"]
+    maps = {one["metadata"]["name"]: one["data"] for one in of_kind(resources, "ConfigMap")}
+    names = {one["metadata"]["name"] for one in resources}
+    targets = yaml.safe_load(next(data["prometheus.yml"] for data in maps.values() if "prometheus.yml" in data))
+    (job,) = targets["scrape_configs"]
+    assert job["job_name"] == "pacellm"
+    assert set(job["dns_sd_configs"][0]["names"]) <= names
+    assert {"alertmanager", "grafana", "prometheus"} == {
+        one["metadata"]["name"] for one in of_kind(resources, "Deployment")
+    }
+    for deployment in of_kind(resources, "Deployment"):
+        name, template = deployment["metadata"]["name"], deployment["spec"]["template"]
+        (service,) = [one for one in of_kind(resources, "Service") if one["metadata"]["name"] == name]
+        assert (
+            service["spec"]["selector"]
+            == deployment["spec"]["selector"]["matchLabels"]
+            == template["metadata"]["labels"]
+        )
+        (container,) = template["spec"]["containers"]
+        assert container["image"] == services[name]["image"]
+        assert container.get("args", []) == services[name].get("command", [])
+        env = {one["name"]: one["value"] for one in container.get("env", [])}
+        assert env == services[name].get("environment", {})
+        assert service["spec"]["ports"][0]["port"] == int(services[name]["ports"][0].split(":")[-1])
+        volumes = {one["name"]: one for one in template["spec"]["volumes"]}
+        assert {mount["name"] for mount in container["volumeMounts"]} == volumes.keys()
+        for volume in volumes.values():
+            if "configMap" in volume:
+                keys = {item["key"] for item in volume["configMap"].get("items", [])}
+                assert keys <= maps[volume["configMap"]["name"]].keys()
+
+
+def test_prometheus_takes_the_stacks_configuration():
+    path = KUBERNETES / "components" / "stack" / "prometheus.yml"
+    output(tool("promtool", "prometheus"), "check", "config", "--syntax-only", path)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_who_is_scraped_has_alerts_and_dashboards(overlay):
+    resources = rendered(overlay)
+    scraped = of_kind(resources, "ServiceMonitor") + of_kind(resources, "PodMonitor")
+    assert len(of_kind(resources, "PrometheusRule")) == len(scraped)
+    maps = [one for one in of_kind(resources, "ConfigMap") if "grafana_dashboard" in one["metadata"].get("labels", {})]
+    assert len(maps) == len(scraped) == (overlay != "cpu")
+    files = {path.name: path.read_text() for path in (ROOT / "deploy/grafana/dashboards").glob("*.json")}
+    assert all(one["data"] == files for one in maps)
+
+
 def test_the_operators_rules_are_prometheus_own():
     script = KUBERNETES / "prometheusrule.py"
     made = output(sys.executable, script, there("deploy/prometheus/alerts.yml"))
-    assert made == (KUBERNETES / "components" / "monitoring" / "prometheusrule.yaml").read_text()
+    assert made == (KUBERNETES / "components" / "alerts" / "prometheusrule.yaml").read_text()

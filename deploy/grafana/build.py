@@ -1,94 +1,86 @@
-"""Writes the dashboards: ``python deploy/grafana/build.py``. The JSON beside it is made from this file alone."""
+"""Writes the dashboards: ``python -m deploy.grafana.build``. The JSON beside it is made from this file alone."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-OUT = Path(__file__).parent / "dashboards"
-_SELECT = 'model_name=~"$model", instance=~"$instance"'
-_WIDTH, _HEIGHT = 8, 8
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One graph: ``queries`` are (PromQL, legend); ``note`` is shown to whoever hovers over the title."""
-
-    title: str
-    unit: str
-    queries: tuple[tuple[str, str], ...]
-    note: str = ""
-
-
-def rate(name: str, by: str = "", where: str = "") -> str:
-    """Per second, summed."""
-    group = f" by ({by})" if by else ""
-    return f"sum{group} (rate(pacellm_{name}_total{{{_SELECT}{where}}}[$__rate_interval]))"
-
-
-def gauge(name: str, by: str, how: str = "sum") -> str:
-    """A gauge over instances."""
-    return f"{how} by ({by}) (pacellm_{name}{{{_SELECT}}})"
-
-
-def quantiles(name: str) -> tuple[tuple[str, str], ...]:
-    """Median, 95th and 99th percentile of a histogram."""
-    rates = f"sum by (le) (rate(pacellm_{name}_bucket{{{_SELECT}}}[$__rate_interval]))"
-    return tuple((f"histogram_quantile({q}, {rates})", f"p{round(100 * q)}") for q in (0.5, 0.95, 0.99))
-
-
-def share(outcome: str) -> str:
-    """An outcome's part of all reads, by layer."""
-    part = rate("bank_reads", "layer", f', outcome="{outcome}"')
-    return f"{part} / {rate('bank_reads', 'layer')}"
-
-
-_DECEIVES = (
-    "A high hit rate is not memory: one key merged everywhere hits always. Read it with effective rank and age. "
-    "What the preset observe reads reaches no answer."
+from deploy.grafana.panels import Panel, laid_out
+from deploy.grafana.queries import (
+    buckets,
+    gauge,
+    outcome_rate,
+    outcomes,
+    part,
+    process,
+    quantile,
+    quantiles,
+    rate,
+    seen,
 )
+
+OUT = Path(__file__).parent / "dashboards"
+_DECEIVES = (
+    "Hits, of all reads, those of an empty bank included. A high hit rate is not memory: one key merged everywhere "
+    "hits always. Read it with effective rank and age. What the preset observe reads reaches no answer."
+)
+_CALLED_BACK, _BY_LOT = (
+    part(rate(name), rate("attended_tokens")) for name in ("attention_called_back", "attention_by_lot")
+)
+_USED = (
+    "Working memory's hits: of decoded tokens' attention, in the layers that retrieve, the share that goes to blocks "
+    "that were called back, and that would go to as many others of the history beside them. One turn in eight, its "
+    "first eight tokens. Where both are alike, what was called back is not used."
+)
+_RANK = (
+    "Near 1, all keys point the same way and the bank holds one thing. Of banks as requests that finished left them."
+)
+_AGE = "Mean writes since a slot was changed. Near 0, nothing is older than the last segment."
 BANKS = (
+    Panel("Attention called back", "percentunit", ((_CALLED_BACK, "called back"),), _USED, "stat"),
+    Panel("As much by lot", "percentunit", ((_BY_LOT, "by lot"),), _USED, "stat"),
+    Panel("Requests that called back", "cps", ((rate("recalls"), "requests"),), kind="stat"),
+    Panel("Hit rate", "percentunit", ((outcome_rate("hits"), "hits"),), _DECEIVES, "stat"),
+    Panel("Effective rank, median", "short", ((quantile(0.5, "bank_effective_rank"), "rank"),), _RANK, "stat"),
+    Panel("Sessions", "short", ((gauge("sessions"), "sessions"),), kind="stat"),
     Panel(
         "Attention to what was called back",
         "percentunit",
-        (
-            (f"{rate('attention_called_back')} / {rate('attended_tokens')}", "called back"),
-            (f"{rate('attention_by_lot')} / {rate('attended_tokens')}", "as much by lot"),
-        ),
-        "Working memory's hits: of decoded tokens' attention, in the layers that retrieve, the share that goes to "
-        "blocks that were called back, and that would go to as many others of the history beside them. One turn in "
-        "eight, its first eight tokens. Where both are alike, what was called back is not used.",
+        ((_CALLED_BACK, "called back"), (_BY_LOT, "as much by lot")),
+        _USED,
     ),
     Panel("Requests that called back", "cps", ((rate("recalls"), "requests"),)),
     Panel(
         "Requests by what is on",
         "cps",
-        ((rate("requests_by_pa", "pa"), "{{pa}}"),),
+        ((seen("requests_by_pa", "pa"), "{{pa}}"),),
         "observe: banks are fed and counted, answers are the plain model's. reference and paper change answers. Reads "
         "and writes below are of all of them; the label preset tells them apart.",
     ),
-    Panel("Hit rate by layer", "percentunit", ((share("hit"), "layer {{layer}}"),), _DECEIVES),
+    Panel("Hit rate by layer", "percentunit", ((outcome_rate("hits", "layer"), "layer {{layer}}"),), _DECEIVES),
     Panel(
-        "Effective rank of the keys",
+        "Effective rank of the keys, median",
         "short",
-        ((gauge("bank_effective_rank", "layer", "avg"), "layer {{layer}}"),),
-        "Near 1, all keys point the same way and the bank holds one thing. Of the bank that finished last.",
+        ((quantile(0.5, "bank_effective_rank", "layer"), "layer {{layer}}"),),
+        _RANK,
     ),
+    Panel("Effective rank of the keys", "short", buckets("bank_effective_rank"), _RANK, "heatmap"),
     Panel(
-        "Slot age, in writes",
-        "short",
-        ((gauge("bank_slot_age", "layer", "avg"), "layer {{layer}}"),),
-        "Mean writes since a slot was changed. Near 0, nothing is older than the last segment.",
+        "What reads came to, layer $layer",
+        "percentunit",
+        outcomes(', layer=~"$layer"'),
+        "Of all reads, a token at this layer each. empty: the bank had nothing in it yet.",
+        "stacked",
+        repeat="layer",
     ),
-    Panel("Fuse rate by layer", "percentunit", ((share("fuse"), "layer {{layer}}"),), _DECEIVES),
-    Panel("Miss rate by layer", "percentunit", ((share("miss"), "layer {{layer}}"),)),
-    Panel("Slots filled", "short", ((gauge("bank_slots_filled", "layer", "avg"), "layer {{layer}}"),)),
+    Panel("Slot age in writes, median", "short", ((quantile(0.5, "bank_slot_age", "layer"), "layer {{layer}}"),), _AGE),
+    Panel("Slot age in writes", "short", buckets("bank_slot_age"), _AGE, "heatmap"),
+    Panel("Slots filled, median", "short", ((quantile(0.5, "bank_slots_filled", "layer"), "layer {{layer}}"),)),
     Panel("Merges", "cps", ((rate("bank_writes", "layer", ', kind="merge"'), "layer {{layer}}"),)),
     Panel("Replacements", "cps", ((rate("bank_writes", "layer", ', kind="replace"'), "layer {{layer}}"),)),
     Panel("Sessions by tier", "short", ((gauge("sessions_by_tier", "tier"), "{{tier}}"),)),
-    Panel("Bytes by tier", "bytes", ((gauge("session_bytes", "tier, kind"), "{{tier}} {{kind}}"),)),
+    Panel("Bytes by tier", "bytes", ((f"{gauge('session_bytes', 'tier, kind')} > 0", "{{tier}} {{kind}}"),)),
     Panel(
         "Evictions and restores",
         "cps",
@@ -99,12 +91,25 @@ BANKS = (
         ),
     ),
     Panel(
-        "Seconds of moving, per second",
-        "s",
+        "Share of the time spent moving",
+        "percentunit",
         ((rate("session_spill_seconds"), "down"), (rate("session_restore_seconds"), "up")),
+        "Of each second, by the thread that copies. Several servers are added up.",
     ),
 )
+_FAILED, _ENDED = rate("request_failure"), f"({rate('request_failure')} + {rate('request_success')})"
 SERVING = (
+    Panel("Servers", "short", ((gauge("num_requests_running", how="count"), "servers"),), kind="stat"),
+    Panel(
+        "Requests",
+        "short",
+        ((gauge("num_requests_running"), "running"), (gauge("num_requests_waiting"), "waiting")),
+        kind="stat",
+    ),
+    Panel("Time to first token, p95", "s", ((quantile(0.95, "time_to_first_token_seconds"), "p95"),), kind="stat"),
+    Panel("Tokens generated per second", "short", ((rate("generation_tokens"), "tokens"),), kind="stat"),
+    Panel("KV memory in use", "percentunit", ((gauge("kv_cache_usage_perc", how="max"), "fullest"),), kind="stat"),
+    Panel("Requests that fail", "percentunit", ((part(_FAILED, _ENDED), "failed"),), kind="stat"),
     Panel("Time to first token", "s", quantiles("time_to_first_token_seconds")),
     Panel("Inter-token latency", "s", quantiles("inter_token_latency_seconds")),
     Panel("Queue time", "s", quantiles("request_queue_time_seconds")),
@@ -124,8 +129,8 @@ SERVING = (
         "Requests",
         "short",
         (
-            (f"sum (pacellm_num_requests_running{{{_SELECT}}})", "running"),
-            (f"sum (pacellm_num_requests_waiting{{{_SELECT}}})", "waiting"),
+            (gauge("num_requests_running"), "running"),
+            (gauge("num_requests_waiting"), "waiting"),
         ),
     ),
     Panel("KV memory in use", "percentunit", ((gauge("kv_cache_usage_perc", "instance", "max"), "{{instance}}"),)),
@@ -133,16 +138,16 @@ SERVING = (
         "Ends of requests",
         "reqps",
         (
-            (rate("request_success", "finished_reason"), "{{finished_reason}}"),
-            (rate("request_failure"), "failed"),
-            (rate("request_aborted"), "cancelled"),
+            (seen("request_success", "finished_reason"), "{{finished_reason}}"),
+            (seen("request_failure"), "failed"),
+            (seen("request_aborted"), "cancelled"),
         ),
     ),
-    Panel("HTTP answers", "reqps", ((rate("http_responses", "status"), "{{status}}"),)),
+    Panel("HTTP answers", "reqps", ((seen("http_responses", "status"), "{{status}}"),)),
     Panel(
         "Engine faults",
         "cps",
-        ((rate("engine_faults", "place"), "{{place}}"),),
+        ((rate("engine_faults"), "all"), (seen("engine_faults", "place"), "{{place}}")),
         "Failures outside the forward pass: each cost one request or operation, and the log names it.",
     ),
     Panel("Preemptions", "cps", ((rate("num_preemptions"), "preemptions"),)),
@@ -150,7 +155,12 @@ SERVING = (
     Panel(
         "Share of prompt tokens not computed again",
         "percentunit",
-        ((f"{rate('cached_prompt_tokens')} / ({rate('cached_prompt_tokens')} + {rate('prompt_tokens')})", "cached"),),
+        (
+            (
+                part(rate("cached_prompt_tokens"), f"({rate('cached_prompt_tokens')} + {rate('prompt_tokens')})"),
+                "cached",
+            ),
+        ),
     ),
     Panel(
         "Prompts without most of their session's history",
@@ -165,6 +175,16 @@ SERVING = (
         "Few are usual: last answers made anew, or sent back another way.",
     ),
     Panel("Engine heartbeat age", "s", ((gauge("engine_heartbeat_age_seconds", "instance", "max"), "{{instance}}"),)),
+    Panel("Tokens of prompts", "short", quantiles("request_prompt_tokens"), "Those not computed again included."),
+    Panel("Tokens of answers", "short", quantiles("request_generation_tokens")),
+    Panel(
+        "Processors in use",
+        "short",
+        ((process("cpu_seconds_total", "rate"), "{{instance}}"),),
+        "By the server's own process; a model split over processes has others.",
+    ),
+    Panel("Memory of the process", "bytes", ((process("resident_memory_bytes"), "{{instance}}"),)),
+    Panel("Open files and connections", "short", ((process("open_fds"), "{{instance}}"),)),
 )
 _ACTIVITY = rate("expert_activity", "layer, expert")
 EXPERTS = (
@@ -172,7 +192,7 @@ EXPERTS = (
     Panel(
         "Share of the busiest expert",
         "percentunit",
-        ((f"max by (layer) ({_ACTIVITY}) / {rate('expert_activity', 'layer')}", "layer {{layer}}"),),
+        ((part(f"max by (layer) ({_ACTIVITY})", rate("expert_activity", "layer")), "layer {{layer}}"),),
         "Far above one over the number of experts: prompts lean on few of them.",
     ),
     Panel(
@@ -180,7 +200,7 @@ EXPERTS = (
         "percentunit",
         (
             (
-                f"sum by (layer) (topk by (layer) (8, {_ACTIVITY})) / {rate('expert_activity', 'layer')}",
+                part(f"sum by (layer) (topk by (layer) (8, {_ACTIVITY}))", rate("expert_activity", "layer")),
                 "layer {{layer}}",
             ),
         ),
@@ -198,24 +218,44 @@ DASHBOARDS = {
 def dashboard(name: str) -> dict[str, Any]:
     """Grafana's JSON of one dashboard."""
     title, panels = DASHBOARDS[name]
+    variables = [
+        {"name": "datasource", "type": "datasource", "query": "prometheus", "hide": 0, "skipUrlSync": False},
+        _variable("model", "label_values(pacellm_num_requests_running, model_name)") | {"allValue": ".*"},
+        _variable("instance", 'label_values(pacellm_num_requests_running{model_name=~"$model"}, instance)')
+        | {"allValue": ".*"},
+    ]
+    if any(panel.repeat == "layer" for panel in panels):  # all of them by name: the panels are repeated for each
+        variables.append(_variable("layer", 'label_values(pacellm_bank_reads_total{model_name=~"$model"}, layer)'))
     return {
         "uid": f"pacellm-{name}",
         "title": f"PaceLLM: {title}",
         "tags": ["pacellm"],
+        "style": "dark",
         "schemaVersion": 39,
         "version": 1,
         "editable": False,
+        "graphTooltip": 1,
         "refresh": "30s",
         "time": {"from": "now-1h", "to": "now"},
-        "templating": {
-            "list": [
-                {"name": "datasource", "type": "datasource", "query": "prometheus"},
-                _variable("model", "label_values(pacellm_num_requests_running, model_name)"),
-                _variable("instance", 'label_values(pacellm_num_requests_running{model_name=~"$model"}, instance)'),
-            ]
-        },
-        "panels": [_panel(number, panel) for number, panel in enumerate(panels)],
+        "templating": {"list": variables},
+        "annotations": {"list": []},
+        "links": [_OTHERS],
+        "panels": laid_out(panels),
     }
+
+
+_OTHERS = {
+    "type": "dashboards",
+    "title": "PaceLLM",
+    "tags": ["pacellm"],
+    "asDropdown": False,
+    "includeVars": True,
+    "keepTime": True,
+    "targetBlank": False,
+    "icon": "dashboard",
+    "tooltip": "",
+    "url": "",
+}
 
 
 def _variable(name: str, query: str) -> dict[str, Any]:
@@ -225,27 +265,11 @@ def _variable(name: str, query: str) -> dict[str, Any]:
         "datasource": {"type": "prometheus", "uid": "${datasource}"},
         "query": {"query": query, "refId": name},
         "refresh": 2,
+        "sort": 3,
+        "hide": 0,
+        "skipUrlSync": False,
         "includeAll": True,
-        "allValue": ".*",
         "multi": True,
-    }
-
-
-def _panel(number: int, panel: Panel) -> dict[str, Any]:
-    source = {"type": "prometheus", "uid": "${datasource}"}
-    return {
-        "id": number + 1,
-        "type": "timeseries",
-        "title": panel.title,
-        "description": panel.note,
-        "datasource": source,
-        "gridPos": {"h": _HEIGHT, "w": _WIDTH, "x": number % 3 * _WIDTH, "y": number // 3 * _HEIGHT},
-        "fieldConfig": {"defaults": {"unit": panel.unit, "min": 0}, "overrides": []},
-        "options": {"legend": {"displayMode": "list", "placement": "bottom"}, "tooltip": {"mode": "multi"}},
-        "targets": [
-            {"refId": chr(65 + index), "datasource": source, "expr": expr, "legendFormat": legend}
-            for index, (expr, legend) in enumerate(panel.queries)
-        ],
     }
 
 

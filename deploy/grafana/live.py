@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
 
-VARIABLES = {"$model": ".*", "$instance": ".*"}
+VARIABLES = {"$model": ".*", "$instance": ".*", "$layer": ".*"}
 
 
 def free_port() -> int:
@@ -41,9 +42,17 @@ def prometheus(folder: Path, target: str, *, every: int = 1) -> Iterator[httpx.C
         process.wait(30)
 
 
-def ask(client: httpx.Client, path: str, query: str, interval: str, **params: Any) -> list[dict[str, Any]]:
-    """The series of a panel's query, its variables put in; raises on an error of Prometheus."""
-    for name, value in {**VARIABLES, "$__rate_interval": interval}.items():
+def ask(
+    client: httpx.Client,
+    path: str,
+    query: str,
+    interval: str,
+    variables: Mapping[str, str] = MappingProxyType({}),
+    **params: Any,
+) -> list[dict[str, Any]]:
+    """The series of a panel's query, its variables put in, all values of those that are not given; raises on an error
+    of Prometheus."""
+    for name, value in {**VARIABLES, **variables, "$__rate_interval": interval}.items():
         query = query.replace(name, value)
     answer = client.get(f"/api/v1/{path}", params={"query": query, **params}).json()
     if answer["status"] != "success":

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
 import subprocess
 import sys
 import tempfile
@@ -20,11 +19,11 @@ from pathlib import Path
 
 import httpx
 
-from deploy.grafana.build import DASHBOARDS, Panel
-from deploy.grafana.live import ask, prometheus
+from deploy.grafana.build import DASHBOARDS
+from deploy.grafana.drawing import asked, draw
+from deploy.grafana.live import prometheus
 from pacellm.demo.local import running_server, sample_document
 
-Series = list[tuple[str, list[float], list[float]]]
 FLAGS = [
     *("--session-memory", "24M", "--session-host-memory", "256M", "--session-disk-size", "256M", "--pa-memory", "16M"),
     *("--working-memory", "2560", "--working-memory-window", "512"),
@@ -40,10 +39,6 @@ FLAGS = [
         "8",
     ),
 ]
-_STEP = 2
-_INTERVAL = "20s"
-_UNITS = {"percentunit": (100.0, "%"), "bytes": (2.0**-20, "MiB"), "cps": (1.0, "per second"),
-          "reqps": (1.0, "per second"), "s": (1.0, "seconds"), "short": (1.0, "")}  # fmt: skip
 
 
 class Load:
@@ -108,48 +103,6 @@ class Load:
                             break
 
 
-def series_of(client: httpx.Client, panel: Panel, start: float, end: float) -> Series:
-    """(legend, minutes, values) of what a panel's queries give between two times."""
-    found: Series = []
-    for query, legend in panel.queries:
-        for one in ask(client, "query_range", query, _INTERVAL, start=start, end=end, step=_STEP):
-            name = re.sub(r"\{\{(\w+)\}\}", lambda match, one=one: one["metric"].get(match[1], ""), legend)
-            points = [((when - start) / 60, float(value)) for when, value in one["values"]]
-            found.append((name, [when for when, _ in points], [value for _, value in points]))
-    return sorted(found, key=lambda series: [int(number) for number in re.findall(r"\d+", series[0])])
-
-
-def draw(title: str, panels: list[tuple[Panel, Series]], path: Path) -> None:
-    """One dashboard as its panels stand in it, three in a row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = -(-len(panels) // 3)
-    figure, axes = pyplot.subplots(rows, 3, figsize=(15, 3.1 * rows + 0.5), layout="constrained", squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    for axis, (panel, found) in zip(axes.flat, panels, strict=False):
-        scale, unit = _UNITS[panel.unit]
-        for name, minutes, values in found:
-            axis.plot(minutes, [scale * value for value in values], label=name, linewidth=1.4)
-        axis.set_title(panel.title, fontsize=10, loc="left")
-        axis.set_ylabel(unit, fontsize=8)
-        axis.set_ylim(bottom=0)
-        axis.tick_params(labelsize=7)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-        if len(found) > 1 or found[0][0]:
-            axis.legend(fontsize=7, loc="best", ncols=2 if len(found) > 4 else 1, framealpha=0.6)
-    for axis in axes[-1]:
-        if axis.get_figure() is not None:
-            axis.set_xlabel("minutes", fontsize=8)
-    figure.suptitle(f"PaceLLM: {title}", fontsize=13, x=0.01, ha="left")
-    figure.savefig(path, dpi=90)
-    pyplot.close(figure)
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -166,7 +119,7 @@ def main() -> None:
             Load(str(server.base_url)).run(60 * args.minutes)
             empty = []
             for dashboard, (title, panels) in DASHBOARDS.items():
-                found = [(panel, series_of(client, panel, started + 20, time.time())) for panel in panels]
+                found = [one for panel in panels for one in asked(client, panel, started + 20, time.time())]
                 empty += [panel.title for panel, series in found if not series]
                 draw(title, [one for one in found if one[1]], args.out / f"dashboard-{dashboard}.png")
     pictures = [f"dashboard-{name}.png" for name in DASHBOARDS]

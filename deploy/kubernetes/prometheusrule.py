@@ -1,7 +1,7 @@
 """Prints the Prometheus operator's PrometheusRule with the groups of a rules file.
 
     python deploy/kubernetes/prometheusrule.py deploy/prometheus/alerts.yml \
-        > deploy/kubernetes/components/monitoring/prometheusrule.yaml
+        > deploy/kubernetes/components/alerts/prometheusrule.yaml
 """
 
 import sys

@@ -7,12 +7,13 @@ import dataclasses
 import gc
 import logging
 import socket
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pacellm.cli import values
 from pacellm.config import ATTENTION_KERNELS, INDEXES, PRESETS, EngineConfig, PAConfig
-from pacellm.errors import ConfigError
+from pacellm.errors import ConfigError, PaceError
 
 if TYPE_CHECKING:
     from pacellm.calibration.file import Calibration
@@ -30,11 +31,23 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 def serve(options: argparse.Namespace) -> int:
     """Load a model and answer HTTP until told to stop. What needs no model is looked at first."""
-    from pacellm.server import listening, logs
+    from pacellm.server import logs
 
     logs.configure(options.log_level, options.log_format)
-    tls = options.ssl_certfile, options.ssl_keyfile
-    listening.check_tls(*tls)
+    try:
+        return _bound(options)
+    except PaceError as error:
+        if options.log_format == "text":
+            raise
+        logger.critical("%s", error)
+        return 2
+
+
+def _bound(options: argparse.Namespace) -> int:
+    """What needs no model is looked at before one is loaded."""
+    from pacellm.server import listening
+
+    listening.check_tls(options.ssl_certfile, options.ssl_keyfile)
     sockets = listening.bind(options.host, options.port)
     admin_sockets = [] if options.admin_port is None else listening.bind(options.host, options.admin_port)
     try:
@@ -163,7 +176,9 @@ def _traces(endpoint: str | None, model_name: str) -> Traces | None:
 
 def _load(path: str, options: argparse.Namespace) -> tuple[LoadedModel, Team | None]:
     from pacellm.model.load import find_device, load
+    from pacellm.server import logs
 
+    logs.adopt()
     device = find_device(options.device)
     if options.tensor_parallel_size == 1:
         scaling, pickles = options.rope_scaling, options.allow_pickle
@@ -174,7 +189,8 @@ def _load(path: str, options: argparse.Namespace) -> tuple[LoadedModel, Team | N
         if getattr(options, name):
             raise ConfigError(f"{name} is not for a model split over processes; leave it out", param=name)
     size = options.tensor_parallel_size
-    team = launch.start(path, size, dtype=options.dtype, device=device, on_lost=launch.end_service)
+    prepare = partial(logs.configure, options.log_level, options.log_format)
+    team = launch.start(path, size, dtype=options.dtype, device=device, on_lost=launch.end_service, prepare=prepare)
     return team.model, team
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from pacellm.config import Preset
+from pacellm.engine.histogram import Histogram
 from pacellm.engine.sequence import Sequence
 from pacellm.memory.expert_counts import UNIT
 from pacellm.memory.pool import BankPool
@@ -17,6 +18,13 @@ from pacellm.modes import PAMode, preset_of
 from pacellm.types import BankReads, LayerReads
 
 logger = logging.getLogger("pacellm.sessions")
+_RANKS = (1.1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)  # 1 is computed as a little more
+_AGES = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
+_SLOTS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+
+
+def _by_layer(bounds: tuple[float, ...]) -> dict[int, Histogram]:
+    return defaultdict(lambda: Histogram(bounds))
 
 
 @dataclass
@@ -34,7 +42,8 @@ class EngineStats:
         modes: requests that finished, by how their banks took part.
         bank: per layer, preset and counter of ``COUNTERS``, from requests that finished.
         experts: [L, E] int64, expert activity of requests that finished; None without a layout.
-        effective_rank, slot_age, filled: by layer, of the bank that finished last.
+        effective_rank, slot_age, filled: by layer, of banks as requests that finished have left them: directions of
+            keys, mean writes since a slot was changed, slots in use.
     """
 
     steps: int = 0
@@ -51,9 +60,9 @@ class EngineStats:
     finished: Counter[str] = field(default_factory=Counter)
     modes: Counter[PAMode] = field(default_factory=Counter)
     bank: dict[tuple[int, Preset], Counter[str]] = field(default_factory=dict)
-    effective_rank: dict[int, float] = field(default_factory=dict)
-    slot_age: dict[int, float] = field(default_factory=dict)
-    filled: dict[int, int] = field(default_factory=dict)
+    effective_rank: dict[int, Histogram] = field(default_factory=lambda: _by_layer(_RANKS))
+    slot_age: dict[int, Histogram] = field(default_factory=lambda: _by_layer(_AGES))
+    filled: dict[int, Histogram] = field(default_factory=lambda: _by_layer(_SLOTS))
     experts: Tensor | None = None
 
     def count_dropped(self, sequence: Sequence) -> None:
@@ -100,8 +109,10 @@ def bank_reads(pool: BankPool | None, sequence: Sequence, stats: EngineStats) ->
         stats.bank.setdefault((layer, preset), Counter()).update(done)
         totals.update(done)
         layers[layer] = LayerReads(**done, filled=filled[layer], effective_rank=ranks[layer])
-    stats.effective_rank = ranks
-    stats.slot_age = pool.slot_ages(sequence.row)
-    stats.filled = filled
+    ages = pool.slot_ages(sequence.row)
+    for layer in layers:
+        stats.effective_rank[layer].observe(ranks[layer])
+        stats.slot_age[layer].observe(ages[layer])
+        stats.filled[layer].observe(filled[layer])
     rank = sum(ranks.values()) / len(ranks)
     return BankReads(**totals, filled=sum(filled.values()), effective_rank=rank, layers=layers)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from pacellm.config import PAConfig
+from pacellm.memory.reads import OUTCOMES
 
 HITS, FUSES, MISSES, EMPTY, MERGES, REPLACEMENTS = range(6)
-COUNTERS = ("hits", "fuses", "misses", "empty", "merges", "replacements")
+COUNTERS = (*OUTCOMES, "merges", "replacements")
 
 
 class Slots(NamedTuple):

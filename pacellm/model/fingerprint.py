@@ -17,7 +17,7 @@ def model_sample(module: nn.Module) -> str:
     with the model's type and rotary positions. Fine-tuning changes it, --dtype does not.
 
     Args:
-        module: whole (not split over processes), its neurons in the order they came in.
+        module: its neurons in the order they came in; split over processes it is told by this one's part.
     """
     config: Any = module.config
     facts = {"type": config.model_type, "rope": getattr(config, "rope_parameters", None)}
@@ -31,6 +31,8 @@ def model_sample(module: nn.Module) -> str:
 
 def _sample(weight: Tensor) -> Tensor:
     """[n] numbers in the order of their indices, wherever they lie in memory."""
+    if hasattr(weight, "to_local"):  # a DTensor
+        weight = weight.to_local()
     if type(weight) is not Tensor and weight.is_floating_point():  # quantised, by a class of its own
         weight = weight.dequantize()
     count = min(_SAMPLES, weight.numel())

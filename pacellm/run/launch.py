@@ -61,8 +61,20 @@ class Team:
                 process.join()
 
 
-def start(path: str, size: int, *, dtype: str, device: str, on_lost: Callable[[str], None]) -> Team:
+def start(
+    path: str,
+    size: int,
+    *,
+    dtype: str,
+    device: str,
+    on_lost: Callable[[str], None],
+    prepare: Callable[[], None] | None = None,
+) -> Team:
     """Load a checkpoint over ``size`` processes, this one included.
+
+    Args:
+        on_lost: called once, in a thread, when a process ends that should not have.
+        prepare: called in each of the other processes first; what sets their logs up.
 
     Raises:
         ConfigError: not so many devices. ModelError: it cannot be split so.
@@ -76,7 +88,9 @@ def start(path: str, size: int, *, dtype: str, device: str, on_lost: Callable[[s
     context = multiprocessing.get_context("spawn")
     processes = []
     for rank in range(1, size):
-        process = context.Process(target=_follower, args=(rank, size, address, path, dtype, device), daemon=True)
+        process = context.Process(
+            target=_follower, args=(prepare, rank, size, address, path, dtype, device), daemon=True
+        )
         process.start()
         processes.append(process)
     try:
@@ -101,7 +115,11 @@ def _own(device: str, rank: int) -> torch.device:
     return torch.device("cuda", rank) if device.startswith("cuda") else torch.device(device)
 
 
-def _follower(rank: int, size: int, address: str, path: str, dtype: str, device: str) -> None:
+def _follower(
+    prepare: Callable[[], None] | None, rank: int, size: int, address: str, path: str, dtype: str, device: str
+) -> None:
+    if prepare is not None:
+        prepare()
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     own = _own(device, rank)
     ranks = Ranks(rank, size, address, own)

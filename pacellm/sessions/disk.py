@@ -59,7 +59,7 @@ from pacellm.sessions.read_ahead import reading_ahead
 from pacellm.sessions.servers import Servers
 from pacellm.sessions.session import Key
 
-logger = logging.getLogger("pacellm.memory")
+logger = logging.getLogger("pacellm.sessions")
 _TOMBSTONE_DAYS = 7
 _FOLDER = re.compile(r"[0-9a-f]{40}")
 

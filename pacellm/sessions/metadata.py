@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from pacellm.memory.pool import BankPool
+from pacellm.memory.reads import rates
 from pacellm.sessions.disk_usage import DiskUsage
 from pacellm.sessions.session import Session
-
-_READS = {"hits": "hit_rate", "fuses": "fuse_rate", "misses": "miss_rate"}
 
 
 class SessionMetadata:
@@ -56,14 +55,11 @@ class SessionMetadata:
 
 
 def _by_layer(session: Session, with_ranks: bool) -> dict[str, dict[str, Any]]:
-    """Fill and lifetime reads per layer, with the share of reads that were hits, fuses and misses, and the keys'
-    effective rank."""
+    """Fill and lifetime reads per layer, with the rates of their outcomes and the keys' effective rank."""
     shown: dict[str, dict[str, Any]] = {}
     for layer, facts in session.banks.items():
-        reads = sum(facts.get(name, 0) for name in _READS)
-        rates = {rate: round(facts.get(name, 0) / reads, 4) if reads else None for name, rate in _READS.items()}
         ranks = session.ranks.get(layer, [])
-        shown[str(layer)] = {**facts, **rates, "effective_rank": ranks[-1] if ranks else None}
+        shown[str(layer)] = {**facts, **rates(facts), "effective_rank": ranks[-1] if ranks else None}
         if with_ranks:
             shown[str(layer)]["ranks"] = ranks
     return shown

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import socket
+import time
 
 import openai
 import pytest
@@ -224,6 +225,37 @@ def test_the_log_has_ids_and_no_content(live, caplog):
     logs.request_id.reset(token)
     assert all(json.loads(line)["request_id"] == "logged" for line in shown)
     assert not any(word in line for line in shown for word in ("secretword", "secretkey"))
+
+
+def routes_of(caplog, level=logging.INFO):
+    found = [one for one in caplog.records if one.name == "pacellm.access" and one.levelno >= level]
+    return [(one.fields["method"], one.fields["route"], one.fields["status"]) for one in found]
+
+
+def test_the_log_names_routes_and_what_has_none(live, caplog):
+    with caplog.at_level(logging.DEBUG):
+        live.http.get("/v1/sessions/secretname", headers={"Host": "evil.example", "Origin": "https://evil.example"})
+        live.http.get("/v1/sessions/secretname")
+        live.http.options("/v1/sessions/secretname")
+        live.http.get("/no/such%0aline?q=secretname")
+        live.http.get(f"/{'x' * 5000}")
+        live.http.get("/health")  # a line is written after its answer
+    *known, none, long = routes_of(caplog)
+    assert [route for _, route, _ in known] == ["/v1/sessions/{name}"] * 3
+    assert none == ("GET", "/no/such%0Aline", 404)
+    assert long == ("GET", "/" + "x" * 99, 404)
+
+
+def test_probes_and_scrapes_are_quiet(live, caplog):
+    with caplog.at_level(logging.DEBUG):
+        for path in ("/health", "/ready", "/metrics", "/version"):
+            live.http.get(path)
+        live.http.post("/health")
+        until = time.monotonic() + 5  # a line is written after its answer
+        while len(routes_of(caplog, logging.DEBUG)) < 5 and time.monotonic() < until:
+            time.sleep(0.01)
+    assert routes_of(caplog) == [("POST", "/health", 405)]
+    assert len(routes_of(caplog, logging.DEBUG)) == 5
 
 
 def test_key_files(tmp_path):

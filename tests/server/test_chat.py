@@ -140,7 +140,8 @@ def test_health_ready_version_metrics(live):
         "pacellm_time_to_first_token_seconds_bucket",
         'pacellm_bank_reads_total{layer="1",model_name="pacellm-demo",outcome="hit",preset="observe"}',
         'pacellm_requests_by_pa_total{model_name="pacellm-demo",pa="observe"}',
-        "pacellm_bank_effective_rank",
+        "pacellm_bank_effective_rank_bucket",
+        "process_resident_memory_bytes",
         "pacellm_sessions_resident",
     ):
         assert name in text, name

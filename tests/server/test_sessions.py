@@ -44,7 +44,7 @@ def test_list_show_delete(http, live):
     assert sorted(layers) == ["1", "4"]
     for layer in layers.values():
         assert 0 < layer["filled"] <= 100
-        assert layer["hit_rate"] + layer["fuse_rate"] + layer["miss_rate"] == pytest.approx(1, abs=1e-3)
+        assert sum(layer[f"{outcome}_rate"] for outcome in ("hit", "fuse", "miss", "empty")) == pytest.approx(1)
     assert http.delete("/v1/sessions/one").json() == {"id": "one", "object": "session.deleted", "deleted": True}
     assert [item["id"] for item in live.sessions()] == ["two"]
     assert http.delete("/v1/sessions").json()["deleted"] == 1
