@@ -103,6 +103,7 @@ class Lines(io.TextIOBase):
     def __init__(self, name: str, level: int, stream: TextIO) -> None:
         self._logger, self._level, self.stream = logging.getLogger(name), level, stream
         self._lock, self._begun = threading.RLock(), ""
+        self._within = threading.local()  # what a handler that fails prints here would fail there again
 
     def write(self, text: str) -> int:
         """Log what has become whole lines; a carriage return ends one too."""
@@ -126,8 +127,14 @@ class Lines(io.TextIOBase):
         return self.stream.fileno()
 
     def _log(self, *lines: str) -> None:
-        for line in filter(str.strip, lines):
-            self._logger.log(self._level, line)  # without arguments a line is taken as it is
+        if getattr(self._within, "logging", False):
+            return
+        self._within.logging = True
+        try:
+            for line in filter(str.strip, lines):
+                self._logger.log(self._level, line)  # without arguments a line is taken as it is
+        finally:
+            self._within.logging = False
 
 
 def configure(level: str, form: LogFormat) -> None:

@@ -98,3 +98,21 @@ def test_lines_of_text_have_our_names_too():
     own = logging.LogRecord("pacellm.engine", logging.INFO, "", 0, "step", None, None)
     assert logs.with_our_name(own)
     assert own.name == "pacellm.engine"
+
+
+READER_GONE = """
+import logging, os
+from pacellm.server import logs
+reader, writer = os.pipe()
+os.close(reader)
+os.dup2(writer, 2)
+logs.configure("info", "json")
+logging.getLogger("pacellm").info("nobody reads this")
+os.write(1, b"goes on")
+os._exit(0)
+"""
+
+
+def test_a_reader_that_has_gone_stops_nothing():
+    done = subprocess.run([sys.executable, "-c", READER_GONE], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "goes on"
