@@ -40,6 +40,7 @@ class Records:
         if not lines:
             self._write(plain_head)
         elif lines[0] != plain_head:
+            self.close()
             differs = ", ".join(name for name in _flat(plain_head) | _flat(lines[0])
                                 if _flat(plain_head).get(name) != _flat(lines[0]).get(name))  # fmt: skip
             raise ConfigError(f"{path} holds answers of another run, with other {differs}; give another --out",

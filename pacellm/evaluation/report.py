@@ -69,7 +69,7 @@ def table(found: Sequence[Row], other: str) -> str:
     """For people; scores in percent.
 
     Args:
-        other: the arm that others are compared with.
+        other: the arm that others are compared with. An interval of one document is ``[?]``.
     """
     head = ("task", "length", "arm", "n", "score [95 %]", f"same as {other}", f"less {other} [95 %]", "p (Holm)")
     lines = [head, *(_cells(row, other) for row in found)]
@@ -99,7 +99,7 @@ def _cells(row: Row, other: str) -> tuple[str, ...]:
 
 def _percent(mean: Mean, sign: str) -> str:
     value, low, high = (f"{100 * one:{sign}.1f}" for one in (mean.value, mean.low, mean.high))
-    return f"{value} [{low}, {high}]"
+    return f"{value} [{low}, {high}]" if mean.documents > 1 else f"{value} [?]"
 
 
 def _row(place: Place, arm: str, by_arm: Mapping[str, Mapping[str, Mapping[str, Any]]], other: str) -> Row:

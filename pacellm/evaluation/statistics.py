@@ -19,7 +19,8 @@ class Mean:
     """A mean with its 95 % interval.
 
     Attributes:
-        documents: how many were drawn from.
+        documents: how many were drawn from; of a mean of tasks, in the task that has fewest. One alone says nothing of
+            an interval.
     """
 
     value: float
@@ -54,7 +55,7 @@ def mean_of_tasks(tasks: Sequence[Mapping[str, Sequence[float]]]) -> Mean:
         value += float(sums.sum() / counts.sum()) / len(tasks)
         means += sums[drawn].sum(1) / counts[drawn].sum(1) / len(tasks)
     low, high = np.quantile(means, (0.025, 0.975))
-    return Mean(value, float(low), float(high), sum(map(len, tasks)))
+    return Mean(value, float(low), float(high), min(map(len, tasks)))
 
 
 def sign_flip(differences: Mapping[str, Sequence[float]]) -> float:

@@ -67,7 +67,7 @@ def test_what_fails_thrice_is_told(waits):
     def gone(request):
         raise httpx.ConnectError("gone")
 
-    with pytest.raises(PaceError, match="no answer from http://other.*run the command again"):
+    with pytest.raises(PaceError, match=r"no answer from http://other.*run the command again"):
         ask(gone)
     with pytest.raises(PaceError, match="404: no: model_not_found"):
         ask(lambda request: refused(404, "model_not_found"))

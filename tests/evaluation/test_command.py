@@ -26,7 +26,7 @@ def evaluate(live, tmp_path, monkeypatch, capsys):
     def run(*arguments):
         status = main(["eval", *arguments, "--base-url", f"{live.url}/v1"])
         told = capsys.readouterr()
-        files = [path for path in tmp_path.glob("*.jsonl")]
+        files = list(tmp_path.glob("*.jsonl"))
         answers = [json.loads(line) for path in files for line in path.read_text().splitlines()[1:]]
         return status, told.out + told.err, answers
 
@@ -64,7 +64,7 @@ def test_niah(evaluate, texts, tmp_path):
 
 
 def test_infinitebench_beside_another_server(evaluate, live):
-    status, told, answers = evaluate(
+    status, _, answers = evaluate(
         "infinitebench", "--lengths", "512", "--samples", "2", "--tasks", "passkey", "--arm", f"beside={live.url}",
         "--arm", 'cut={"truncate_prompt_tokens": 64}', "--max-tokens", "12",
     )  # fmt: skip

@@ -16,8 +16,6 @@ from pacellm.evaluation.samples import Prompt, Sample
 from pacellm.evaluation.scoring import parts_found
 from pacellm.evaluation.tokens import CHARACTERS, Tokens
 
-_END = "Don't give information outside the document or repeat your findings"
-
 
 @dataclass(frozen=True)
 class Needle:
@@ -28,7 +26,10 @@ class Needle:
     """
 
     text: str = "The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day."
-    question: str = "What is the best thing to do in San Francisco?"
+    question: str = (
+        "What is the best thing to do in San Francisco? "
+        "Don't give information outside the document or repeat your findings"
+    )
     words: tuple[str, ...] = ("sandwich", "Dolores Park", "sunny day")
 
 
@@ -89,11 +90,11 @@ class Niah:
         place = len(haystack) * depth // 100
         if 0 < place < len(haystack):
             place = haystack.rfind(".", 0, place) + 1
-        text = f"{haystack[:place]}\n{needle}\n{haystack[place:]}\n\n{question} {_END}"
+        text = f"{haystack[:place]}\n{needle}\n{haystack[place:]}\n\n{question}"
         return Prompt(text, lambda answer: parts_found(answer, words))
 
     def _make_haystack(self, length: int, repeat: int) -> str:
-        around = f"\n{self.needle.text}\n\n\n{self.needle.question} {_END}".replace("{number}", "88888")
+        around = f"\n{self.needle.text}\n\n\n{self.needle.question}".replace("{number}", "88888")
         limit = length - self.max_tokens - self.tokens.template() - self.tokens.count(around)
         start = self._starts[(repeat * 7 + self.seed) % len(self.texts)]
 
