@@ -1,4 +1,4 @@
-"""An evaluation's picture. Needs matplotlib (the extra ``bench``)."""
+"""An evaluation's picture. Needs matplotlib (the extra ``eval``)."""
 
 from __future__ import annotations
 
@@ -83,5 +83,5 @@ def _pyplot() -> Any:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install 'pacellm[bench]'", param="plot") from None
+        raise ConfigError("--plot needs matplotlib: pip install 'pacellm[eval]'", param="plot") from None
     return pyplot

@@ -152,8 +152,8 @@ def _jieba():
     try:
         import jieba
     except ImportError:
-        raise ConfigError("LongBench's Chinese tasks need jieba: pip install jieba, or leave them out with --tasks",
-                          param="tasks") from None  # fmt: skip
+        raise ConfigError("LongBench's Chinese tasks need jieba: pip install 'pacellm[eval]', or leave them out "
+                          "with --tasks", param="tasks") from None  # fmt: skip
     jieba.setLogLevel("WARNING")
     return jieba
 

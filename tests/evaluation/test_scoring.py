@@ -65,7 +65,7 @@ def test_rulers_matches():
 
 def test_chinese(monkeypatch):
     monkeypatch.setitem(sys.modules, "jieba", None)
-    with pytest.raises(ConfigError, match="pip install jieba"):
+    with pytest.raises(ConfigError, match="need jieba"):
         scoring.check_chinese()
     by_character = types.SimpleNamespace(cut=lambda text, cut_all: list(text), setLogLevel=lambda level: None)
     monkeypatch.setitem(sys.modules, "jieba", by_character)

@@ -1,7 +1,8 @@
 """LongBench (arXiv 2308.14508), from its published JSON lines, with its prompts, lengths of answers and metrics.
 
-``longbench.json`` beside has the prompts and lengths of LongBench's ``config/`` (MIT, THUDM). As published, examples of
-few-shot and code tasks are texts to go on with, other prompts are messages; what is too long loses its middle.
+``longbench.json`` beside has the prompts and lengths of LongBench's ``config/`` (its license: ``longbench.LICENSE``).
+As published, few-shot and code tasks are texts to go on with, other prompts are messages; what is too long loses its
+middle.
 """
 
 from __future__ import annotations
