@@ -204,6 +204,7 @@ def _answer(found: Mapping[str, Any]) -> dict[str, Any]:
         "prompt_tokens": usage.get("prompt_tokens"),
         "completion_tokens": usage.get("completion_tokens"),
         "cached_tokens": cached,
+        "system_fingerprint": found.get("system_fingerprint"),
         **({"called_back": memory.get("called_back")} if memory.get("view") else {}),
     }
 

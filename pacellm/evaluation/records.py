@@ -62,9 +62,18 @@ class Records:
                                   param="arm")  # fmt: skip
 
     def is_answered(self, sample: Sample, arm: Arm) -> bool:
-        """It need not be asked; what was refused is asked again."""
+        """It need not be asked; what was refused is asked again.
+
+        Raises:
+            ConfigError: what was answered is another sample of that name.
+        """
         record = self.found.get((*sample.key, arm.name))
-        return record is not None and "refused" not in record
+        if record is None or "refused" in record:
+            return False
+        if any(record.get(name) != value for name, value in sample.about.items()):
+            raise ConfigError(f"{self.path} holds answers to another {sample.task} than is there now; give another "
+                              "--out", param="out")  # fmt: skip
+        return True
 
     def add(self, sample: Sample, arm: Arm, told: Mapping[str, Any]) -> None:
         """Keep an answer, or a refusal."""
@@ -76,6 +85,7 @@ class Records:
             **sample.about,
             "arm": arm.name,
             "fields": dict(arm.fields),
+            **({} if arm.url is None else {"url": arm.url}),
             **told,
         }
         with self._lock:

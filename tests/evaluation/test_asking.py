@@ -140,6 +140,8 @@ def test_a_run_goes_on_where_it_was_left(tmp_path, waits):
     run(tmp_path, None, samples)  # nothing is asked
     with pytest.raises(ConfigError, match="another run, with other suite"):
         run(tmp_path, None, samples, head={"suite": "other"})
+    with pytest.raises(ConfigError, match="another t than is there now"):
+        run(tmp_path, None, [sample(about={"file": "new"})])
     records = Records(tmp_path / "answers.jsonl", {"suite": "s"})
     with pytest.raises(ConfigError, match="another arm off"):
         records.check_arms([Arm("off")])

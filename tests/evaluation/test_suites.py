@@ -170,7 +170,7 @@ def test_ruler(tmp_path):
     with pytest.raises(ConfigError, match="none of RULER's tasks"):
         Ruler(tmp_path / "odd", None)
     write(tmp_path / "bad/vt/validation.jsonl", [{"index": 0}])
-    with pytest.raises(ConfigError, match=r"line 1 .* input, outputs, length missing"):
+    with pytest.raises(ConfigError, match="line 1 lacks input, outputs, length"):
         list(Ruler(tmp_path / "bad", None).samples())
 
 

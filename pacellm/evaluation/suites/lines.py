@@ -1,18 +1,18 @@
-"""Published files of samples: an object a line."""
+"""Published files of samples: an object a line. Long ones are read again when they are asked, not kept."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pacellm.errors import ConfigError
 
 
-def read_lines(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
-    """The objects of a file.
+def read_lines(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a file, each with where it begins, in bytes.
 
     Args:
         fields: that each must have.
@@ -21,25 +21,36 @@ def read_lines(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
         ConfigError: it cannot be read, is no JSON lines, or a line lacks a field.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open("rb") as file:
+            start = 0
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield start, _parsed(line, fields, f"{path}, line {number}")
+                start += len(line)
+    except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error}", param="data") from None
-    found = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            one = json.loads(line)
-        except ValueError as error:
-            raise ConfigError(f"{path}, line {number} is no JSON: {error}", param="data") from None
-        if not isinstance(one, dict) or (missing := [name for name in fields if name not in one]):
-            raise ConfigError(f"{path}, line {number} is no object with {', '.join(fields)}"
-                              + (f": {', '.join(missing)} missing" if isinstance(one, dict) else ""),
-                              param="data")  # fmt: skip
-        found.append(one)
-    return found
+
+
+def read_at(path: Path, start: int) -> dict[str, Any]:
+    """The object that begins there."""
+    with path.open("rb") as file:
+        file.seek(start)
+        return json.loads(file.readline())
 
 
 def digest(path: Path) -> str:
     """Of a file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _parsed(line: bytes, fields: Sequence[str], place: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"{place} is no JSON: {error}", param="data") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{place} is no object", param="data")
+    if missing := [name for name in fields if name not in found]:
+        raise ConfigError(f"{place} lacks {', '.join(missing)}", param="data")
+    return found

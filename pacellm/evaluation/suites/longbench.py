@@ -11,13 +11,14 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pacellm.errors import ConfigError
 from pacellm.evaluation import scoring
 from pacellm.evaluation.samples import Prompt, Sample
-from pacellm.evaluation.suites.lines import digest, read_lines
+from pacellm.evaluation.suites.lines import digest, read_at, read_lines
 from pacellm.evaluation.tokens import CHARACTERS, Tokens
 
 _METRICS: dict[str, Callable[[str, str], float]] = {
@@ -71,27 +72,29 @@ class LongBench:
     @property
     def settings(self) -> Mapping[str, Any]:
         """What prompts depend on."""
-        files = {name: digest(path) for name, path in self._files.items()}
-        return {"max_tokens": self.max_tokens, "counted": self.tokens.is_exact, "files": files}
+        return {"max_tokens": self.max_tokens, "counted": self.tokens.is_exact}
 
     def samples(self) -> Iterator[Sample]:
         """As the files have them."""
         for name, path in self._files.items():
             task = name.removesuffix("_e")
             max_tokens = self.max_tokens or published()[task]["max_tokens"]
-            for line in read_lines(path, _FIELDS)[: self.repeats]:
+            about = {"file": digest(path)}
+            for start, line in islice(read_lines(path, _FIELDS), self.repeats):
                 yield Sample(
                     name, self.limit, str(line["_id"]), f"{name}-{line['_id']}", max_tokens,
-                    partial(self._prompt, line, task, max_tokens),
-                    is_raw=task in _RAW,
+                    partial(self._prompt, path, start, task, max_tokens),
+                    is_raw=task in _RAW, about=about,
                 )  # fmt: skip
 
-    def _prompt(self, line: Mapping[str, Any], task: str, max_tokens: int) -> Prompt:
+    def _prompt(self, path: Path, start: int, task: str, max_tokens: int) -> Prompt:
+        line = read_at(path, start)
+        answers, classes = line["answers"], line["all_classes"] or ()
         text = published()[task]["prompt"].format(context=line["context"], input=line["input"])
         if self.limit is not None:
             around = 0 if task in _RAW else self.tokens.template()
             text = self._cut(text, self.limit - max_tokens - around)
-        return Prompt(text, lambda answer: score(task, answer, line["answers"], line["all_classes"] or ()))
+        return Prompt(text, lambda answer: score(task, answer, answers, classes))
 
     def _cut(self, text: str, limit: int) -> str:
         """At most so many tokens, its beginning and its end, half of them each."""

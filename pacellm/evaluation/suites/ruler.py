@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pacellm.errors import ConfigError
 from pacellm.evaluation.records import Records
 from pacellm.evaluation.samples import Prompt, Sample
 from pacellm.evaluation.scoring import any_found, parts_found
-from pacellm.evaluation.suites.lines import digest, read_lines
+from pacellm.evaluation.suites.lines import digest, read_at, read_lines
 
 MAX_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
 """Of an answer, by the task's first word, as published."""
@@ -55,18 +56,17 @@ class Ruler:
     @property
     def settings(self) -> Mapping[str, Any]:
         """What prompts depend on."""
-        files = {path.relative_to(self.folder).as_posix(): digest(path) for path in self._files}
-        return {"max_tokens": self.max_tokens, "files": files}
+        return {"max_tokens": self.max_tokens}
 
     def samples(self) -> Iterator[Sample]:
         """As the files have them."""
         for path in self._files:
-            task, length = path.parent.name, _length(path)
+            task, length, about = path.parent.name, _length(path), {"file": digest(path)}
             max_tokens = self.max_tokens or _published_tokens(path)
-            for line in read_lines(path, _FIELDS)[: self.repeats]:
+            for start, line in islice(read_lines(path, _FIELDS), self.repeats):
                 name = str(line["index"])
                 yield Sample(task, length, name, f"{task}-{length}-{name}", max_tokens,
-                             partial(_prompt, line, task))  # fmt: skip
+                             partial(_prompt, path, start), about=about)  # fmt: skip
 
     def write_predictions(self, records: Records, arms: Sequence[str], target: Path) -> None:
         """What ``evaluate.py --data_dir target/ARM`` reads; behind a folder of a length, ``target/ARM/LENGTH``."""
@@ -76,16 +76,17 @@ class Ruler:
                 written = target / arm / path.relative_to(self.folder).parent.parent / f"{task}.jsonl"
                 written.parent.mkdir(parents=True, exist_ok=True)
                 with written.open("w", encoding="utf-8") as file:
-                    for line in read_lines(path, _FIELDS)[: self.repeats]:
+                    for _, line in islice(read_lines(path, _FIELDS), self.repeats):
                         record = records.found.get((task, length, str(line["index"]), arm))
                         if record is not None and "refused" not in record:
                             told = {"others": {}, "truncation": -1, **line, "pred": record["text"]}
                             file.write(json.dumps(told, ensure_ascii=False) + "\n")
 
 
-def _prompt(line: Mapping[str, Any], task: str) -> Prompt:
+def _prompt(path: Path, start: int) -> Prompt:
+    line = read_at(path, start)
     outputs = [str(one) for one in line["outputs"]]
-    score = any_found if task.startswith("qa") else parts_found
+    score = any_found if path.parent.name.startswith("qa") else parts_found
     return Prompt(line["input"], lambda answer: score(_printable(answer), outputs))
 
 
