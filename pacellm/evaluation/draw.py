@@ -38,6 +38,8 @@ def draw_grid(records: Sequence[Mapping[str, Any]], arms: Sequence[str], title: 
                           and (record["length"], record["depth"]) == (length, depth)]  # fmt: skip
                 if scores:
                     cells[row, column] = 100 * sum(scores) / len(scores)
+        for row, column in np.argwhere(~np.isnan(cells)):
+            panel.text(column, row, f"{cells[row, column]:.0f}", ha="center", va="center", fontsize=8)
         image = panel.imshow(cells, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
         panel.set_facecolor("#ccc")
         panel.set_xticks(range(len(lengths)), [_short(length) for length in lengths], rotation=45)

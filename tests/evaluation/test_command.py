@@ -1,6 +1,8 @@
 """``pacellm eval`` against the bundled model's live server."""
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -24,7 +26,7 @@ def evaluate(live, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
     def run(*arguments):
-        status = main(["eval", *arguments, "--base-url", f"{live.url}/v1"])
+        status = main(["eval", "--base-url", f"{live.url}/v1", *arguments])
         told = capsys.readouterr()
         files = list(tmp_path.glob("*.jsonl"))
         answers = [json.loads(line) for path in files for line in path.read_text().splitlines()[1:]]
@@ -96,6 +98,49 @@ def test_ruler_and_longbench(evaluate, tmp_path):
     status, told, answers = evaluate("longbench", "--data", "data", "--lengths", "1K", "--max-tokens", "12")
     assert status == 0
     assert {one["task"] for one in answers} == {"niah_single_1", "qasper", "lcc"}
+
+
+class Other(BaseHTTPRequestHandler):
+    """A server of another kind: no /version, no /tokenize, no pacellm."""
+
+    def do_GET(self):
+        self._say({"data": [{"id": "other"}]} if self.path == "/v1/models" else None)
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        is_chat = self.path == "/v1/chat/completions"
+        assert not is_chat or "pacellm" not in body
+        self._say({"choices": [{"message": {"content": "It is 12345."}}]} if is_chat else None)
+
+    def _say(self, answer):
+        told = json.dumps(answer).encode()
+        self.send_response(404 if answer is None else 200)
+        self.send_header("Content-Length", str(len(told)))
+        self.end_headers()
+        self.wfile.write(told)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def other():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Other) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_another_server_alone(evaluate, other, tmp_path):
+    few = ("infinitebench", "--lengths", "1K", "--samples", "2", "--tasks", "passkey", "--plot", "bars.png")
+    status, told, answers = evaluate(*few, "--arms", "off,observe", "--base-url", other)
+    assert status == 1
+    assert f"observe: 2 without an answer: {other} is no PaceLLM server" in told
+    assert "lengths are about 4 characters a token" in told
+    assert [one["text"] for one in answers if one["arm"] == "off"] == ["It is 12345."] * 2
+    assert (tmp_path / "bars.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize(
