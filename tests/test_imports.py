@@ -26,6 +26,7 @@ PLACES = (
     ("run",),
     ("engine",),
     ("calibration", "experts.activity"),
+    ("evaluation",),
     ("server",),
     ("llm", "demo"),
     ("cli", "__main__"),
@@ -43,6 +44,7 @@ TRANSFORMERS = (
     "pacellm.text.tokenizer",
     "pacellm.text.response_parser",
 )
+SPEAKERS = ("pacellm.server", "pacellm.demo", "pacellm.cli", "pacellm.evaluation")
 HTTP = ("fastapi", "starlette", "uvicorn", "prometheus_client", "httpx", "opentelemetry")
 
 
@@ -113,7 +115,7 @@ def test_arrows(module):
         if top == "transformers":
             assert module.startswith(TRANSFORMERS), f"{module} imports transformers"
         if top in HTTP:
-            assert module.startswith(("pacellm.server", "pacellm.demo", "pacellm.cli")), f"{module} knows HTTP"
+            assert module.startswith(SPEAKERS), f"{module} knows HTTP"
 
 
 @pytest.mark.parametrize("name", ["engine.scheduler", "engine.sequence", "kv.blocks", "text.stream"])

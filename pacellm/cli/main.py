@@ -12,6 +12,7 @@ from pacellm import __version__
 from pacellm.cli import values
 from pacellm.cli.calibrate import add_calibrate
 from pacellm.cli.cluster import add_cluster, add_experts
+from pacellm.cli.eval import add_eval
 from pacellm.cli.serve import add_serve
 from pacellm.errors import ConfigError, PaceError
 
@@ -47,6 +48,7 @@ def new_parser() -> argparse.ArgumentParser:
         commands.add_parser("calibrate", help="measure what acting banks and fewer experts do to a model's answers")
     )
     add_cluster(commands.add_parser("cluster", help="put a model's FFN neurons into experts: a layout file"))
+    add_eval(commands.add_parser("eval", help="ask a server published long-context suites, under several arms"))
     add_experts(commands.add_parser("experts", help="draw which experts fire over a document"))
     return parser
 

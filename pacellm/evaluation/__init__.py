@@ -1,0 +1,1 @@
+"""Published long-context suites, asked of any OpenAI-compatible server. Nothing here imports torch."""

@@ -1,0 +1,1 @@
+"""A module for each suite: what is asked, and how answers are scored."""
