@@ -28,7 +28,7 @@ PLACES = (
     ("calibration", "experts.activity"),
     ("server",),
     ("llm", "demo"),
-    ("cli",),
+    ("cli", "__main__"),
 )  # fmt: skip
 LEVELS = {f"pacellm.{name}": level for level, names in enumerate(PLACES) for name in names}
 MODULES = {

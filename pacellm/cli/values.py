@@ -49,6 +49,13 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
+def port(text: str) -> int:
+    """A TCP port; 0 is a free one."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port; ports are 0 (a free one) to 65535")
+    return int(text)
+
+
 def layers(text: str) -> tuple[int, ...]:
     """Numbers with commas between."""
     try:

@@ -12,7 +12,7 @@ import pytest
 
 from pacellm.cli.main import main
 
-PACELLM = (sys.executable, "-P", "-m", "pacellm.cli")
+PACELLM = (sys.executable, "-P", "-m", "pacellm")
 
 
 pytestmark = pytest.mark.usefixtures("root_logger")

@@ -1,0 +1,5 @@
+"""``python -m pacellm``."""
+
+from pacellm.cli.main import main
+
+raise SystemExit(main())
