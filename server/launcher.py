@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
-from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
 
-from pacellm.errors import ConfigError
-
 from . import connection
 from .app import create_admin_app, create_app
 from .auth import Keys
+from .listening import Sockets, TlsFiles
 from .service import Service
+
+logger = logging.getLogger("pacellm")
 
 _LAST_EVENTS = 5  # seconds in which streams that are cut say so
 _ADMIN_CONNECTIONS = 64
@@ -42,6 +43,9 @@ class Server(uvicorn.Server):
         for listener in (one for server in self.servers for one in server.sockets):
             with socket.fromfd(listener.fileno(), listener.family, listener.type) as same:
                 same.listen(_HELD_BACK)
+        if sockets:  # else uvicorn says it
+            host, scheme = self.config.host, "https" if self.config.is_ssl else "http"
+            logger.info("running on %s://%s:%d", scheme, f"[{host}]" if ":" in host else host, self.config.port)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let running requests end; those that do not end with an error that says why."""
@@ -60,7 +64,7 @@ def config_of(
     host: str,
     port: int,
     log_level: str = "warning",
-    tls: tuple[Path | None, Path | None] = (None, None),
+    tls: TlsFiles = (None, None),
 ) -> uvicorn.Config:
     """How an app is served.
 
@@ -92,46 +96,42 @@ def run(
     keys: Keys,
     *,
     host: str,
-    port: int,
+    sockets: Sockets,
+    admin_sockets: Sockets | None,
     log_level: str,
     shutdown_timeout: int,
-    tls: tuple[Path | None, Path | None] = (None, None),
+    tls: TlsFiles = (None, None),
 ) -> None:
     """Serve until told to stop.
 
     Args:
+        host: for the log.
+        sockets: bound to it.
+        admin_sockets: the same for the admin app, None where it has no port of its own.
         shutdown_timeout: seconds that running requests get to end.
         tls: certificate chain and key, both or none.
-
-    Raises:
-        ConfigError: TLS files that are not there.
     """
-    certificate, key = tls
-    if (certificate is None) != (key is None):
-        raise ConfigError("--ssl-certfile and --ssl-keyfile go together", param="ssl_certfile")
-    for path in (certificate, key):
-        if path is not None and not path.is_file():
-            raise ConfigError(f"there is no file {path}", param="ssl_certfile")
 
-    def config(app: ASGIApp, port: int, most: int) -> uvicorn.Config:
+    def config(app: ASGIApp, sockets: Sockets, most: int) -> uvicorn.Config:
+        port = sockets[0].getsockname()[1]
         limits = connection.ConnectionLimits(most, service.settings.head_seconds, service.settings.stall_seconds)
         return config_of(app, limits, host=host, port=port, log_level=log_level, tls=tls)
 
     settings = service.settings
     app = create_app(service, keys)
-    main = Server(config(app, port, settings.max_connections), service, shutdown_timeout)
-    if settings.admin_port is None:
-        main.run()
+    main = Server(config(app, sockets, settings.max_connections), service, shutdown_timeout)
+    if admin_sockets is None:
+        main.run(sockets)
         return
-    admin = uvicorn.Server(config(create_admin_app(service, keys), settings.admin_port, _ADMIN_CONNECTIONS))
-    asyncio.run(_both(main, admin))
+    admin = uvicorn.Server(config(create_admin_app(service, keys), admin_sockets, _ADMIN_CONNECTIONS))
+    asyncio.run(_both((main, sockets), (admin, admin_sockets)))
 
 
-async def _both(main: uvicorn.Server, admin: uvicorn.Server) -> None:
+async def _both(main: tuple[uvicorn.Server, Sockets], admin: tuple[uvicorn.Server, Sockets]) -> None:
     """The admin server lives as long as the main one, which alone answers signals."""
-    beside = asyncio.create_task(admin._serve())
+    beside = asyncio.create_task(admin[0]._serve(admin[1]))
     try:
-        await main.serve()
+        await main[0].serve(main[1])
     finally:
-        admin.should_exit = True
+        admin[0].should_exit = True
         await beside

@@ -15,7 +15,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", help="another model that chats, as smollm2: ten questions about 4,000 tokens, or --tokens"
     )
-    parser.add_argument("--tokens", type=values.size, help="length of the document (default: 200,000)")
+    parser.add_argument("--tokens", type=values.document_size, help="length of the document (default: 200,000)")
     parser.add_argument("--seed", type=int, help="of the bundled model's document (default: 0)")
     parser.add_argument("serve_arguments", nargs="*", help="flags for the server, after --")
     parser.set_defaults(run=demo)

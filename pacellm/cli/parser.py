@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-_METAVARS = {"int": "N", "float": "X", "size": "SIZE", "at_least_one": "N", "port": "PORT", "seconds": "SECONDS",
-             "Path": "FILE", "layers": "LAYERS", "layers_or_auto": "LAYERS", "json_object": "JSON"}  # fmt: skip
+_METAVARS = {"int": "N", "float": "X", "size": "SIZE", "document_size": "N", "at_least_one": "N", "port": "PORT",
+             "seconds": "SECONDS", "Path": "FILE", "layers": "LAYERS", "layers_or_auto": "LAYERS",
+             "json_object": "JSON"}  # fmt: skip
 _UNITS = ((2**40, "T"), (2**30, "G"), (2**20, "M"))
 
 
@@ -21,9 +22,8 @@ class Help(argparse.HelpFormatter):
         return _METAVARS.get(getattr(action.type, "__name__", ""), action.dest.rpartition("_")[2].upper())
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        text = (action.help or "").replace(
-            " (default: %(default)s)", ""
-        )  # Python 3.11 and 3.12 put it there for --no-…
+        by_argparse = " (default: %(default)s)"  # Python 3.11 and 3.12 put it there for --no-…
+        text = (action.help or "").replace(by_argparse, "")
         has_none = action.default in (None, argparse.SUPPRESS) or action.default is False or action.default == []
         if "default: " in text or has_none or not action.option_strings:
             return text

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import logging
 import socket
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from pacellm.config import EngineConfig, PAConfig
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from pacellm.model.load import LoadedModel
     from pacellm.run.launch import Team
     from pacellm.server.auth import Keys
+    from pacellm.server.listening import Sockets, TlsFiles
     from pacellm.server.service import Service
     from pacellm.server.settings import Settings
     from pacellm.server.traces import Traces
@@ -27,10 +29,21 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Load a model and answer HTTP until told to stop."""
-    from pacellm.server import logs
+    """Load a model and answer HTTP until told to stop. What needs no model is looked at first."""
+    from pacellm.server import listening, logs
 
     logs.configure(options.log_level, options.log_format)
+    tls = options.ssl_certfile, options.ssl_keyfile
+    listening.check_tls(*tls)
+    with ExitStack() as ports:
+        sockets = ports.enter_context(listening.bound(options.host, options.port))
+        admin = None
+        if options.admin_port is not None:
+            admin = ports.enter_context(listening.bound(options.host, options.admin_port, param="admin_port"))
+        return _serve(options, sockets, admin, tls)
+
+
+def _serve(options: argparse.Namespace, sockets: Sockets, admin: Sockets | None, tls: TlsFiles) -> int:
     service, keys, team = build(options)
 
     from pacellm.server.launcher import run  # after the options and the model's files were looked at: it loads torch
@@ -44,10 +57,11 @@ def serve(options: argparse.Namespace) -> int:
         service,
         keys,
         host=options.host,
-        port=options.port,
+        sockets=sockets,
+        admin_sockets=admin,
         log_level=options.log_level,
         shutdown_timeout=options.shutdown_timeout,
-        tls=(options.ssl_certfile, options.ssl_keyfile),
+        tls=tls,
     )
     if team is not None:
         team.close()
@@ -67,6 +81,7 @@ def build(options: argparse.Namespace) -> tuple[Service, Keys, Team | None]:
     Raises:
         PaceError: options, a model or a directory that cannot work.
     """
+    from pacellm.cli.hub import check_hub
     from pacellm.demo import MODEL_PATH
     from pacellm.gguf.check import check_gguf
     from pacellm.real_models import resolve
@@ -87,6 +102,7 @@ def build(options: argparse.Namespace) -> tuple[Service, Keys, Team | None]:
     settings = server_settings(options, name, keys)
     if header is None:
         check_directory(path, allow_pickle=options.allow_pickle)
+        check_hub(path)
     else:
         logger.info("%s is dequantised at every start; `pacellm convert` keeps the result", header.file)
     traces = _traces(options.otlp_endpoint, name)

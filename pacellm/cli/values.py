@@ -8,6 +8,7 @@ from typing import Literal, cast
 
 from pacellm.config import INDEXES, IndexName
 
+LEAST_DOCUMENT = 1000  # tokens
 _UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -54,6 +55,15 @@ def port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port; ports are 0 (a free one) to 65535")
     return int(text)
+
+
+def document_size(text: str) -> int:
+    """Tokens of a document that has something to ask about."""
+    found = size(text)
+    if found < LEAST_DOCUMENT:
+        raise argparse.ArgumentTypeError(f"{text!r} is too short for a document with facts; give {LEAST_DOCUMENT:,} "
+                                         "tokens or more")  # fmt: skip
+    return found
 
 
 def layers(text: str) -> tuple[int, ...]:

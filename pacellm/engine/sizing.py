@@ -36,6 +36,12 @@ def resolve(model: LoadedModel, config: EngineConfig) -> EngineConfig:
     )
     config = dataclasses.replace(config, working_memory_index=_indexes(model, config))
     memory, block_bytes = config.kv_cache_memory or 0, BLOCK * model.bytes_per_token
+    if memory > total_memory(model):
+        raise ConfigError(
+            f"kv_cache_memory of {memory:,} bytes is more than the {total_memory(model):,} that {model.device} has; "
+            "leave it out to take what is free",
+            param="kv_cache_memory",
+        )
     if memory < _MIN_BLOCKS * block_bytes:
         raise ConfigError(
             f"kv_cache_memory of {memory:,} bytes holds no request; this model needs at least "
@@ -144,6 +150,13 @@ def available_memory(model: LoadedModel, config: EngineConfig) -> int:
         return available * 1024 // 2
     except (OSError, StopIteration):  # not Linux
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+
+
+def total_memory(model: LoadedModel) -> int:
+    """Bytes of memory of the device, free or not."""
+    if model.device.type == "cuda":
+        return torch.cuda.mem_get_info(model.device)[1]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def memory_left(free: int, total: int, step: int, utilization: float) -> int:

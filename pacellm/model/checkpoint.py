@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
 from pacellm.errors import ModelError
+from pacellm.model.families import family_of
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -21,7 +22,8 @@ def check_directory(path: str | Path, *, allow_pickle: bool) -> None:
     """Look at a local checkpoint; names on a hub are left to transformers.
 
     Raises:
-        ModelError: it is missing, incomplete, damaged, or holds pickles that were not allowed.
+        ModelError: it is missing, incomplete, damaged, of a family that is not served, or holds pickles that were not
+            allowed.
     """
     directory = Path(path).expanduser()
     if not directory.exists():
@@ -33,6 +35,7 @@ def check_directory(path: str | Path, *, allow_pickle: bool) -> None:
     config = read_json(directory / "config.json")
     if not config.get("model_type"):
         raise ModelError(f"{directory / 'config.json'} names no model_type; it is not a checkpoint of transformers")
+    family_of(str(config["model_type"]))
     files = sorted(directory.glob("*.safetensors"))
     if not files and not allow_pickle:
         raise _no_weights(directory)
