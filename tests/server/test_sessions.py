@@ -11,7 +11,7 @@ import pytest
 
 from pacellm.config import EngineConfig
 from tests.server.conftest import NAME, start
-from tests.test_cli import free_port
+from tests.cli.test_commands import free_port
 
 TEXT = "The access code of the amber archive is 48213. " * 40
 
