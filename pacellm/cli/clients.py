@@ -15,7 +15,7 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     _add_server(parser)
     add("--model", help="the name to ask for (default: what is served)")
     add("--session", help="name of a conversation to begin or go on with (default: a new one)")
-    add("--file", type=Path, help="a document to put in front of the first question: text, or PDF with the extra pdf")
+    add("--file", type=Path, help="a document to put in front of the first question, UTF-8 text")
     add("--temperature", type=float, default=0.2, help="of the answers (default: 0.2; small models ramble at 1)")
     parser.epilog = "Where input is not a terminal each line is a question, and stdout has the answers alone."
     parser.set_defaults(run=chat)

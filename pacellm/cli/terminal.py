@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from pacellm.cli.chat import Answer, Conversation
 from pacellm.cli.connection import connected
 from pacellm.cli.documents import read_document
+from pacellm.cli.lines import asker
 from pacellm.cli.sessions import listed, table
 from pacellm.errors import PaceError
 
@@ -179,35 +179,7 @@ def talk(
         name = session or f"chat-{uuid.uuid4().hex[:12]}"
         conversation = Conversation(http, name, model=model, document=document, temperature=temperature)
         notes = sys.stdout if sys.stdout.isatty() else sys.stderr
-        return Terminal(conversation, http, notes=notes, ask=_asker() if is_terminal else None).run()
-
-
-def history_file() -> Path:
-    """Where questions are kept from one run to the next: below ``XDG_STATE_HOME``, or ``~/.local/state``."""
-    base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return Path(base).expanduser() / "pacellm" / "chat_history"
-
-
-def _asker() -> Callable[[], str]:
-    """Asks for lines with editing, a history, and TAB for commands and paths."""
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.completion import Completer, NestedCompleter, PathCompleter
-    from prompt_toolkit.history import FileHistory, InMemoryHistory
-
-    history: FileHistory | InMemoryHistory
-    try:
-        place = history_file()
-        place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        place.touch(mode=0o600)
-        history = FileHistory(place)
-    except OSError:  # a home that cannot be written
-        history = InMemoryHistory()
-    commands: dict[str, Completer | None]
-    commands = {name: PathCompleter(expanduser=True) if name == "/file" else None for name in _HELP}
-    session: PromptSession[str] = PromptSession(
-        history=history, completer=NestedCompleter(commands), complete_while_typing=False
-    )
-    return lambda: session.prompt("> ")
+        return Terminal(conversation, http, notes=notes, ask=asker(tuple(_HELP)) if is_terminal else None).run()
 
 
 def _reading(progress: dict[str, Any], columns: int) -> str:

@@ -11,10 +11,9 @@ import time
 
 import httpx
 import pytest
-from pypdf import PdfWriter
 
 from pacellm.cli.chat import Conversation
-from pacellm.cli.documents import read_document
+from pacellm.cli.lines import completions
 from pacellm.cli.main import main
 from pacellm.cli.terminal import Terminal, _reading
 from pacellm.config import EngineConfig
@@ -22,21 +21,6 @@ from pacellm.demo import MODEL_PATH
 from pacellm.demo.generator import make_document
 from pacellm.text.tokenizer import ChatTokenizer
 from tests.server.conftest import start
-
-PDF = b"""%PDF-1.4
-1 0 obj << /Type /Catalog /Pages 2 0 R >> endobj
-2 0 obj << /Type /Pages /Kids [3 0 R] /Count 1 >> endobj
-3 0 obj << /Type /Page /Parent 2 0 R /MediaBox [0 0 200 200] /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >> >>
-endobj
-4 0 obj << /Length 46 >> stream
-BT /F1 12 Tf 9 9 Td (The code is 48213.) Tj ET
-endstream endobj
-5 0 obj << /Type /Font /Subtype /Type1 /BaseFont /Helvetica >> endobj
-trailer << /Root 1 0 R >>
-startxref
-0
-%%EOF
-"""
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +147,10 @@ def test_what_cannot_be_read_is_said(tmp_path, capsys):
     assert "cannot read" in capsys.readouterr().err
     (tmp_path / "picture").write_bytes(b"\x89PNG")
     assert main(["chat", "--file", str(tmp_path / "picture")]) == 2
-    assert "neither UTF-8 text nor a PDF" in capsys.readouterr().err
+    assert "is not UTF-8 text" in capsys.readouterr().err
+    (tmp_path / "paper").write_bytes(b"%PDF-1.7 and more")
+    assert main(["chat", "--file", str(tmp_path / "paper")]) == 2
+    assert "paper is a PDF; give its text" in capsys.readouterr().err
 
 
 def test_commands_of_the_terminal(live, document, tmp_path):
@@ -178,22 +165,6 @@ def test_commands_of_the_terminal(live, document, tmp_path):
     assert fact.answer in shown
     # the API lists no sessions where there are no keys
     assert (status, "not listed" in shown) in ((1, True), (0, False))
-
-
-def test_a_pdf_is_read_and_what_is_none_is_said(tmp_path, capsys, monkeypatch):
-    broken, empty = tmp_path / "broken.pdf", tmp_path / "empty.pdf"
-    broken.write_bytes(b"%PDF-1.7 nothing more")
-    writer = PdfWriter()
-    writer.add_blank_page(100, 100)
-    writer.write(empty)
-    (tmp_path / "text.pdf").write_bytes(PDF)
-    assert read_document(tmp_path / "text.pdf") == "The code is 48213."
-    for file, says in ((broken, "damaged or locked"), (empty, "a PDF without text")):
-        assert main(["chat", "--file", str(file)]) == 2
-        assert says in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "pypdf", None)
-    assert main(["chat", "--file", str(empty)]) == 2
-    assert "pip install 'pacellm[pdf]'" in capsys.readouterr().err
 
 
 def test_a_server_that_is_not_there_is_named(capsys):
@@ -228,23 +199,36 @@ def test_lines_are_edited_and_remembered_in_a_terminal(live, tmp_path):
 
     def typed(keys):
         main, side = pty.openpty()
-        with subprocess.Popen(command, stdin=side, stdout=side, stderr=side, env=environment) as client:
-            os.close(side)
+        client = subprocess.Popen(command, stdin=side, stdout=side, stderr=side, env=environment)
+        os.close(side)
+        try:
             shown = Shown(main)
             for wait, text in keys:
                 shown.until(wait)
                 os.write(main, text.encode())
             shown.until(None)
             assert client.wait(30) == 0
-        os.close(main)
+        finally:
+            client.kill()
+            client.wait()
+            os.close(main)
         return shown.text
 
-    assert "session new" in typed([("> ", "helo\x1b[Dl\r"), ("prompt tokens in place", "\x04")])
-    assert (tmp_path / "pacellm" / "chat_history").read_text().endswith("+hello\n")
-    shown = typed(
-        [("> ", "/he\t\r"), ("begins the conversation", ""), ("> ", "\x1b[A\x1b[A\r"), ("prompt tokens in", "\x04")]
-    )
+    assert "session new" in typed([("> ", "helo\x1b[Dl\r"), ("prompt tokens in place", ""), ("> ", "\x04")])
+    assert (tmp_path / "pacellm" / "chat_history").read_text() == "hello\n"
+    shown = typed([("> ", "/he\t\r"), ("begins the conversation", ""), ("> ", "\x1b[A\x1b[A\r"),
+                   ("prompt tokens in place", ""), ("> ", "\x04")])  # fmt: skip
     assert "/sessions  lists" in shown
+
+
+def test_tab_completes_commands_and_paths(tmp_path):
+    (tmp_path / "a b.txt").write_text("")
+    (tmp_path / "a c").mkdir()
+    commands = ("/file", "/help")
+    assert completions("/", commands) == ["/file", "/help"]
+    assert completions("/he", commands) == ["/help"]
+    assert completions(f"/file {tmp_path}/a", commands) == [f"/file {tmp_path}/a b.txt", f"/file {tmp_path}/a c/"]
+    assert completions("", commands) == completions("why ", commands) == []
 
 
 class Shown:
@@ -268,6 +252,4 @@ class Shown:
                 assert text is None, self.text
                 return
             self.text += piece.decode(errors="replace")
-            if "\x1b[6n" in piece.decode(errors="replace"):
-                os.write(self._descriptor, b"\x1b[1;1R")  # where the cursor is
         self._seen = self.text.index(text, self._seen) + len(text)
