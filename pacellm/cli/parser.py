@@ -18,6 +18,12 @@ class Help(argparse.HelpFormatter):
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog, **{"max_help_position": 26, **options})
 
+    def add_argument(self, action: argparse.Action) -> None:
+        """As argparse's, which forgets that commands stand further in than flags."""
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):
+            self._action_max_length += self._indent_increment
+
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return _METAVARS.get(getattr(action.type, "__name__", ""), action.dest.rpartition("_")[2].upper())
 
@@ -49,14 +55,22 @@ class CommandParser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """As argparse's; None marks what no flag has given until the other sources have been asked."""
-        if not self.has_sources:
-            return super().parse_known_args(args, namespace)
-        from pacellm.cli import sources
+        """As argparse's, and what is unknown ends the process here, where its command is known. None marks what no flag
+        has given until the other sources have been asked."""
+        if self.has_sources:
+            from pacellm.cli import sources
 
-        flags = argparse.Namespace(**dict.fromkeys(sources.settings(self)))
-        flags, rest = super().parse_known_args(args, flags)
-        return sources.fill(self, flags), rest
+            namespace = argparse.Namespace(**dict.fromkeys(sources.settings(self)))
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            self._refuse(rest[0])
+        return (sources.fill(self, found) if self.has_sources else found), rest
+
+    def _refuse(self, word: str) -> NoReturn:
+        from difflib import get_close_matches
+
+        near = get_close_matches(word.partition("=")[0], self._option_string_actions, 1)
+        self.error(f"{word} is unknown{f'; did you mean {near[0]}?' if near else ''}")
 
 
 def shown(default: object) -> str:

@@ -11,6 +11,7 @@ import time
 import httpx
 import pytest
 
+from pacellm import __version__
 from pacellm.cli.main import main
 from pacellm.server import listening
 
@@ -137,6 +138,9 @@ def test_a_hub_that_is_not_reached_is_said_at_once(capsys, monkeypatch):
         (["demo", "--tokens", "0"], "argument --tokens: '0' is too short"),
         (["demo", "--tokens", "0", "--model", "smollm2"], "argument --tokens: '0' is too short"),
         (["sing"], "invalid choice: 'sing'"),
+        (["serve", "--prot", "1"], "pacellm serve: --prot is unknown; did you mean --port? (`pacellm serve --help`"),
+        (["demo", "--zebra=1"], "pacellm demo: --zebra=1 is unknown ("),
+        (["sessions", "rm"], "the following arguments are required: NAME"),
     ],
 )
 def test_flags_that_cannot_work_are_said_in_one_line(arguments, says, capsys):
@@ -169,7 +173,22 @@ def test_a_server_does_not_look_for_garbage_in_what_it_begins_with(monkeypatch):
     assert looked_at[0] < len(before)
 
 
-def test_help_is_there_at_once():
-    code = "import sys, pacellm.cli.main as cli; cli.new_parser(); print({'torch', 'pydantic'} & {*sys.modules})"
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["serve", "--help"], ["chat", "--help"]])
+def test_help_and_version_are_there_at_once(arguments):
+    code = f"""import atexit, sys
+from pacellm.cli.main import main
+atexit.register(lambda: print(sorted({{"torch", "transformers", "pydantic", "httpx", "asyncio"}} & {{*sys.modules}})))
+main({arguments})"""
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert found.stdout.strip() == "set()", found.stderr
+    assert (found.returncode, found.stdout.splitlines()[-1]) == (0, "[]"), found.stdout
+
+
+def test_a_reader_that_goes_is_no_error():
+    with subprocess.Popen([*PACELLM, "completion", "bash"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as done:
+        done.stdout.close()
+        assert (done.stderr.read(), done.wait(60)) == (b"", 1)
+
+
+def test_the_package_is_a_command():
+    found = subprocess.run([*PACELLM, "--version"], capture_output=True, text=True, timeout=60)
+    assert found.stdout == f"pacellm {__version__}\n", found.stderr
