@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from pacellm.config import EngineConfig, PAConfig
-
+TYPE_CHECKING = False  # as of typing, whose import takes longer than all else that the command line begins with
 if TYPE_CHECKING:
+    from typing import Any
+
+    from pacellm.config import EngineConfig, PAConfig
     from pacellm.llm import LLM
     from pacellm.memory.bank import Bank
     from pacellm.types import SamplingParams
 
 __all__ = ["LLM", "Bank", "EngineConfig", "PAConfig", "SamplingParams", "__version__"]
 __version__ = "0.1.0"
-_PLACES = {"LLM": "pacellm.llm", "Bank": "pacellm.memory.bank", "SamplingParams": "pacellm.types"}
+_PLACES = {
+    "LLM": "pacellm.llm",
+    "Bank": "pacellm.memory.bank",
+    "EngineConfig": "pacellm.config",
+    "PAConfig": "pacellm.config",
+    "SamplingParams": "pacellm.types",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """What needs torch is loaded when it is asked for: the command line starts without it."""
+    """What takes long to import is loaded when it is asked for: the command line starts without it."""
     if name in _PLACES:
         import importlib
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pacellm.errors import ConfigError
-from pacellm.real_models import resolve
 
 if TYPE_CHECKING:
     from pacellm.experts.layout import LayerLayout
@@ -125,6 +124,7 @@ def _load(name: str | None):
 
     from pacellm.demo import MODEL_PATH
     from pacellm.model.load import load
+    from pacellm.real_models import resolve
 
     torch.set_grad_enabled(False)
     return load(resolve(name) if name else MODEL_PATH), name or "pacellm-demo"
@@ -133,6 +133,7 @@ def _load(name: str | None):
 def _ids(name: str | None, path: Path, limit: int) -> list[int]:
     """A text's tokens, cut to the model's context."""
     from pacellm.demo import MODEL_PATH
+    from pacellm.real_models import resolve
     from pacellm.text.tokenizer import ChatTokenizer
 
     try:

@@ -51,9 +51,9 @@ def at_least_one(text: str) -> int:
 
 
 def port(text: str) -> int:
-    """A TCP port."""
-    if not text.isdecimal() or int(text) > 65_535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port; those are 0 to 65535")
+    """A TCP port; 0 is a free one."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port; ports are 0 (a free one) to 65535")
     return int(text)
 
 
@@ -61,9 +61,8 @@ def document_size(text: str) -> int:
     """Tokens of a document that has something to ask about."""
     found = size(text)
     if found < LEAST_DOCUMENT:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is too short for a document with facts; at least {LEAST_DOCUMENT:,}"
-        )
+        raise argparse.ArgumentTypeError(f"{text!r} is too short for a document with facts; give {LEAST_DOCUMENT:,} "
+                                         "tokens or more")  # fmt: skip
     return found
 
 

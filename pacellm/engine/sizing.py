@@ -38,8 +38,8 @@ def resolve(model: LoadedModel, config: EngineConfig) -> EngineConfig:
     memory, block_bytes = config.kv_cache_memory or 0, BLOCK * model.bytes_per_token
     if memory > total_memory(model):
         raise ConfigError(
-            f"kv_cache_memory of {memory:,} bytes is more than {model.device} has, {total_memory(model):,}; leave it "
-            "out to take what is free",
+            f"kv_cache_memory of {memory:,} bytes is more than the {total_memory(model):,} that {model.device} has; "
+            "leave it out to take what is free",
             param="kv_cache_memory",
         )
     if memory < _MIN_BLOCKS * block_bytes:

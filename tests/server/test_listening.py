@@ -1,27 +1,27 @@
 """What can go wrong before a model is loaded goes wrong then."""
 
-import socket
-
+import httpx
 import pytest
+from huggingface_hub import constants
 
+from pacellm.cli import hub
 from pacellm.cli.main import main
 from pacellm.errors import ConfigError
-from pacellm.model import checkpoint
 from pacellm.server import listening
 
 
 def test_a_port_is_bound_once():
-    (one,) = listening.bind("127.0.0.1", 0)
-    port = one.getsockname()[1]
-    one.listen()
-    with one, pytest.raises(ConfigError, match=rf"cannot listen on 127.0.0.1, port {port} \(Address already in use\)"):
-        listening.bind("127.0.0.1", port)
+    with listening.bound("127.0.0.1", 0) as (one,):
+        one.listen()
+        port = one.getsockname()[1]
+        again = listening.bound("127.0.0.1", port)
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1, port {port}: Address already in use"):
+            again.__enter__()
 
 
 def test_all_addresses_of_a_host_have_one_port():
-    sockets = listening.bind("localhost", 0)
-    assert len({one.getsockname()[1] for one in sockets}) == 1
-    listening.close(sockets)
+    with listening.bound("localhost", 0) as sockets:
+        assert len({one.getsockname()[1] for one in sockets}) == 1
 
 
 @pytest.mark.parametrize(
@@ -49,10 +49,9 @@ def test_numbers_that_cannot_be_are_refused_by_flag(flags, capsys):
 
 def test_a_hub_that_is_not_reached_is_one_line(monkeypatch, capsys, root_logger):
     def refused(address, timeout):
-        raise ConnectionRefusedError(111, "Connection refused")
+        raise httpx.ConnectError("Connection refused")
 
-    monkeypatch.setattr(socket, "create_connection", refused)
-    monkeypatch.setattr(checkpoint, "getproxies", dict)
-    monkeypatch.setattr(checkpoint.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.httpx, "head", refused)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert main(["serve", "nobody/nothing", "--port", "0"]) == 2
     assert "nobody/nothing is no directory here, and https://" in capsys.readouterr().err

@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from pacellm.config import EngineConfig
+from tests.cli.test_commands import free_port
 from tests.server.conftest import NAME, start
-from tests.test_cli import free_port
 
 TEXT = "The access code of the amber archive is 48213. " * 40
 
