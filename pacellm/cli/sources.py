@@ -11,6 +11,7 @@ import argparse
 import difflib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ PREFIX = "PACELLM_"
 CONFIG = "config"
 OTHER_VARIABLES = frozenset(("PACELLM_URL", "PACELLM_KEY", "PACELLM_BIND", "PACELLM_CHECK_DEPLOY"))
 """Of ``pacellm chat``, load_tests/, deploy/compose and the tests."""
+_SERVICE_LINK = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)=|\w+_PORT=\w+://")
+"""What Kubernetes sets in every pod beside a Service whose name begins with ours."""
 _NO_SETTINGS = ("help", "dry_run", "dry_run_device")
 _WORDS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
@@ -63,7 +66,8 @@ def _environment(
     known = {variable(name): action for name, action in by_key.items()}
     found = {}
     for name in sorted(variables):
-        if not name.startswith(PREFIX) or name in OTHER_VARIABLES:
+        is_ours = name.startswith(PREFIX) and name not in OTHER_VARIABLES
+        if not is_ours or _SERVICE_LINK.match(f"{name}={variables[name]}"):
             continue
         if name not in known:
             parser.error(f"the variable {name} is unknown{_nearest(name, known)}")

@@ -76,8 +76,7 @@ def test_one_order(monkeypatch, tmp_path):
     ("variables", "file", "says"),
     [
         ({"PACELLM_PROT": "1"}, None, "the variable PACELLM_PROT is unknown; did you mean PACELLM_PORT?"),
-        ({"PACELLM_SERVICE_HOST": "1"}, None, "the variable PACELLM_SERVICE_HOST is unknown"),
-        ({"PACELLM_PORT": "tcp://10.0.0.1:8000"}, None, "PACELLM_PORT: 'tcp://10.0.0.1:8000' is not a port"),
+        ({"PACELLM_PORT": "99999"}, None, "PACELLM_PORT: '99999' is not a port"),
         ({"PACELLM_MAX_NUM_SEQS": "many"}, None, "PACELLM_MAX_NUM_SEQS: 'many' is not of type int"),
         ({"PACELLM_SESSION_SYNC": "perhaps"}, None, "PACELLM_SESSION_SYNC must be true or false"),
         ({"PACELLM_LOG_LEVEL": "loud"}, None, "'loud' is none of debug, info"),
@@ -101,6 +100,14 @@ def test_what_is_wrong_is_named_in_one_line(variables, file, says, monkeypatch, 
     printed = capsys.readouterr().err
     assert (end.value.code, printed.count("\n")) == (2, 1)
     assert says in printed
+
+
+def test_what_kubernetes_sets_for_a_service_of_our_name_is_left_alone(monkeypatch):
+    for name, value in (("SERVICE_HOST", "10.0.0.1"), ("SERVICE_PORT", "8000"), ("SERVICE_PORT_HTTP", "8000"),
+                        ("PORT", "tcp://10.0.0.1:8000"), ("PORT_8000_TCP", "tcp://10.0.0.1:8000"),
+                        ("PORT_8000_TCP_ADDR", "10.0.0.1"), ("METRICS_SERVICE_HOST", "10.0.0.2")):  # fmt: skip
+        monkeypatch.setenv(f"PACELLM_{name}", value)
+    assert serve_options([]).port == 8000
 
 
 def test_other_commands_have_no_such_sources(monkeypatch):
