@@ -48,6 +48,7 @@ Layers = tuple[int, ...]
 
 def calibrate(options: argparse.Namespace) -> int:
     """Measure a model and write its calibration."""
+    from pacellm.cli.hub import check_hub
     from pacellm.demo import MODEL_PATH
     from pacellm.experts.layout import Layout
     from pacellm.gguf.check import check_gguf
@@ -66,6 +67,7 @@ def calibrate(options: argparse.Namespace) -> int:
 
         check_drawing()
     layout = None if options.ce_layout is None else Layout.load(options.ce_layout)
+    check_hub(path)
     started = time.monotonic()
     found = _measure(options, path, output, layout)
     found.save(output)

@@ -19,13 +19,12 @@ PREFIX = "PACELLM_"
 CONFIG = "config"
 OTHER_VARIABLES = frozenset(("PACELLM_URL", "PACELLM_KEY", "PACELLM_BIND", "PACELLM_CHECK_DEPLOY"))
 """Of ``pacellm chat``, load_tests/, deploy/compose and the tests."""
-_NO_SETTINGS = ("help", "dry_run", "dry_run_device")
 _WORDS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
 def settings(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     """What a source may hold: actions by the name of their attribute."""
-    return {action.dest: action for action in parser._actions if action.dest not in _NO_SETTINGS}
+    return {action.dest: action for action in parser._actions if action.dest != "help"}
 
 
 def key(action: argparse.Action) -> str:

@@ -27,7 +27,7 @@ def check_directory(path: str | Path, *, allow_pickle: bool) -> None:
     """
     directory = Path(path).expanduser()
     if not directory.exists():
-        if _HUB_NAME.fullmatch(str(path)) and not str(path).endswith((".gguf", ".safetensors")):
+        if is_hub_name(path):
             return
         raise ModelError(f"{path} does not exist; give a checkpoint's directory, or a name on the hub as OWNER/NAME")
     if not directory.is_dir():
@@ -42,6 +42,12 @@ def check_directory(path: str | Path, *, allow_pickle: bool) -> None:
     for file in files:
         _check_weights(file)
     _check_index(directory, {file.name for file in files})
+
+
+def is_hub_name(path: str | Path) -> bool:
+    """It could be a model's name on a hub: nothing of the name lies here, and it has such a form."""
+    is_file = str(path).endswith((".gguf", ".safetensors")) or Path(path).expanduser().exists()
+    return not is_file and _HUB_NAME.fullmatch(str(path)) is not None
 
 
 def _no_weights(directory: Path) -> ModelError:

@@ -121,11 +121,14 @@ def test_a_family_that_is_not_served_is_said_before_its_tokenizer_is_read(tmp_pa
     assert "model type 'mamba2' is not served" in capsys.readouterr().err
 
 
-def test_a_hub_that_is_not_reached_is_said_at_once(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "arguments", [["serve", "--port", "0"], ["calibrate", "-o", "FOLDER/calibration.json"], ["demo", "--model"]]
+)
+def test_a_hub_that_is_not_reached_is_said_at_once(arguments, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     started = time.monotonic()
-    assert main(["serve", "--port", "0", "nobody/nothing"]) == 2
+    assert main([*(one.replace("FOLDER", str(tmp_path)) for one in arguments), "nobody/nothing"]) == 2
     assert "http://127.0.0.1:9 is not reached" in capsys.readouterr().err.splitlines()[-1]
     assert time.monotonic() - started < 20
 
