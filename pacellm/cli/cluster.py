@@ -122,23 +122,25 @@ def _inspect(path: Path, picture: Path | None) -> int:
 def _load(name: str | None):
     import torch
 
-    from pacellm.cli.hub import model_path
+    from pacellm.demo import MODEL_PATH
     from pacellm.model.load import load
+    from pacellm.real_models import resolve
 
     torch.set_grad_enabled(False)
-    return load(model_path(name)), name or "pacellm-demo"
+    return load(resolve(name) if name else MODEL_PATH), name or "pacellm-demo"
 
 
 def _ids(name: str | None, path: Path, limit: int) -> list[int]:
     """A text's tokens, cut to the model's context."""
-    from pacellm.cli.hub import model_path
+    from pacellm.demo import MODEL_PATH
+    from pacellm.real_models import resolve
     from pacellm.text.tokenizer import ChatTokenizer
 
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as text: {error}") from None
-    ids = ChatTokenizer(model_path(name)).backend.encode(text).ids[: limit - 1]
+    ids = ChatTokenizer(resolve(name) if name else MODEL_PATH).backend.encode(text).ids[: limit - 1]
     if not ids:
         raise ConfigError(f"{path} has no text")
     return ids

@@ -48,26 +48,25 @@ Layers = tuple[int, ...]
 
 def calibrate(options: argparse.Namespace) -> int:
     """Measure a model and write its calibration."""
-    from pacellm.cli.hub import check_hub
     from pacellm.demo import MODEL_PATH
     from pacellm.experts.layout import Layout
     from pacellm.gguf.check import check_gguf
-    from pacellm.model.checkpoint import check_directory
+    from pacellm.model.checkpoint import check_directory, is_hub_name
     from pacellm.real_models import resolve
 
     path = resolve(options.model) if options.model else MODEL_PATH
+    if options.output is None and is_hub_name(path):
+        raise ConfigError(f"{path} is a name on a hub; say where the calibration goes: -o FILE", param="output")
     if check_gguf(path) is None:
         check_directory(path, allow_pickle=options.allow_pickle)
     output = options.output or beside(path)
-    if output is None:
-        raise ConfigError(f"{path} is a name on a hub; say where the calibration goes: -o FILE", param="output")
+    assert output is not None
     check_writable(output)
     if options.plot is not None:
         from pacellm.calibration.draw import check_drawing
 
         check_drawing()
     layout = None if options.ce_layout is None else Layout.load(options.ce_layout)
-    check_hub(path)
     started = time.monotonic()
     found = _measure(options, path, output, layout)
     found.save(output)

@@ -38,12 +38,12 @@ def add_fetch(parser: argparse.ArgumentParser) -> None:
 def demo(options: argparse.Namespace) -> int:
     """Start a server on the bundled model, or on a real one, and ask it about a document."""
     if options.model is not None:
-        from pacellm.cli.hub import model_path
         from pacellm.demo.real import show_real
+        from pacellm.real_models import resolve
 
         if options.seed is not None:
             raise ConfigError("--seed is for the bundled model's documents", param="model")
-        return show_real(options.model, str(model_path(options.model)), options.tokens, options.serve_arguments)
+        return show_real(options.model, resolve(options.model), options.tokens, options.serve_arguments)
     from pacellm.demo.show import show
 
     tokens = 200_000 if options.tokens is None else options.tokens
