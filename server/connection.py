@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import resource
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -42,6 +43,9 @@ class ConnectionLimits:
     late: int = 0
 
 
+_VERSION = re.compile(rb" HTTP/(\S+)$")
+
+
 class _Head(ReceiveBuffer):
     """What has come; lines are taken out of it only where they end and go on as HTTP says, and no head is too long."""
 
@@ -62,6 +66,8 @@ class _Head(ReceiveBuffer):
             raise h11.LocalProtocolError("a line ends without a carriage return")
         if any(line[:1] in (b" ", b"\t") for line in lines):
             raise h11.LocalProtocolError("a header goes on in a second line")
+        if lines and (version := _VERSION.search(lines[0])) is not None and version[1] not in (b"1.0", b"1.1"):
+            raise h11.LocalProtocolError("this is HTTP/1.1", error_status_hint=505)
         names = {bytes(line.partition(b":")[0]).lower() for line in lines}
         if {b"content-length", b"transfer-encoding"} <= names:
             raise h11.LocalProtocolError("both Content-Length and Transfer-Encoding")

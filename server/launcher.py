@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -12,11 +13,9 @@ from starlette.types import ASGIApp
 from . import connection
 from .app import create_admin_app, create_app
 from .auth import Keys
-from .listening import Sockets, TlsFiles
 from .service import Service
 
 logger = logging.getLogger("pacellm")
-
 _LAST_EVENTS = 5  # seconds in which streams that are cut say so
 _ADMIN_CONNECTIONS = 64
 _HELD_BACK = 1024  # connections, by the kernel
@@ -43,9 +42,9 @@ class Server(uvicorn.Server):
         for listener in (one for server in self.servers for one in server.sockets):
             with socket.fromfd(listener.fileno(), listener.family, listener.type) as same:
                 same.listen(_HELD_BACK)
-        if sockets:  # else uvicorn says it
-            host, scheme = self.config.host, "https" if self.config.is_ssl else "http"
-            logger.info("running on %s://%s:%d", scheme, f"[{host}]" if ":" in host else host, self.config.port)
+            host, port = listener.getsockname()[:2]
+            scheme, host = "https" if self.config.is_ssl else "http", f"[{host}]" if ":" in host else host
+            logger.info("running on %s://%s:%d (Ctrl-C ends it)", scheme, host, port)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let running requests end; those that do not end with an error that says why."""
@@ -64,7 +63,7 @@ def config_of(
     host: str = "127.0.0.1",
     port: int = 0,
     log_level: str = "warning",
-    tls: TlsFiles = (None, None),
+    tls: tuple[Path | None, Path | None] = (None, None),
 ) -> uvicorn.Config:
     """How an app is served.
 
@@ -95,39 +94,37 @@ def run(
     service: Service,
     keys: Keys,
     *,
-    host: str,
-    sockets: Sockets,
-    admin_sockets: Sockets | None,
+    sockets: list[socket.socket],
+    admin_sockets: list[socket.socket],
     log_level: str,
     shutdown_timeout: int,
-    tls: TlsFiles = (None, None),
+    tls: tuple[Path | None, Path | None] = (None, None),
 ) -> None:
     """Serve until told to stop.
 
     Args:
-        host: for the log.
-        sockets: bound to it.
-        admin_sockets: the same for the admin app, None where it has no port of its own.
+        sockets: bound. admin_sockets: for the admin app; empty where it has no port of its own.
         shutdown_timeout: seconds that running requests get to end.
         tls: certificate chain and key, both or none.
     """
 
-    def config(app: ASGIApp, sockets: Sockets, most: int) -> uvicorn.Config:
-        port = sockets[0].getsockname()[1]
+    def config(app: ASGIApp, most: int) -> uvicorn.Config:
         limits = connection.ConnectionLimits(most, service.settings.head_seconds, service.settings.stall_seconds)
-        return config_of(app, limits, host=host, port=port, log_level=log_level, tls=tls)
+        return config_of(app, limits, log_level=log_level, tls=tls)
 
     settings = service.settings
     app = create_app(service, keys)
-    main = Server(config(app, sockets, settings.max_connections), service, shutdown_timeout)
-    if admin_sockets is None:
+    main = Server(config(app, settings.max_connections), service, shutdown_timeout)
+    if not admin_sockets:
         main.run(sockets)
         return
-    admin = uvicorn.Server(config(create_admin_app(service, keys), admin_sockets, _ADMIN_CONNECTIONS))
+    admin = uvicorn.Server(config(create_admin_app(service, keys), _ADMIN_CONNECTIONS))
     asyncio.run(_both((main, sockets), (admin, admin_sockets)))
 
 
-async def _both(main: tuple[uvicorn.Server, Sockets], admin: tuple[uvicorn.Server, Sockets]) -> None:
+async def _both(
+    main: tuple[uvicorn.Server, list[socket.socket]], admin: tuple[uvicorn.Server, list[socket.socket]]
+) -> None:
     """The admin server lives as long as the main one, which alone answers signals."""
     beside = asyncio.create_task(admin[0]._serve(admin[1]))
     try:

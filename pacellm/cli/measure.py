@@ -51,15 +51,16 @@ def calibrate(options: argparse.Namespace) -> int:
     from pacellm.demo import MODEL_PATH
     from pacellm.experts.layout import Layout
     from pacellm.gguf.check import check_gguf
-    from pacellm.model.checkpoint import check_directory
+    from pacellm.model.checkpoint import check_directory, is_hub_name
     from pacellm.real_models import resolve
 
     path = resolve(options.model) if options.model else MODEL_PATH
+    if options.output is None and is_hub_name(path):
+        raise ConfigError(f"{path} is a name on a hub; say where the calibration goes: -o FILE", param="output")
     if check_gguf(path) is None:
         check_directory(path, allow_pickle=options.allow_pickle)
     output = options.output or beside(path)
-    if output is None:
-        raise ConfigError(f"{path} is a name on a hub; say where the calibration goes: -o FILE", param="output")
+    assert output is not None
     check_writable(output)
     if options.plot is not None:
         from pacellm.calibration.draw import check_drawing

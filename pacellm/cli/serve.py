@@ -50,13 +50,13 @@ def _bound(options: argparse.Namespace) -> int:
     listening.check_tls(*tls)
     with ExitStack() as ports:
         sockets = ports.enter_context(listening.bound(options.host, options.port))
-        admin = None
+        admin: Sockets = []
         if options.admin_port is not None:
             admin = ports.enter_context(listening.bound(options.host, options.admin_port, param="admin_port"))
         return _serve(options, sockets, admin, tls)
 
 
-def _serve(options: argparse.Namespace, sockets: Sockets, admin: Sockets | None, tls: TlsFiles) -> int:
+def _serve(options: argparse.Namespace, sockets: Sockets, admin: Sockets, tls: TlsFiles) -> int:
     service, keys, team = build(options)
 
     from pacellm.server.launcher import run  # after the options and the model's files were looked at: it loads torch
@@ -69,7 +69,6 @@ def _serve(options: argparse.Namespace, sockets: Sockets, admin: Sockets | None,
     run(
         service,
         keys,
-        host=options.host,
         sockets=sockets,
         admin_sockets=admin,
         log_level=options.log_level,
@@ -94,7 +93,6 @@ def build(options: argparse.Namespace) -> tuple[Service, Keys, Team | None]:
     Raises:
         PaceError: options, a model or a directory that cannot work.
     """
-    from pacellm.cli.hub import check_hub
     from pacellm.demo import MODEL_PATH
     from pacellm.gguf.check import check_gguf
     from pacellm.real_models import resolve
@@ -115,7 +113,6 @@ def build(options: argparse.Namespace) -> tuple[Service, Keys, Team | None]:
     settings = server_settings(options, name, keys)
     if header is None:
         check_directory(path, allow_pickle=options.allow_pickle)
-        check_hub(path)
     else:
         logger.info("%s is dequantised at every start; `pacellm convert` keeps the result", header.file)
     traces = _traces(options.otlp_endpoint, name)

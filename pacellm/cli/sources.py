@@ -22,13 +22,12 @@ OTHER_VARIABLES = frozenset(("PACELLM_URL", "PACELLM_KEY", "PACELLM_BIND", "PACE
 """Of ``pacellm chat``, load_tests/, deploy/compose and the tests."""
 _SERVICE_LINK = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)=|\w+_PORT=\w+://")
 """What Kubernetes sets in every pod beside a Service whose name begins with ours."""
-_NO_SETTINGS = ("help", "dry_run", "dry_run_device")
 _WORDS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
 def settings(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     """What a source may hold: actions by the name of their attribute."""
-    return {action.dest: action for action in parser._actions if action.dest not in _NO_SETTINGS}
+    return {action.dest: action for action in parser._actions if action.dest != "help"}
 
 
 def key(action: argparse.Action) -> str:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+from huggingface_hub import constants, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
 from pacellm.errors import ModelError
 from pacellm.model.families import family_of
 
+_HUB_SECONDS = 5.0
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _OTHER_HEADS = re.compile(r"For(Sequence|Token|Image)Classification|ForQuestionAnswering|ForMaskedLM|RewardModel")
@@ -23,11 +28,12 @@ def check_directory(path: str | Path, *, allow_pickle: bool) -> None:
 
     Raises:
         ModelError: it is missing, incomplete, damaged, of a family that is not served, or holds pickles that were not
-            allowed.
+            allowed; or it is a name on a hub that is not reached.
     """
     directory = Path(path).expanduser()
     if not directory.exists():
-        if _HUB_NAME.fullmatch(str(path)) and not str(path).endswith((".gguf", ".safetensors")):
+        if is_hub_name(path):
+            _check_hub(str(path))
             return
         raise ModelError(f"{path} does not exist; give a checkpoint's directory, or a name on the hub as OWNER/NAME")
     if not directory.is_dir():
@@ -43,6 +49,29 @@ def check_directory(path: str | Path, *, allow_pickle: bool) -> None:
     for file in files:
         _check_weights(file)
     _check_index(directory, {file.name for file in files})
+
+
+def is_hub_name(path: str | Path) -> bool:
+    """It could be a model's name on a hub: nothing of the name lies here, and it has such a form."""
+    is_file = str(path).endswith((".gguf", ".safetensors")) or Path(path).expanduser().exists()
+    return not is_file and _HUB_NAME.fullmatch(str(path)) is not None
+
+
+def _check_hub(name: str) -> None:
+    """Knock at a hub once, unless the model is in its cache or a proxy lies between: its own client tries for a
+    minute."""
+    if constants.HF_HUB_OFFLINE or getproxies() or isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    hub = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection(
+            (hub.hostname, hub.port or (80 if hub.scheme == "http" else 443)), _HUB_SECONDS
+        ).close()
+    except OSError as error:
+        raise ModelError(
+            f"{name} is no directory here, and {constants.ENDPOINT} is not reached ({error}); give a checkpoint's "
+            "directory, or a name when there is a network"
+        ) from error
 
 
 def _no_weights(directory: Path) -> ModelError:

@@ -125,7 +125,8 @@ def test_session_named_twice(live):
         ("GET", "/v1/nothing", 404),
         ("GET", "/v1/chat/completions", 405),
         ("DELETE", "/v1/models", 405),
-        ("POST", "/", 404),
+        ("POST", "/", 405),
+        ("POST", "/nothing", 404),
     ],
 )
 def test_wrong_paths(live, method, path, status):
