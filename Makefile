@@ -8,22 +8,30 @@ BIN := .venv/bin
 
 venv: .venv/installed
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/served: pyproject.toml constraints.txt  ## what a server needs
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 …" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --constraint constraints.txt --editable .
+	touch $@
+
+.venv/converts: .venv/served  ## and to read GGUF files, as the real models come
+	$(BIN)/pip install --constraint constraints.txt --editable '.[gguf]'
+	touch $@
+
+.venv/installed: .venv/served  ## and to work on it
 	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 models: venv  ## real models, fetched and converted once, in the user's cache
 	$(BIN)/pacellm fetch
 
-real: venv  ## SmolLM2 behind a server, asked ten questions about 4,000 tokens, or TOKENS with working memory
+real: .venv/converts  ## SmolLM2 behind a server, asked ten questions about 4,000 tokens, or TOKENS with working memory
 	$(BIN)/pacellm demo --model smollm2 $(if $(filter command line,$(origin TOKENS)),--tokens $(TOKENS))
 
-demo: venv  ## a question about a document of TOKENS tokens, over HTTP
+demo: .venv/served  ## a question about a document of TOKENS tokens, over HTTP
 	$(BIN)/pacellm demo --tokens $(TOKENS)
 
-serve: venv  ## a server on the bundled model
+serve: .venv/served  ## a server on the bundled model
 	$(BIN)/pacellm serve --port $(PORT)
 
 test: venv lint models  ## everything that runs in minutes on a CPU
