@@ -10,7 +10,7 @@ import time
 import httpx
 
 from pacellm.server import logs
-from tests.test_cli import free_port
+from tests.cli.test_commands import free_port
 
 FOREIGN = """
 import logging, sys, threading, warnings
