@@ -6,8 +6,8 @@ the fact was *shown* where what was called back or the window has it. Documents 
 they are prose of its ``*.txt`` with the demo's facts in it, or with ``--written`` those of load_tests/planted, which
 are asked for in their own words and in others.
 
-Arms are indexes (``lexical``, ``activity``, ``attention``, joined by +; behind ``/hubs`` their votes are taken as they
-differ from those for questions about other things) and controls: ``recent`` calls nothing back, ``random`` as many
+Arms are indexes (``lexical``, ``activity``, ``attention``, joined by +; behind ``/plain`` their votes are not compared
+with those for null questions) and controls: ``recent`` calls nothing back, ``random`` as many
 blocks by lot, ``foreign`` the blocks that another document's facts stand in, ``forced`` the right one, ``full``, alone,
 is a server without working memory, where the document fits its context (``--rope-scaling``). Intervals are 95 %
 bootstraps over documents.
@@ -18,6 +18,7 @@ Records go to ``--out`` as JSON lines as they come; the last line is JSON.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import resource
 import sys
@@ -35,19 +36,14 @@ from load_tests.planted.asking import Asker
 from load_tests.planted.documents import Planted, Text, prose, synthetic
 from pacellm.llm import LLM
 from pacellm.model.load import load
+from pacellm.model.retrieval import Nulls
 from pacellm.real_models import resolve
 from pacellm.recall.recaller import Recaller
 from pacellm.text.tokenizer import ChatTokenizer
 from pacellm.view import WHOLE, Recall
 
 CONTROLS = ("recent", "random", "foreign", "forced")
-NULLS = (
-    "What is the capital of Portugal?", "How many legs has a spider?", "Who wrote the national anthem?",
-    "At what temperature does water boil?", "Which planet is the largest?", "When did the war end?",
-    "What does the word honest mean?", "Why is the sky blue?", "Where do penguins live?", "Which metal rusts?",
-    "How is glass made?", "What is the name of your sister?",
-)  # fmt: skip
-"""Asked of no document: what they vote for attracts any question."""
+PLAIN = "/plain"
 
 
 class Arm:
@@ -60,20 +56,17 @@ class Arm:
         recaller.votes = self._voted  # type: ignore[method-assign]
         recaller.choose = self._chosen  # type: ignore[method-assign]
         self.name, self.place, self._view = "lexical", 0, WHOLE
-        self._nulls: dict[str, list[np.ndarray]] = defaultdict(list)
+        self._compared = recaller._retrieval, recaller._null_bits
 
     def use(self, name: str, place: int) -> None:
         """The arm, and where the fact is stated that is asked for (or, as a control, another document's)."""
         self.name, self.place = name, place
-        indexes = ("lexical",) if name in CONTROLS else name.removesuffix("/hubs").split("+")
+        indexes = ("lexical",) if name in CONTROLS else name.removesuffix(PLAIN).split("+")
         self._recaller._indexes = tuple(indexes)  # type: ignore[assignment]
-
-    def learn_hubs(self, indexes: str, asker: Asker) -> None:
-        """Ask the nulls of a document that was read, and keep the votes."""
-        self._nulls.clear()
-        self.use(indexes, -1)
-        for question in NULLS:
-            asker.ask(question, max_tokens=1)
+        retrieval, bits = self._compared
+        if name.endswith(PLAIN):
+            retrieval, bits = dataclasses.replace(retrieval, nulls=Nulls()), None
+        self._recaller._retrieval, self._recaller._null_bits = retrieval, bits
 
     def sees(self, first: int, length: int) -> bool:
         """What was called back last, or the window, has the middle of some tokens."""
@@ -91,21 +84,13 @@ class Arm:
 
     def _voted(self, index: Any, sequence: Any, question: range, end: int, asked: Any) -> np.ndarray:
         if self.name not in CONTROLS:
-            return self._by_index(index, self._votes(index, sequence, question, end, asked))
+            return self._votes(index, sequence, question, end, asked)
         count = end // self.block
         if self.name == "random":
             return np.random.default_rng(question.start).random(count)
         votes, number = np.zeros(count), self.place // self.block
         votes[max(0, number - 1) : number + 2] = 1.0
         return votes
-
-    def _by_index(self, index: str, votes: np.ndarray) -> np.ndarray:
-        if self.place < 0:
-            self._nulls[index].append(votes)
-        if not self.name.endswith("/hubs"):
-            return votes
-        asked, *nulls = (np.log(one[: len(votes)].astype(np.float64) + 1e-9) for one in (votes, *self._nulls[index]))
-        return np.exp(asked - np.mean(nulls, 0))
 
 
 def main() -> None:
@@ -122,8 +107,6 @@ def main() -> None:
         seconds, cpu = time.monotonic() - clock, time.process_time() - cpu
         record = {"document": number, "read_seconds": seconds, "cpu_seconds": cpu}
         print(f"document {number}: read in {seconds:.1f} s", flush=True)
-        if arm is not None and (hubs := [name for name in options.arms if name.endswith("/hubs")]):
-            arm.learn_hubs("+".join(_needed(hubs)), asker)
         foreign = _document(options, llm.tokenizer, options.seed + number + 1000) if "foreign" in options.arms else None
         step = len(document.facts) / options.questions
         for fact in (document.facts[int((one + 0.5) * step)] for one in range(options.questions)):
@@ -198,7 +181,7 @@ def _document(options: argparse.Namespace, tokenizer: Any, seed: int) -> Text:
 
 
 def _needed(arms: list[str]) -> tuple[Any, ...]:
-    names = {part for name in arms if name not in CONTROLS for part in name.removesuffix("/hubs").split("+")}
+    names = {part for name in arms if name not in CONTROLS for part in name.removesuffix(PLAIN).split("+")}
     return tuple(sorted(names)) or ("lexical",)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -13,6 +12,7 @@ from starlette.types import ASGIApp
 from . import connection
 from .app import create_admin_app, create_app
 from .auth import Keys
+from .listening import Sockets, TlsFiles
 from .service import Service
 
 logger = logging.getLogger("pacellm")
@@ -63,7 +63,7 @@ def config_of(
     host: str = "127.0.0.1",
     port: int = 0,
     log_level: str = "warning",
-    tls: tuple[Path | None, Path | None] = (None, None),
+    tls: TlsFiles = (None, None),
 ) -> uvicorn.Config:
     """How an app is served.
 
@@ -94,11 +94,11 @@ def run(
     service: Service,
     keys: Keys,
     *,
-    sockets: list[socket.socket],
-    admin_sockets: list[socket.socket],
+    sockets: Sockets,
+    admin_sockets: Sockets,
     log_level: str,
     shutdown_timeout: int,
-    tls: tuple[Path | None, Path | None] = (None, None),
+    tls: TlsFiles = (None, None),
 ) -> None:
     """Serve until told to stop.
 
@@ -122,9 +122,7 @@ def run(
     asyncio.run(_both((main, sockets), (admin, admin_sockets)))
 
 
-async def _both(
-    main: tuple[uvicorn.Server, list[socket.socket]], admin: tuple[uvicorn.Server, list[socket.socket]]
-) -> None:
+async def _both(main: tuple[uvicorn.Server, Sockets], admin: tuple[uvicorn.Server, Sockets]) -> None:
     """The admin server lives as long as the main one, which alone answers signals."""
     beside = asyncio.create_task(admin[0]._serve(admin[1]))
     try:

@@ -16,8 +16,6 @@ from pacellm.cli.progress import Progress
 from pacellm.errors import ConfigError
 
 if TYPE_CHECKING:
-    import httpx
-
     from pacellm.evaluation.arms import Arm
     from pacellm.evaluation.asking import Server
     from pacellm.evaluation.records import Records
@@ -48,7 +46,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     add("--arms", type=_names, default=("off",), help="with commas between: off, observe, reference, paper, their "
         "…_read_only, working-memory, memory-off (default: off)")  # fmt: skip
     add("--arm", action="append", default=[], metavar="NAME=URL|{…}", help="an arm of your own: another server, or "
-        "fields of requests as JSON, base_url and model of another server among them; repeatable")  # fmt: skip
+        "fields of requests as JSON, base_url, model and api_key of another server among them; repeatable")  # fmt: skip
     add(
         "--out",
         type=Path,
@@ -138,20 +136,18 @@ def _servers(options: argparse.Namespace, arms: Sequence[Arm]) -> Iterator[tuple
     from pacellm.evaluation.asking import Server
 
     key = options.api_key or os.environ.get("OPENAI_API_KEY")
-    headers = {} if not key else {"Authorization": f"Bearer {key}"}
     with ExitStack() as stack:
 
-        def client(url: str) -> httpx.Client:
+        def server(url: str, model: str | None, key: str | None) -> Server:
+            headers = {} if not key else {"Authorization": f"Bearer {key}"}
             timeout = httpx.Timeout(options.timeout, connect=10.0)
             limits = httpx.Limits(max_connections=2 * options.concurrency)
-            return stack.enter_context(httpx.Client(base_url=url, headers=headers, timeout=timeout, limits=limits))
-
-        def server(url: str, model: str | None) -> Server:
-            http = client(url)
+            http = httpx.Client(base_url=url, headers=headers, timeout=timeout, limits=limits)
+            stack.enter_context(http)
             return Server(http, served_model(http, model), is_pacellm(http))
 
-        shared = server(root(options.base_url), options.model)
-        own = [shared if arm.url is None else server(arm.url, arm.model or options.model) for arm in arms]
+        shared = server(root(options.base_url), options.model, key)
+        own = [shared if arm.url is None else server(arm.url, arm.model, arm.api_key) for arm in arms]
         yield shared, own
 
 

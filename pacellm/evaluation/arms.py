@@ -29,12 +29,14 @@ class Arm:
     Attributes:
         url: of its own server, without ``/v1``; None is the one that all share.
         model: the name to ask that server for; None finds it.
+        api_key: for that server; without one it is sent none.
         fields: of its requests, beside those of all arms.
     """
 
     name: str
     url: str | None = None
     model: str | None = None
+    api_key: str | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -51,7 +53,8 @@ def known_arm(name: str) -> Arm:
 
 
 def own_arm(text: str) -> Arm:
-    """From ``NAME=URL`` or ``NAME={…}``: fields of requests, among them ``base_url`` and ``model`` of another server.
+    """From ``NAME=URL`` or ``NAME={…}``: fields of requests, among them ``base_url``, ``model`` and ``api_key`` of
+    another server.
 
     Raises:
         ConfigError: it is neither.
@@ -67,12 +70,12 @@ def own_arm(text: str) -> Arm:
         fields = None
     if not isinstance(fields, dict):
         raise ConfigError(f"--arm {name}: {value!r} is neither an http address nor a JSON object", param="arm")
-    url, model = fields.pop("base_url", None), fields.pop("model", None)
-    if url is None and model is not None:
-        raise ConfigError(f"--arm {name}: model goes with base_url", param="arm")
+    url, model, key = (fields.pop(own, None) for own in ("base_url", "model", "api_key"))
+    if url is None and (model is not None or key is not None):
+        raise ConfigError(f"--arm {name}: model and api_key go with base_url", param="arm")
     if taken := [one for one in _OWN if one in fields]:
         raise ConfigError(f"--arm {name}: {', '.join(taken)} cannot be changed by an arm", param="arm")
-    return Arm(name, url=None if url is None else root(str(url)), model=model, fields=fields)
+    return Arm(name, url=None if url is None else root(str(url)), model=model, api_key=key, fields=fields)
 
 
 def check_names(arms: Sequence[Arm]) -> None:
@@ -99,10 +102,10 @@ def root(url: str) -> str:
 
 
 def served_model(http: httpx.Client, wanted: str | None) -> str:
-    """The name to ask a server for: ``wanted`` where it is served, else the only one there.
+    """The name to ask a server for: ``wanted``, or without that the only one there.
 
     Raises:
-        ConfigError: several are served, and ``wanted`` is none of them.
+        ConfigError: ``wanted`` is not served, or several are.
         PaceError: the server does not list its models.
     """
     try:
@@ -111,11 +114,12 @@ def served_model(http: httpx.Client, wanted: str | None) -> str:
         names = [str(one["id"]) for one in response.json()["data"]]
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
         raise PaceError(f"{http.base_url} does not list its models: {error}") from error
-    if wanted in names:
-        return str(wanted)
-    if len(names) != 1:
-        raise ConfigError(f"{http.base_url} serves {', '.join(names)}; say which with --model", param="model")
-    return names[0]
+    if wanted is None and len(names) == 1:
+        return names[0]
+    if wanted not in names:
+        told = f"{http.base_url} serves {', '.join(names)}; say which with --model, or with model of its --arm"
+        raise ConfigError(told, param="model")
+    return str(wanted)
 
 
 def is_pacellm(http: httpx.Client) -> bool:

@@ -217,8 +217,9 @@ def test_rows_are_paired():
 def test_arms():
     assert own_arm("vllm=http://a:1/v1/") == Arm("vllm", url="http://a:1")
     assert own_arm('cut={"truncate_prompt_tokens": 9}') == Arm("cut", fields={"truncate_prompt_tokens": 9})
-    assert own_arm('b={"base_url": "http://a/v1", "model": "q", "top_k": 1}') == Arm("b", "http://a", "q", {"top_k": 1})
-    for wrong in ("x", "x=", "x=ftp://a", "x=[1]", 'x={"model": "m"}', 'x={"messages": []}'):
+    told = own_arm('b={"base_url": "http://a/v1", "model": "q", "api_key": "k", "top_k": 1}')
+    assert told == Arm("b", "http://a", "q", "k", {"top_k": 1})
+    for wrong in ("x", "x=", "x=ftp://a", "x=[1]", 'x={"model": "m"}', 'x={"api_key": "k"}', 'x={"messages": []}'):
         with pytest.raises(ConfigError, match="--arm"):
             own_arm(wrong)
     with pytest.raises(ConfigError, match="there is no arm 'fast'; there are off, observe"):
@@ -232,7 +233,9 @@ def test_what_is_served():
     assert served_model(models("a", "b"), "b") == "b"
     assert served_model(models("a"), None) == "a"
     with pytest.raises(ConfigError, match="serves a, b; say which with --model"):
-        served_model(models("a", "b"), "c")
+        served_model(models("a", "b"), None)
+    with pytest.raises(ConfigError, match="serves a; say which"):
+        served_model(models("a"), "c")
     with pytest.raises(PaceError, match="does not list its models"):
         served_model(server(lambda request: httpx.Response(500)).http, None)
     assert not is_pacellm(server(lambda request: httpx.Response(200, json={"version": "0.9"})).http)

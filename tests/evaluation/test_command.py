@@ -3,6 +3,7 @@
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 
@@ -101,12 +102,16 @@ def test_ruler_and_longbench(evaluate, tmp_path):
 
 
 class Other(BaseHTTPRequestHandler):
-    """A server of another kind: no /version, no /tokenize, no pacellm."""
+    """A server of another kind: no /version, no /tokenize, no pacellm. ``keys`` are those that it was sent."""
+
+    keys: ClassVar[set[str | None]] = set()
 
     def do_GET(self):
+        self.keys.add(self.headers["Authorization"])
         self._say({"data": [{"id": "other"}]} if self.path == "/v1/models" else None)
 
     def do_POST(self):
+        self.keys.add(self.headers["Authorization"])
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         is_chat = self.path == "/v1/chat/completions"
         assert not is_chat or "pacellm" not in body
@@ -143,16 +148,27 @@ def test_another_server_alone(evaluate, other, tmp_path):
     assert (tmp_path / "bars.png").stat().st_size > 5000
 
 
+def test_a_key_is_for_one_server(evaluate, other, live):
+    Other.keys.clear()
+    few = ("infinitebench", "--lengths", "512", "--samples", "1", "--tasks", "passkey", "--max-tokens", "2")
+    assert evaluate(*few, "--api-key", "secret", "--arm", f"beside={other}")[0] == 0
+    assert Other.keys == {None}
+    Other.keys.clear()
+    evaluate(*few, "--out", "b.jsonl", "--arm", f"keyed={json.dumps({'base_url': other, 'api_key': 'own'})}")
+    assert Other.keys == {"Bearer own"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("infinitebench", "--model", "x"), "serves pacellm-demo; say which with --model"),
         (("ruler",), "ruler needs --data FOLDER"),
         (("niah", "--data", "x"), "--data is for ruler, longbench, not for niah"),
         (("niah", "--needle", "x"), "--needle, --question and --key-words go together"),
         (("niah", "--texts", "nowhere"), "nowhere has no texts"),
         (("infinitebench", "--arms", "fast"), "there is no arm 'fast'"),
         (("infinitebench", "--arms", "off,off"), "two arms have one name"),
-        (("infinitebench", "--model", "x", "--lengths", "16"), "16 tokens are too few for passkey"),
+        (("infinitebench", "--lengths", "16"), "16 tokens are too few for passkey"),
         (("infinitebench", "--arm", "gone=http://127.0.0.1:9"), "does not list its models"),
     ],
 )
